@@ -1,0 +1,60 @@
+// ThreadPool: one spinning worker per core for loops of microseconds; knows ranges, not tensors.
+//
+// The caller is worker 0. A loop is published by one atomic store; workers spin for it for a short while (a decode step runs
+// some 300 such loops back to back), then sleep on a futex. Results never depend on the number of threads: a body must write
+// only what its indices own.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <thread>
+#include <vector>
+
+namespace hybrid::cpu {
+
+class ThreadPool {
+ public:
+  explicit ThreadPool(int num_threads);
+  ~ThreadPool();
+  ThreadPool(const ThreadPool&) = delete;
+  ThreadPool& operator=(const ThreadPool&) = delete;
+
+  int size() const { return num_threads_; }
+
+  // Calls body(begin, end) on disjoint ranges that cover [0, n); ranges are handed out in pieces of `grain`.
+  // Returns when all are done. Not re-entrant: one caller at a time. A body must not throw.
+  template <class Body>
+  void parallel_for(int64_t n, int64_t grain, const Body& body) {
+    if (n <= 0) return;
+    if (num_threads_ == 1 || n <= grain) return body(int64_t{0}, n);
+    run(n, grain, [](const void* context, int64_t begin, int64_t end) { (*static_cast<const Body*>(context))(begin, end); },
+        &body);
+  }
+
+ private:
+  using Call = void (*)(const void*, int64_t, int64_t);
+  struct Job {
+    Call call;
+    const void* context;
+    int64_t n, grain;
+  };
+  void run(int64_t n, int64_t grain, Call call, const void* context);
+  void work(const Job& job);
+  void worker_loop();
+
+  int num_threads_;
+  Job job_{};
+  alignas(64) std::atomic<uint32_t> generation_{0};  // odd bits never used: +1 per published job; workers wait on it
+  alignas(64) std::atomic<int64_t> next_{0};         // first index not handed out
+  alignas(64) std::atomic<int> active_{0};           // workers that have not finished the job
+  std::atomic<bool> stopping_{false};
+  std::vector<std::thread> threads_;
+};
+
+// The process's pool. set_num_threads(0) takes the number of physical cores this process may use. Not while a loop runs.
+ThreadPool& pool();
+void set_num_threads(int n);
+int num_threads();
+
+}  // namespace hybrid::cpu

@@ -1,0 +1,163 @@
+// Every operation a model is made of: one argument struct and one function each. The struct is the documentation.
+//
+// hybrid::x checks its arguments once and picks the device; hybrid::cpu::x and hybrid::cuda::x see valid input only.
+// Rules: outputs first, stream last; a "row" is one token; the last dimension is contiguous unless said otherwise;
+// float tensors of one call share one dtype T in {f32, bf16, f16}; accumulation is in f32; all products of sizes are 64-bit.
+//
+// Batch-invariant by construction: the value of a row depends on that row (and its KV) only. The order of every sum is a
+// function of the row's own shape, never of how many rows share the call or how many threads run.
+#pragma once
+
+#include <cstdint>
+
+#include "ops/tensor.h"
+
+namespace hybrid {
+
+// out[r] = table[ids[r]]
+struct Embedding {
+  TensorView out;    // T [rows, dim]
+  TensorView ids;    // i32 [rows], each in [0, vocab)
+  TensorView table;  // T, a packed weight (see PackWeight) of n = vocab, k = dim, or a plain [vocab, dim] tensor
+  int64_t vocab;
+  Stream stream;
+};
+
+// Rearranges a weight [n, k] (row-major, as in a checkpoint) into the layout that `linear` reads.
+// CPU layout: [ceil(n/32)][ceil(k/2)][32][2] for 16-bit types, [ceil(n/32)][k][32] for f32, zero-padded; k rounded up to a
+// multiple of 32. A 16-bit block row of 32 x 2 is two AMX tiles side by side and two AVX-512 registers.
+struct PackWeight {
+  TensorView out;     // T, flat, packed_size(n, k) elements
+  TensorView weight;  // T [n, k]
+};
+int64_t packed_size(int64_t n, int64_t k);  // elements, any dtype
+
+// out = x @ weight^T + bias
+struct Linear {
+  TensorView out;     // T or f32 [rows, n] (f32 for logits)
+  TensorView x;       // T [rows, k]; row stride free
+  TensorView weight;  // T, packed
+  TensorView bias;    // T [n] or undefined
+  int64_t n, k;
+  Stream stream;
+};
+
+// out = x / rms(x) * weight over the last dimension. With `residual`: residual += x first, then out = norm(residual).
+struct RmsNorm {
+  TensorView out;       // T [rows, dim] (rows may be tokens x heads for the per-head norm of Qwen3); may alias x
+  TensorView x;         // T [rows, dim]; row stride free
+  TensorView weight;    // T [dim]
+  TensorView residual;  // T [rows, dim] or undefined; updated in place
+  float eps;
+  Stream stream;
+};
+
+// Rotates q and k in place, "half" (NeoX) layout: pairs (i, i + rotary_dim/2).
+struct Rotary {
+  TensorView q;          // T [rows, heads, dim]; row stride free
+  TensorView k;          // T [rows, kv_heads, dim]; row stride free
+  TensorView cos_sin;    // f32 [max_positions, rotary_dim]: first half cos, second half sin (scaling of yarn included)
+  TensorView positions;  // i32 [rows]
+  Stream stream;
+};
+
+// out = silu(x[:, :dim]) * x[:, dim:]
+struct SiluMul {
+  TensorView out;  // T [rows, dim]
+  TensorView x;    // T [rows, 2 * dim]
+  Stream stream;
+};
+
+// Writes the new tokens' keys and values into the paged cache. slot = block * block_size + offset; slot < 0: padding, skipped.
+struct StoreKv {
+  TensorView k_cache, v_cache;  // T [blocks, kv_heads, block_size, dim]; block stride free
+  TensorView k, v;              // T [rows, kv_heads, dim]; row stride free
+  TensorView slots;             // i64 [rows]
+  Stream stream;
+};
+
+// Causal attention of ragged queries over the paged cache (K and V of the new tokens are already stored).
+// Sequence s owns query rows [query_start[s], query_start[s+1]), the last of which sits at position seq_lens[s] - 1, and the
+// cache blocks kv_blocks[kv_start[s] .. kv_start[s+1]).
+struct PagedAttention {
+  TensorView out, q;            // T [rows, heads, dim]; row stride free
+  TensorView k_cache, v_cache;  // T [blocks, kv_heads, block_size, dim]; block stride free
+  TensorView query_start;       // i32 [seqs + 1]
+  TensorView seq_lens;          // i32 [seqs], new tokens included
+  TensorView kv_start;          // i32 [seqs + 1]
+  TensorView kv_blocks;         // i32 [kv_start[seqs]]
+  int64_t num_decodes;          // the first num_decodes sequences have one query row each
+  int64_t max_query_len;
+  float scale;
+  Stream stream;
+};
+
+// Copies whole cache blocks (all layers, K and V): cache[dst[i]] = cache[src[i]]. Sources and destinations are disjoint.
+struct CopyBlocks {
+  TensorView cache;     // any dtype [blocks, elements of a block]
+  TensorView src, dst;  // i32 [pairs]
+  Stream stream;
+};
+
+// Picks one token a row. Order of work, as in the field: log-probabilities of the raw logits (when asked for), allowed set,
+// repetition penalty, additive adjustments, then temperature (0: argmax, lowest id wins a tie), top-k, top-p, min-p, and a
+// draw by Gumbel noise from Philox4x32-10 with key = seed and counter = (position, token id): a function of (seed, position)
+// alone, so preemption, replay and batch mates cannot change it.
+// Adjustments of row r are entries [adjust_start[r], adjust_start[r+1]): logits[id] gets the repetition penalty if flag 1,
+// then + add; if any entry of the row has flag 2 the row may only pick ids that have flag 2.
+struct Sample {
+  TensorView tokens;            // i32 [rows]
+  TensorView logprobs;          // f32 [rows, width] or undefined: sampled token first, then the top ones, descending
+  TensorView logprob_ids;       // i32 [rows, width]; -1 where a row asked for fewer
+  TensorView ranks;             // i32 [rows]: 1 + number of tokens whose raw logit is larger than the sampled one's
+  TensorView logits;            // f32 [rows, vocab]; scratch, overwritten
+  TensorView temperature, top_p, min_p, repetition_penalty;  // f32 [rows]
+  TensorView top_k;             // i32 [rows]; <= 0: off
+  TensorView seeds;             // i64 [rows] (the bits of a u64)
+  TensorView positions;         // i32 [rows]: position of the token that is picked
+  TensorView num_logprobs;      // i32 [rows]; -1: none, 0: the sampled token only, n: and the n most likely
+  TensorView adjust_start;      // i32 [rows + 1]
+  TensorView adjust_ids;        // i32 [entries]
+  TensorView adjust_add;        // f32 [entries]
+  TensorView adjust_flags;      // i32 [entries]
+  Stream stream;
+};
+
+void embedding(const Embedding&);
+void pack_weight(const PackWeight&);
+void linear(const Linear&);
+void rms_norm(const RmsNorm&);
+void rotary(const Rotary&);
+void silu_mul(const SiluMul&);
+void store_kv(const StoreKv&);
+void paged_attention(const PagedAttention&);
+void copy_blocks(const CopyBlocks&);
+void sample(const Sample&);
+
+namespace cpu {
+void embedding(const Embedding&);
+void pack_weight(const PackWeight&);
+void linear(const Linear&);
+void rms_norm(const RmsNorm&);
+void rotary(const Rotary&);
+void silu_mul(const SiluMul&);
+void store_kv(const StoreKv&);
+void paged_attention(const PagedAttention&);
+void copy_blocks(const CopyBlocks&);
+void sample(const Sample&);
+}  // namespace cpu
+
+namespace cuda {
+void embedding(const Embedding&);
+void pack_weight(const PackWeight&);
+void linear(const Linear&);
+void rms_norm(const RmsNorm&);
+void rotary(const Rotary&);
+void silu_mul(const SiluMul&);
+void store_kv(const StoreKv&);
+void paged_attention(const PagedAttention&);
+void copy_blocks(const CopyBlocks&);
+void sample(const Sample&);
+}  // namespace cuda
+
+}  // namespace hybrid

@@ -1,0 +1,127 @@
+"""The C++ scheduler: block pool, KV cache manager, requests, batches. No clock, thread, socket, device or Python inside."""
+
+from collections.abc import Sequence
+
+
+from typing_extensions import Buffer
+
+class Config:
+    """Capacities. Raises ValueError naming the field and its value if they cannot work together."""
+
+    num_blocks: int
+    block_size: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    vocab_size: int
+    num_clients: int  # API servers; outputs are grouped by client
+    depth: int  # batches in flight: 1 plain, 2 overlapped
+    enable_prefix_caching: bool
+    max_adjustments: int  # entries of the ragged logit adjustments of one batch
+    hash_key: bytes  # 16 bytes, keys the prefix hash
+    def __init__(
+        self,
+        *,
+        num_blocks: int,
+        block_size: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+        vocab_size: int,
+        num_clients: int = 1,
+        depth: int = 1,
+        enable_prefix_caching: bool = True,
+        max_adjustments: int = 0,  # 0: 4 * vocab_size
+        hash_key: bytes = b"",  # empty: a fixed key (tests); the engine passes a random one
+    ) -> None: ...
+
+def batch_layout(config: Config) -> tuple[int, dict[str, tuple[int, str, int]]]:
+    """(bytes of an arena, column name -> (byte offset, numpy dtype string, capacity)). Offsets are 64-byte aligned."""
+
+class Batch:
+    """One step's work, written into an arena. The sizes; the columns are read from the arena by ``batch_layout``."""
+
+    step: int
+    arena: int  # which of the arenas given to the Scheduler holds it
+    num_tokens: int
+    num_seqs: int
+    num_decodes: int  # the first ones, one query row each
+    num_sampled: int
+    max_query_len: int
+    max_seq_len: int
+    num_copies: int
+    num_adjustments: int
+    bytes_used: int
+
+class Outputs:
+    """What a step gave, as columns grouped by client: client c owns rows [client_start[c], client_start[c+1]).
+    Valid until the next commit. Each column is a read-only memoryview."""
+
+    step: int
+    num_rows: int
+    client_start: memoryview  # i32 [num_clients + 1]
+    ids: memoryview  # u64
+    tokens: memoryview  # i32
+    finish: memoryview  # u8, FinishReason
+    cached_tokens: memoryview  # i32: prompt tokens found in the cache, on a request's first row; -1 after
+    rows: memoryview  # i32: the sampled row of the batch it came from (index into the executor's logprobs)
+
+class Stats:
+    num_running: int
+    num_waiting: int
+    blocks_used: int
+    blocks_total: int
+    num_preemptions: int
+    prefix_queries: int
+    prefix_hits: int
+    steps: int
+    step_tokens: int
+
+class Scheduler:
+    def __init__(self, config: Config, arenas: Sequence[Buffer]) -> None:
+        """``arenas``: depth + 1 writable buffers of ``batch_layout(config)[0]`` bytes."""
+
+    def add(
+        self,
+        id: int,
+        tokens: Buffer,  # i32
+        *,
+        client: int = 0,
+        n: int = 1,
+        priority: int = 0,
+        max_tokens: int = 16,
+        min_tokens: int = 0,
+        stop_token_ids: Sequence[int] = (),  # eos included unless ignored
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        frequency_penalty: float = 0.0,
+        presence_penalty: float = 0.0,
+        seed: int = 0,
+        num_logprobs: int = -1,
+        logit_bias: Sequence[tuple[int, float]] = (),
+        allowed_token_ids: Sequence[int] = (),
+        banned_token_ids: Sequence[int] = (),
+        cache_salt: bytes = b"",
+    ) -> None:
+        """Queues choices id .. id+n-1 of one prompt. Raises ValueError, with the numbers, for what can never run."""
+
+    def abort(self, ids: Buffer) -> int:
+        """``ids``: u64. Unknown ones are ignored (the request may have just finished). Returns how many were live.
+        An aborted request gives no further output."""
+
+    def schedule(self) -> Batch | None: ...
+    def commit(self, step: int, tokens: Buffer) -> Outputs:
+        """``tokens``: i32, one per sampled row of that step. Steps are committed in order. Raises ValueError otherwise."""
+
+    @property
+    def idle(self) -> bool:
+        """Nothing waits, runs or is in flight."""
+
+    def stats(self) -> Stats: ...
+    def forget_prefixes(self) -> bool: ...
+    def check_invariants(self) -> None:
+        """Every invariant; raises RuntimeError (InternalError) at the first that is broken. For tests."""
+

@@ -1,0 +1,49 @@
+"""One function per op of cpp/ops/ops.h, arguments in the order of the struct's fields. Tensors cross by DLPack
+(the 1.3 C exchange table of torch, else ``__dlpack__``): no copy, no libtorch. Bad arguments raise ValueError."""
+
+from typing import Any
+
+def isa() -> str: ...  # of the CPU kernels: baseline, avx2, avx512, avx512_bf16, amx
+def set_num_threads(n: int) -> None: ...  # 0: one per usable core
+def num_threads() -> int: ...
+def packed_size(n: int, k: int) -> int: ...
+def pack_weight(out: Any, weight: Any) -> None: ...
+def embedding(out: Any, ids: Any, table: Any, vocab: int) -> None: ...
+def linear(out: Any, x: Any, weight: Any, bias: Any | None, n: int, k: int) -> None: ...
+def rms_norm(out: Any, x: Any, weight: Any, residual: Any | None, eps: float) -> None: ...
+def rotary(q: Any, k: Any, cos_sin: Any, positions: Any) -> None: ...
+def silu_mul(out: Any, x: Any) -> None: ...
+def store_kv(k_cache: Any, v_cache: Any, k: Any, v: Any, slots: Any) -> None: ...
+def paged_attention(
+    out: Any,
+    q: Any,
+    k_cache: Any,
+    v_cache: Any,
+    query_start: Any,
+    seq_lens: Any,
+    kv_start: Any,
+    kv_blocks: Any,
+    num_decodes: int,
+    max_query_len: int,
+    scale: float,
+) -> None: ...
+def copy_blocks(cache: Any, src: Any, dst: Any) -> None: ...
+def sample(
+    tokens: Any,
+    logprobs: Any | None,
+    logprob_ids: Any | None,
+    ranks: Any | None,
+    logits: Any,
+    temperature: Any,
+    top_p: Any,
+    min_p: Any,
+    repetition_penalty: Any,
+    top_k: Any,
+    seeds: Any,
+    positions: Any,
+    num_logprobs: Any,
+    adjust_start: Any,
+    adjust_ids: Any,
+    adjust_add: Any,
+    adjust_flags: Any,
+) -> None: ...

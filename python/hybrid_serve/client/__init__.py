@@ -1,0 +1,87 @@
+"""The API server's side of the engine: streams of token ids; knows frames and ids, not text, not HTTP."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+from ..wire import EngineFacts, EngineStats, FinishReason, SamplingParams, Status
+
+
+class TokenLogprobs(NamedTuple):
+    """Raw log-probabilities of one picked token and of the most likely ones, most likely first."""
+
+    logprob: float
+    rank: int
+    top: list[tuple[int, float]]  # (token id, log-probability)
+
+
+@dataclass(slots=True)
+class ChoiceOutput:
+    """What one step gave one choice of a request."""
+
+    choice: int
+    token_ids: list[int]
+    finish: FinishReason = FinishReason.NONE
+    cached_tokens: int = -1  # prompt tokens found in the cache; only with a choice's first output
+    logprobs: list[TokenLogprobs] = field(default_factory=list)  # one per token id, or empty
+
+
+class EngineRejected(Exception):
+    """The engine refused the request: the client's fault (4xx) or the moment's (503)."""
+
+    def __init__(self, status: int, message: str, code: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.message, self.code, self.param = status, message, code, param
+
+
+class EngineDead(Exception):
+    """The engine process went away; becomes a 503 or an error event on a stream."""
+
+
+class Stream(Protocol):
+    """The outputs of one request. Iterating ends when every choice has finished. Raises EngineRejected or EngineDead.
+
+    Use ``async with client.generate(...) as stream``: leaving the block by any path aborts what still runs.
+    """
+
+    async def __aenter__(self) -> Stream: ...
+    async def __aexit__(self, *_: object) -> None: ...
+    def __aiter__(self) -> AsyncIterator[list[ChoiceOutput]]:
+        """All outputs that arrived since the last turn, in order; never an empty list."""
+        ...
+
+    def abort(self, choice: int) -> None:
+        """Ends one choice (its stop string was found). It gives no further output and counts as finished."""
+        ...
+
+
+class EngineClient(Protocol):
+    """One API server's view of the engine(s)."""
+
+    @property
+    def status(self) -> Status:
+        """The engine's phase, with progress while it loads."""
+        ...
+
+    @property
+    def facts(self) -> EngineFacts | None:
+        """None until the engine is ready."""
+        ...
+
+    @property
+    def stats(self) -> EngineStats: ...
+
+    def generate(
+        self,
+        token_ids: bytes,
+        params: SamplingParams,
+        *,
+        n: int = 1,
+        priority: int = 0,
+        eos_token_ids: tuple[int, ...] = (),
+        cache_salt: bytes = b"",
+    ) -> Stream:
+        """``token_ids``: i32, little-endian. ``params.seed`` must be set."""
+        ...

@@ -1,0 +1,100 @@
+"""Typed wrappers of the kernels: they allocate outputs and name shapes; everything else is checked in cpp/ops/ops.cpp.
+
+Tensors cross by DLPack, so a kernel runs on the tensor's device; nothing here asks which one that is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import _kernels
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """A linear layer's weight in the layout its device's kernel reads; made once, at load time."""
+
+    data: Tensor
+    n: int
+    k: int
+
+
+def pack_weight(weight: Tensor) -> PackedWeight:
+    """weight: T [n, k], row-major."""
+    n, k = weight.shape
+    data = torch.empty(_kernels.packed_size(n, k), dtype=weight.dtype, device=weight.device)
+    _kernels.pack_weight(data, weight)
+    return PackedWeight(data, n, k)
+
+
+def embedding(ids: Tensor, table: PackedWeight) -> Tensor:
+    """ids: i32 [rows] -> T [rows, k]."""
+    out = torch.empty((ids.shape[0], table.k), dtype=table.data.dtype, device=ids.device)
+    _kernels.embedding(out, ids, table.data, table.n)
+    return out
+
+
+def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    """x: T [rows, k] -> [rows, n], of type T or, for logits, float32."""
+    out = torch.empty((x.shape[0], weight.n), dtype=dtype or x.dtype, device=x.device)
+    _kernels.linear(out, x, weight.data, bias, weight.n, weight.k)
+    return out
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x: T [rows, dim] -> the same shape."""
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    _kernels.rms_norm(out, x, weight, None, eps)
+    return out
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """residual += x, in place; returns norm(residual)."""
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    _kernels.rms_norm(out, x, weight, residual, eps)
+    return out
+
+
+def rotary(q: Tensor, k: Tensor, cos_sin: Tensor, positions: Tensor) -> None:
+    """In place. q: T [rows, heads, dim], k: T [rows, kv_heads, dim], positions: i32 [rows]."""
+    _kernels.rotary(q, k, cos_sin, positions)
+
+
+def silu_mul(x: Tensor) -> Tensor:
+    """x: T [rows, 2 * dim] -> T [rows, dim]."""
+    out = torch.empty((x.shape[0], x.shape[1] // 2), dtype=x.dtype, device=x.device)
+    _kernels.silu_mul(out, x)
+    return out
+
+
+def store_kv(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> None:
+    """k, v: T [rows, kv_heads, dim] into caches T [blocks, kv_heads, block_size, dim] at slots i64 [rows]."""
+    _kernels.store_kv(k_cache, v_cache, k, v, slots)
+
+
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    query_start: Tensor,
+    seq_lens: Tensor,
+    kv_start: Tensor,
+    kv_blocks: Tensor,
+    num_decodes: int,
+    max_query_len: int,
+    scale: float,
+) -> Tensor:
+    """q: T [rows, heads, dim] -> the same shape; see cpp/ops/ops.h for the ragged columns."""
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    _kernels.paged_attention(
+        out, q, k_cache, v_cache, query_start, seq_lens, kv_start, kv_blocks, num_decodes, max_query_len, scale
+    )
+    return out
+
+
+def copy_blocks(cache: Tensor, src: Tensor, dst: Tensor) -> None:
+    """cache: [blocks, elements]; cache[dst[i]] = cache[src[i]]."""
+    _kernels.copy_blocks(cache, src, dst)

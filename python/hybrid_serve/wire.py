@@ -1,0 +1,183 @@
+"""What crosses between processes: typed frames, nothing else; no pickle, no knowledge of sockets' owners.
+
+A message is a list of ZMQ frames: ``[kind, header, array, ...]``. ``kind`` is one byte, ``header`` a msgpack-encoded
+Struct, arrays are raw little-endian bytes (so token ids never become Python objects on the way).
+
+Topology: the supervisor binds one ROUTER (control: HELLO, STATUS), each engine binds one ROUTER (data); engines and API
+servers connect DEALERs. Request ids are unique in a server: ``api_index << 48 | counter``, one id per choice, consecutive.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Any, TypeVar
+
+import msgspec
+
+PROTOCOL_VERSION = 1
+MAX_FRAME_BYTES = 64 * 2**20
+API_INDEX_SHIFT = 48
+
+
+class Kind:
+    """First frame of a message."""
+
+    # API server -> engine
+    ADD = b"\x01"  # AddRequest, token ids i32
+    ABORT = b"\x02"  # Empty, request ids u64
+    JOIN = b"\x03"  # Join: an API server makes itself known
+    # engine -> API server
+    STEP = b"\x11"  # StepHeader, columns (see StepHeader)
+    REJECT = b"\x12"  # Reject
+    STATS = b"\x13"  # EngineStats
+    # control: engine or API server <-> supervisor
+    HELLO = b"\x21"  # Hello
+    STATUS = b"\x22"  # Status
+    FAILED = b"\x23"  # StartupFailure
+    SHUTDOWN = b"\x24"  # Empty
+
+
+class FinishReason(IntEnum):
+    """Why a choice ended; numbers as in cpp/common/types.h."""
+
+    NONE = 0
+    STOP = 1
+    LENGTH = 2
+    ABORT = 3
+
+
+class Empty(msgspec.Struct, array_like=True):
+    pass
+
+
+class SamplingParams(msgspec.Struct, array_like=True, frozen=True, kw_only=True):
+    """How tokens are picked and when a choice ends; OpenAI's and vLLM's names. Bounds are checked at the HTTP edge and
+    again in the C++ core (``ValueError``)."""
+
+    max_tokens: int = 16
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0 or -1: off
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    seed: int | None = None  # None: drawn by the API server when the request arrives, so that a replay is exact
+    stop: tuple[str, ...] = ()  # looked for by the detokenizer, on the API side
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    logit_bias: dict[int, float] = {}
+    allowed_token_ids: tuple[int, ...] = ()  # empty: all
+    banned_token_ids: tuple[int, ...] = ()
+    logprobs: int = -1  # -1: none; 0: of the sampled token; n: and of the n most likely
+
+
+class AddRequest(msgspec.Struct, array_like=True, frozen=True):
+    """One prompt. Followed by its token ids (i32). ``id .. id + n - 1`` are its choices."""
+
+    id: int
+    n: int
+    priority: int
+    params: SamplingParams
+    eos_token_ids: tuple[int, ...] = ()  # end the choice unless ignore_eos; part of the model, sent for statelessness
+    cache_salt: bytes = b""
+
+
+class Join(msgspec.Struct, array_like=True, frozen=True):
+    api_index: int
+
+
+class StepHeader(msgspec.Struct, array_like=True, frozen=True):
+    """What one step gave the requests of one API server, as columns of ``rows`` entries in this order, then:
+    ids u64, tokens i32, finish u8, cached_tokens i32 (-1: said before), and if ``logprob_width`` > 0:
+    logprobs f32 [rows, width], logprob_ids i32 [rows, width] (sampled first; -1: not asked), ranks i32 [rows]."""
+
+    step: int
+    rows: int
+    logprob_width: int
+
+
+class Reject(msgspec.Struct, array_like=True, frozen=True):
+    """The engine refuses a request; becomes an HTTP error. ``code`` is OpenAI's string code."""
+
+    id: int
+    n: int
+    status: int
+    message: str
+    code: str
+    param: str | None = None
+
+
+class EngineStats(msgspec.Struct, array_like=True, frozen=True):
+    """Gauges and running totals of one engine; sent to every API server at most four times a second, and on change to idle."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    kv_blocks_used: int = 0
+    kv_blocks_total: int = 0
+    num_preemptions: int = 0
+    prefix_queries: int = 0  # tokens looked up
+    prefix_hits: int = 0  # tokens found
+    steps: int = 0
+    step_tokens: int = 0
+
+
+class Hello(msgspec.Struct, array_like=True, frozen=True):
+    role: str  # "engine" or "api"
+    index: int
+    pid: int
+    protocol: int
+    version: str
+    config_digest: str
+
+
+class EngineFacts(msgspec.Struct, array_like=True, frozen=True):
+    """What only the loaded model can tell; part of the READY status."""
+
+    vocab_size: int
+    max_model_len: int
+    block_size: int
+    num_blocks: int
+    dtype: str
+    device: str
+
+
+class Status(msgspec.Struct, array_like=True, frozen=True):
+    """Engine -> supervisor -> every API server. ``phase``: starting, loading_weights, allocating, ready, draining, dead."""
+
+    phase: str
+    progress: float = 0.0  # of the phase, 0 to 1
+    message: str = ""
+    seconds: float = 0.0  # the phase so far
+    facts: EngineFacts | None = None
+
+
+class StartupFailure(msgspec.Struct, array_like=True, frozen=True):
+    """The one box a failed start ends with."""
+
+    code: str  # HS-E###
+    what: str
+    why: str
+    fix: str
+    exit_code: int = 1
+
+
+T = TypeVar("T", bound=msgspec.Struct)
+_encoder = msgspec.msgpack.Encoder()
+_decoders: dict[type, Any] = {}
+
+
+def pack(kind: bytes, header: msgspec.Struct, *arrays: Any) -> list[Any]:
+    """Frames of a message; arrays are anything with the buffer protocol."""
+    return [kind, _encoder.encode(header), *arrays]
+
+
+def unpack(frame: Any, as_type: type[T]) -> T:
+    """Decodes a header. Raises ``msgspec.DecodeError`` for anything that is not one."""
+    decoder = _decoders.get(as_type)
+    if decoder is None:
+        decoder = _decoders[as_type] = msgspec.msgpack.Decoder(as_type)
+    return decoder.decode(frame)  # type: ignore[no-any-return]
