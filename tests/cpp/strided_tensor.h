@@ -1,4 +1,5 @@
-// A tensor that owns exactly its memory (so that the sanitizer sees one element too many), for tests of the ops.
+// StridedTensor: a tensor whose dtype is chosen at run time and whose rows may have gaps between them; it owns exactly
+// its memory, so that the sanitizer sees one element too many.
 #pragma once
 
 #include <cstring>
@@ -10,10 +11,10 @@
 
 namespace hybrid {
 
-class OwnedTensor {
+class StridedTensor {
  public:
   // Zeros. `row_stride`: of the first dimension, 0 for a dense tensor; the gaps exist but belong to nobody.
-  OwnedTensor(DType dtype, std::vector<int64_t> shape, int64_t row_stride = 0) {
+  StridedTensor(DType dtype, std::vector<int64_t> shape, int64_t row_stride = 0) {
     view_.dtype = dtype;
     view_.ndim = static_cast<int32_t>(shape.size());
     int64_t stride = 1;
@@ -27,8 +28,9 @@ class OwnedTensor {
     view_.data = storage_.data();
   }
   // Normal floats.
-  static OwnedTensor random(DType dtype, std::vector<int64_t> shape, std::mt19937& generator, int64_t row_stride = 0) {
-    OwnedTensor tensor(dtype, std::move(shape), row_stride);
+  static StridedTensor random(DType dtype, std::vector<int64_t> shape, std::mt19937& generator,
+                              int64_t row_stride = 0) {
+    StridedTensor tensor(dtype, std::move(shape), row_stride);
     std::normal_distribution<float> normal;
     const int64_t elements = static_cast<int64_t>(tensor.storage_.size()) / item_size(dtype);
     by_dtype(dtype, [&]<class T>() {
@@ -36,15 +38,17 @@ class OwnedTensor {
     });
     return tensor;
   }
-  static OwnedTensor of(const std::vector<int32_t>& values) {
-    OwnedTensor tensor(DType::i32, {static_cast<int64_t>(values.size())});
+  static StridedTensor of(const std::vector<int32_t>& values) {
+    StridedTensor tensor(DType::i32, {static_cast<int64_t>(values.size())});
     if (!values.empty()) std::memcpy(tensor.view_.data, values.data(), values.size() * sizeof(int32_t));
     return tensor;
   }
-  OwnedTensor(const OwnedTensor& other) : storage_(other.storage_), view_(other.view_) { view_.data = storage_.data(); }
-  OwnedTensor(OwnedTensor&&) = default;  // moving a vector keeps its memory in place
-  OwnedTensor& operator=(const OwnedTensor&) = delete;
-  OwnedTensor& operator=(OwnedTensor&&) = delete;
+  StridedTensor(const StridedTensor& other) : storage_(other.storage_), view_(other.view_) {
+    view_.data = storage_.data();
+  }
+  StridedTensor(StridedTensor&&) = default;  // moving a vector keeps its memory in place
+  StridedTensor& operator=(const StridedTensor&) = delete;
+  StridedTensor& operator=(StridedTensor&&) = delete;
 
   const TensorView& view() const { return view_; }
   operator const TensorView&() const { return view_; }
@@ -60,7 +64,7 @@ class OwnedTensor {
   float at(int64_t offset) const {
     return by_dtype(view_.dtype, [&]<class T>() { return static_cast<float>(view_.as<T>()[offset]); });
   }
-  bool row_equals(int64_t row, const OwnedTensor& other, int64_t other_row) const {
+  bool row_equals(int64_t row, const StridedTensor& other, int64_t other_row) const {
     const auto bytes = static_cast<size_t>(view_.numel() / view_.shape[0] * item_size(view_.dtype));
     return std::memcmp(rows(row, 1).data, other.rows(other_row, 1).data, bytes) == 0;
   }
