@@ -208,7 +208,8 @@ void check(const PagedAttention& a) {
   const int64_t rows = a.q.shape[0], heads = a.q.shape[1], dim = a.q.shape[2];
   call.tensor("out", a.out, a.q.dtype, {rows, heads, dim});
   call.need(dim % 8 == 0 && dim <= 256, "heads have size ", dim, ", expected a multiple of 8 up to 256");
-  call.need(a.scale > 0.0f && a.scale <= std::numeric_limits<float>::max(), "scale is ", a.scale, ", must be positive and finite");
+  call.need(a.scale > 0.0f && a.scale <= std::numeric_limits<float>::max(), "scale is ", a.scale,
+            ", must be positive and finite");
   check_cache(call, "k_cache", a.k_cache, a.q.dtype, {any, any, any, dim});
   const int64_t blocks = a.k_cache.shape[0], kv_heads = a.k_cache.shape[1], block_size = a.k_cache.shape[2];
   check_cache(call, "v_cache", a.v_cache, a.q.dtype, {blocks, kv_heads, block_size, dim});

@@ -15,7 +15,8 @@ void expect_copies(int64_t blocks, int64_t elements, const std::vector<int32_t>&
   OwnedTensor<T> cache({blocks, elements}, T{});
   for (int64_t i = 0; i < blocks * elements; ++i) cache[i] = static_cast<T>(i * 31 % 251);
   std::vector<T> expected = cache.data;
-  for (size_t i = 0; i < src.size(); ++i) std::copy_n(cache.data.begin() + src[i] * elements, elements, expected.begin() + dst[i] * elements);
+  for (size_t i = 0; i < src.size(); ++i)
+    std::copy_n(cache.data.begin() + src[i] * elements, elements, expected.begin() + dst[i] * elements);
   OwnedTensor<int32_t> src_column(src), dst_column(dst);
   copy_blocks({cache.view, src_column.view, dst_column.view, nullptr});
   EXPECT_TRUE(same_bits(cache.data.data(), expected.data(), blocks * elements)) << blocks << " x " << elements;

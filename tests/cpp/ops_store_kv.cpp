@@ -41,10 +41,11 @@ void expect_rows_land_in_their_slots(const cpu::Kernels& isa, int64_t heads, int
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t h = 0; h < 2 * heads && slots[r] >= 0; ++h)
       for (int64_t d = 0; d < dim; ++d)
-        expected[static_cast<size_t>(slots[r] / block_size * block + (h * block_size + slots[r] % block_size) * dim + d)] =
-            qkv[r * row + (heads + h) * dim + d];
+        expected[static_cast<size_t>(slots[r] / block_size * block + (h * block_size + slots[r] % block_size) * dim +
+                                     d)] = qkv[r * row + (heads + h) * dim + d];
   isa.store_kv(a);
-  EXPECT_TRUE(same_bits(cache.data.data(), expected.data(), blocks * block)) << isa.name << " heads " << heads << " dim " << dim;
+  EXPECT_TRUE(same_bits(cache.data.data(), expected.data(), blocks * block))
+      << isa.name << " heads " << heads << " dim " << dim;
 }
 
 TEST_P(StoreKvTest, EveryRowLandsInItsSlotAndNothingElseIsTouched) {
@@ -92,7 +93,8 @@ struct SparseMemory {
 };
 
 TEST_P(StoreKvTest, CachesOfMoreThanTwoToThe32ElementsAreAddressed) {
-  constexpr int64_t heads = 8, block_size = 16, dim = 128, block = heads * block_size * dim, blocks = (int64_t{1} << 32) / block + 3;
+  constexpr int64_t heads = 8, block_size = 16, dim = 128, block = heads * block_size * dim,
+                    blocks = (int64_t{1} << 32) / block + 3;
   SparseMemory k_memory(static_cast<size_t>(blocks * block) * 2), v_memory(static_cast<size_t>(blocks * block) * 2);
   if (k_memory.data == MAP_FAILED || v_memory.data == MAP_FAILED) GTEST_SKIP() << "no 16 GiB of address space";
   const auto k_cache = view_of(k_memory.data, DType::bf16, {blocks, heads, block_size, dim});
@@ -105,10 +107,11 @@ TEST_P(StoreKvTest, CachesOfMoreThanTwoToThe32ElementsAreAddressed) {
   EXPECT_EQ(float(v_cache.as<BFloat16>()[(blocks - 1) * block]), 1.0f);
 
   OwnedTensor<BFloat16> q({1, heads, dim}, BFloat16(1.0f)), out({1, heads, dim}, not_a_number<BFloat16>());
-  OwnedTensor<int32_t> query_start({2}, 0), seq_lens({1}, 2), kv_start({2}, 0), kv_blocks({1}, static_cast<int32_t>(blocks - 1));
+  OwnedTensor<int32_t> query_start({2}, 0), seq_lens({1}, 2), kv_start({2}, 0),
+      kv_blocks({1}, static_cast<int32_t>(blocks - 1));
   query_start[1] = kv_start[1] = 1;
-  GetParam()->paged_attention({out.view, q.view, k_cache, v_cache, query_start.view, seq_lens.view, kv_start.view, kv_blocks.view,
-                               1, 1, 0.1f, nullptr});
+  GetParam()->paged_attention({out.view, q.view, k_cache, v_cache, query_start.view, seq_lens.view, kv_start.view,
+                               kv_blocks.view, 1, 1, 0.1f, nullptr});
   for (const BFloat16 x : out.data) ASSERT_EQ(float(x), 2.0f);
 }
 
