@@ -180,6 +180,7 @@ void run(benchmark::State& state, Batch batch) {
 using Sequences = std::vector<std::pair<int, int>>;  // {query rows, tokens}
 
 void decode_16x320(benchmark::State& s) { run(s, {9, 3, 64, Sequences(16, {1, 320}), 30}); }
+void decode_2x320_in_l2(benchmark::State& s) { run(s, {9, 3, 64, Sequences(2, {1, 320}), 1}); }  // arithmetic alone
 void decode_64x1000_gqa4(benchmark::State& s) { run(s, {32, 8, 64, Sequences(64, {1, 1000}), 2}); }
 void decode_8x2000_head128(benchmark::State& s) { run(s, {32, 8, 128, Sequences(8, {1, 2000}), 4}); }
 void decode_1x32768(benchmark::State& s) { run(s, {9, 3, 64, Sequences(1, {1, 32768}), 10}); }
@@ -198,6 +199,7 @@ void mixed_15x320_and_497(benchmark::State& s) {
 }
 
 BENCHMARK(decode_16x320)->UseRealTime();
+BENCHMARK(decode_2x320_in_l2)->UseRealTime();
 BENCHMARK(decode_64x1000_gqa4)->UseRealTime();
 BENCHMARK(decode_8x2000_head128)->UseRealTime();
 BENCHMARK(decode_1x32768)->UseRealTime();

@@ -80,6 +80,7 @@ inline void multiply(int64_t rows, int64_t columns, float* c, int64_t c_stride, 
 #if defined(__AVX2__)
 // Within 128-bit lanes: afterwards register 4q + j holds, in lane L, column 4L + j of rows 4q .. 4q + 3.
 inline void transpose_lanes(F32 (&m)[F32::width]) {
+#pragma GCC unroll 4
   for (int q = 0; q < F32::width; q += 4) {
 #if defined(__AVX512F__)
     const auto low = [](F32 a, F32 b) { return _mm512_castps_pd(_mm512_unpacklo_ps(a.v, b.v)); };
@@ -106,6 +107,7 @@ inline void transpose_lanes(F32 (&m)[F32::width]) {
 inline void transpose(F32 (&m)[F32::width]) {
 #if defined(__AVX512F__)
   transpose_lanes(m);
+#pragma GCC unroll 4
   for (int j = 0; j < 4; ++j) {
     const __m512 a = _mm512_shuffle_f32x4(m[j].v, m[4 + j].v, 0x44),
                  b = _mm512_shuffle_f32x4(m[8 + j].v, m[12 + j].v, 0x44);
@@ -118,6 +120,7 @@ inline void transpose(F32 (&m)[F32::width]) {
   }
 #elif defined(__AVX2__)
   transpose_lanes(m);
+#pragma GCC unroll 4
   for (int j = 0; j < 4; ++j) {
     const __m256 a = m[j].v, b = m[4 + j].v;
     m[j] = _mm256_permute2f128_ps(a, b, 0x20);
@@ -161,31 +164,41 @@ inline void prefetch(const T* row, int64_t dim) {
   for (int64_t j = 0; j < dim; j += static_cast<int64_t>(64 / sizeof(T))) __builtin_prefetch(row + j, 0, 2);
 }
 
+// to[word][token] = the words of `width` rows from `column` on. Constant indices only: the square stays in registers.
+template <class T>
+inline void transpose_words(float* to, const T* const* rows, int64_t column) {
+  F32 square[F32::width];
+#pragma GCC unroll 16
+  for (int i = 0; i < F32::width; ++i) square[i] = load_words(rows[i] + column);
+  transpose(square);
+#pragma GCC unroll 16
+  for (int i = 0; i < F32::width; ++i) square[i].store(to + i * kv_tile);
+}
+
+// The same for fewer rows, the others being zero, and fewer words.
+template <class T>
+inline void transpose_words(float* to, const T* const* rows, int64_t column, int64_t num_rows, int64_t num_words) {
+  F32 square[F32::width];
+  for (int i = 0; i < F32::width; ++i)
+    square[i] = i < num_rows ? load_words(rows[i] + column, num_words) : F32(0.0f);
+  transpose(square);
+  for (int i = 0; i < num_words; ++i) square[i].store(to + i * kv_tile);
+}
+
 // tile[word][token] = the key words of rows.keys[0 .. count); zero from count to the end of its group of `width`
 // tokens, and those beyond are not written: their scores are masked.
 template <class T>
 inline void load_keys(float* tile, const TileRows<T>& rows, const TileRows<T>& next, int64_t dim) {
   const int64_t words = dim / TileMath<T>::pack;
   for (int64_t t = 0; t < rows.count; t += F32::width) {
-    const bool all = t + F32::width <= rows.count;
     for (int64_t i = t; i < std::min<int64_t>(t + F32::width, next.count); ++i) prefetch(next.keys[i], dim);
+    const int64_t num_rows = std::min<int64_t>(F32::width, rows.count - t);
     for (int64_t w = 0; w < words; w += F32::width) {
-      const int64_t n = std::min<int64_t>(F32::width, words - w), column = w * TileMath<T>::pack;
-      F32 square[F32::width];
-      if (all && n == F32::width) {
-#pragma GCC unroll 16
-        for (int i = 0; i < F32::width; ++i) square[i] = load_words(rows.keys[t + i] + column);
-      } else {
-        for (int i = 0; i < F32::width; ++i)
-          square[i] = t + i < rows.count ? load_words(rows.keys[t + i] + column, n) : F32(0.0f);
-      }
-      transpose(square);
-      if (n == F32::width) {
-#pragma GCC unroll 16
-        for (int i = 0; i < F32::width; ++i) square[i].store(tile + (w + i) * kv_tile + t);
-      } else {
-        for (int i = 0; i < n; ++i) square[i].store(tile + (w + i) * kv_tile + t);
-      }
+      const int64_t num_words = std::min<int64_t>(F32::width, words - w), column = w * TileMath<T>::pack;
+      if (num_rows == F32::width && num_words == F32::width)
+        transpose_words(tile + w * kv_tile + t, rows.keys + t, column);
+      else
+        transpose_words(tile + w * kv_tile + t, rows.keys + t, column, num_rows, num_words);
     }
   }
 }
