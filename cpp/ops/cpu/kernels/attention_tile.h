@@ -149,8 +149,7 @@ inline F32 load_words(const T* p, int64_t n) {
     return F32::load(p, static_cast<int>(n));
 }
 
-// Where the tokens of a tile lie in the cache. The next tile's are fetched while this one is converted: blocks are
-// scattered, so the machine's own prefetcher stops at the end of each.
+// Where the tokens of a tile lie in the cache.
 template <class T>
 struct TileRows {
   int64_t count = 0;
@@ -158,11 +157,27 @@ struct TileRows {
   const T* values[kv_tile];
 };
 
+// Fetches the next tile's rows while this one is converted, a few at a time. Blocks are scattered: the machine's own
+// prefetcher stops at the end of each.
 template <class T>
-inline void prefetch(const T* row, int64_t dim) {
-  // Into L2: it has more misses in flight than L1, which doubles the bandwidth of scattered blocks.
-  for (int64_t j = 0; j < dim; j += static_cast<int64_t>(64 / sizeof(T))) __builtin_prefetch(row + j, 0, 2);
-}
+class TileFetch {
+ public:
+  TileFetch(const TileRows<T>& next, int64_t dim) : next_(next), dim_(dim) {}
+
+  // The next n rows: first all keys, then all values.
+  void fetch(int64_t n) {
+    for (; n > 0 && done_ < 2 * next_.count; --n, ++done_) {
+      const T* row = done_ < next_.count ? next_.keys[done_] : next_.values[done_ - next_.count];
+      // Into L2: it has more misses in flight than L1, which doubles the bandwidth of scattered blocks.
+      for (int64_t j = 0; j < dim_; j += static_cast<int64_t>(64 / sizeof(T))) __builtin_prefetch(row + j, 0, 2);
+    }
+  }
+
+ private:
+  const TileRows<T>& next_;
+  int64_t dim_;
+  int64_t done_ = 0;
+};
 
 // to[word][token] = the words of `width` rows from `column` on. Constant indices only: the square stays in registers.
 template <class T>
@@ -179,8 +194,7 @@ inline void transpose_words(float* to, const T* const* rows, int64_t column) {
 template <class T>
 inline void transpose_words(float* to, const T* const* rows, int64_t column, int64_t num_rows, int64_t num_words) {
   F32 square[F32::width];
-  for (int i = 0; i < F32::width; ++i)
-    square[i] = i < num_rows ? load_words(rows[i] + column, num_words) : F32(0.0f);
+  for (int i = 0; i < F32::width; ++i) square[i] = i < num_rows ? load_words(rows[i] + column, num_words) : F32(0.0f);
   transpose(square);
   for (int i = 0; i < num_words; ++i) square[i].store(to + i * kv_tile);
 }
@@ -188,10 +202,10 @@ inline void transpose_words(float* to, const T* const* rows, int64_t column, int
 // tile[word][token] = the key words of rows.keys[0 .. count); zero from count to the end of its group of `width`
 // tokens, and those beyond are not written: their scores are masked.
 template <class T>
-inline void load_keys(float* tile, const TileRows<T>& rows, const TileRows<T>& next, int64_t dim) {
+inline void load_keys(float* tile, const TileRows<T>& rows, TileFetch<T>& next, int64_t dim) {
   const int64_t words = dim / TileMath<T>::pack;
   for (int64_t t = 0; t < rows.count; t += F32::width) {
-    for (int64_t i = t; i < std::min<int64_t>(t + F32::width, next.count); ++i) prefetch(next.keys[i], dim);
+    next.fetch(F32::width);
     const int64_t num_rows = std::min<int64_t>(F32::width, rows.count - t);
     for (int64_t w = 0; w < words; w += F32::width) {
       const int64_t num_words = std::min<int64_t>(F32::width, words - w), column = w * TileMath<T>::pack;
@@ -204,32 +218,40 @@ inline void load_keys(float* tile, const TileRows<T>& rows, const TileRows<T>& n
 }
 
 #if defined(__AVX512BF16__)
-// to[j] = the pair (first[j], second[j]) for the next 32 columns, of which `n` >= 1 exist; a null second row is zero.
-inline void interleave(float* to, const BFloat16* first, const BFloat16* second, int64_t n) {
+// to[j] = the pair (first[j], second[j]) of 32 columns.
+inline void interleave(float* to, __m512i first, __m512i second, bool both_halves) {
   alignas(64) static constexpr uint16_t low[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
                                                    8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
   const __m512i low_index = _mm512_load_si512(low), high_index = _mm512_add_epi16(low_index, _mm512_set1_epi16(16));
-  const __mmask32 mask = n >= 32 ? ~__mmask32{0} : (__mmask32{1} << n) - 1;
-  const __m512i a = _mm512_maskz_loadu_epi16(mask, first);
-  const __m512i b = second != nullptr ? _mm512_maskz_loadu_epi16(mask, second) : _mm512_setzero_si512();
-  _mm512_storeu_si512(to, _mm512_permutex2var_epi16(a, low_index, b));
-  if (n > 16) _mm512_storeu_si512(to + 16, _mm512_permutex2var_epi16(a, high_index, b));
+  _mm512_storeu_si512(to, _mm512_permutex2var_epi16(first, low_index, second));
+  if (both_halves) _mm512_storeu_si512(to + 16, _mm512_permutex2var_epi16(first, high_index, second));
+}
+
+// Of dim columns; a null second row is zero.
+inline void interleave_rows(float* to, const BFloat16* first, const BFloat16* second, int64_t dim) {
+  int64_t j = 0;
+  if (second != nullptr)
+    for (; j + 32 <= dim; j += 32)
+      interleave(to + j, _mm512_loadu_si512(first + j), _mm512_loadu_si512(second + j), true);
+  for (; j < dim; j += 32) {
+    const __mmask32 mask = dim - j >= 32 ? ~__mmask32{0} : (__mmask32{1} << (dim - j)) - 1;
+    interleave(to + j, _mm512_maskz_loadu_epi16(mask, first + j),
+               second != nullptr ? _mm512_maskz_loadu_epi16(mask, second + j) : _mm512_setzero_si512(), dim - j > 16);
+  }
 }
 #endif
 
 // tile[word][column] = the value words of rows.values[0 .. count): a word is one token's element, or two tokens' with
 // pack 2. `stride` >= dim is a multiple of the width; columns from dim on are zero.
 template <class T>
-inline void load_values(float* tile, const TileRows<T>& rows, const TileRows<T>& next, int64_t dim, int64_t stride) {
+inline void load_values(float* tile, const TileRows<T>& rows, TileFetch<T>& next, int64_t dim, int64_t stride) {
   constexpr int64_t pack = TileMath<T>::pack;
   for (int64_t t = 0; t < rows.count; t += pack) {
-    for (int64_t i = t; i < std::min(t + pack, next.count); ++i) prefetch(next.values[i], dim);
+    next.fetch(pack);
     float* to = tile + t / pack * stride;
 #if defined(__AVX512BF16__)
     if constexpr (pack == 2) {
-      const T* second = t + 1 < rows.count ? rows.values[t + 1] : nullptr;
-      for (int64_t j = 0; j < dim; j += 32)
-        interleave(to + j, rows.values[t] + j, second != nullptr ? second + j : nullptr, dim - j);
+      interleave_rows(to, rows.values[t], t + 1 < rows.count ? rows.values[t + 1] : nullptr, dim);
       continue;
     }
 #endif

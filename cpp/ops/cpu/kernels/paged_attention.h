@@ -61,7 +61,7 @@ class Attention {
   void run_span(const QuerySpan& span, int64_t head, const TileRows<T>& following);
   Scratch scratch() const;
   void load_query(float* to, const QueryTile& tile, int64_t head) const;
-  TileRows<T> find_rows(const QueryTile& tile, int64_t head, int64_t begin, int64_t end) const;
+  void find_rows(TileRows<T>& rows, const QueryTile& tile, int64_t head, int64_t begin, int64_t end) const;
   void sum_chunk(const Scratch& s, const QueryTile& tile, int64_t head, int64_t chunk, const TileRows<T>& following,
                  RowState* state, float* out) const;
   void sum_tile(const Scratch& s, const QueryTile& tile, int64_t begin, int64_t count, RowState* state,
@@ -116,11 +116,12 @@ void Attention<T>::load_query(float* to, const QueryTile& tile, int64_t head) co
   }
 }
 
-// The cached rows of KV positions [begin, end).
+// The cached rows of the tile at KV position `begin`, up to `end`.
 template <class T>
-TileRows<T> Attention<T>::find_rows(const QueryTile& tile, int64_t head, int64_t begin, int64_t end) const {
+void Attention<T>::find_rows(TileRows<T>& rows, const QueryTile& tile, int64_t head, int64_t begin, int64_t end) const {
   const int32_t* blocks = a_.kv_blocks.as<const int32_t>() + a_.kv_start.as<const int32_t>()[tile.sequence];
-  TileRows<T> rows;
+  end = std::min(end, begin + kv_tile);
+  rows.count = 0;
   for (int64_t t = begin; t < end;) {
     const int64_t offset = t % block_size_, block = blocks[t / block_size_],
                   n = std::min(end - t, block_size_ - offset);
@@ -133,7 +134,6 @@ TileRows<T> Attention<T>::find_rows(const QueryTile& tile, int64_t head, int64_t
     rows.count += n;
     t += n;
   }
-  return rows;
 }
 
 // One tile for all rows that see it. KV positions [begin, begin + count) are loaded.
@@ -162,14 +162,16 @@ void Attention<T>::sum_chunk(const Scratch& s, const QueryTile& tile, int64_t he
     state[r] = {minus_infinity, 0.0f};
     std::fill_n(out + r * stride_, stride_, 0.0f);
   }
-  TileRows<T> rows = find_rows(tile, head, begin, std::min(end, begin + kv_tile));
-  for (int64_t t = begin; t < end; t += kv_tile) {
-    const TileRows<T> next =
-        t + kv_tile < end ? find_rows(tile, head, t + kv_tile, std::min(end, t + 2 * kv_tile)) : following;
-    load_keys(s.keys, rows, next, dim_);
-    load_values(s.values, rows, next, dim_, stride_);
-    sum_tile(s, tile, t, rows.count, state, out);
-    rows = next;
+  TileRows<T> found[2];
+  int current = 0;
+  find_rows(found[0], tile, head, begin, end);
+  for (int64_t t = begin; t < end; t += kv_tile, current ^= 1) {
+    const bool last = t + kv_tile >= end;
+    if (!last) find_rows(found[current ^ 1], tile, head, t + kv_tile, end);
+    TileFetch<T> next(last ? following : found[current ^ 1], dim_);
+    load_keys(s.keys, found[current], next, dim_);
+    load_values(s.values, found[current], next, dim_, stride_);
+    sum_tile(s, tile, t, found[current].count, state, out);
   }
 }
 
@@ -198,7 +200,7 @@ void Attention<T>::run(int64_t begin, int64_t end) {
       const QuerySpan& next = spans[static_cast<size_t>((i + 1) / kv_heads_)];
       const QueryTile& tile = plan_.tiles()[static_cast<size_t>(next.tile)];
       const int64_t first = next.chunk_begin * attention_chunk;
-      following = find_rows(tile, (i + 1) % kv_heads_, first, std::min(tile.end(), first + kv_tile));
+      find_rows(following, tile, (i + 1) % kv_heads_, first, tile.end());
     }
     run_span(spans[static_cast<size_t>(i / kv_heads_)], i % kv_heads_, following);
   }
@@ -212,9 +214,10 @@ void Attention<T>::run_span(const QuerySpan& span, int64_t head, const TileRows<
   load_query(s.query, tile, head);
   for (int64_t chunk = span.chunk_begin; chunk < span.chunk_end; ++chunk) {
     const int64_t first = first_row(tile, chunk * attention_chunk), chunk_end = (chunk + 1) * attention_chunk;
-    const TileRows<T> next = chunk + 1 < span.chunk_end
-                                 ? find_rows(tile, head, chunk_end, std::min(tile.end(), chunk_end + kv_tile))
-                                 : following;
+    const bool last = chunk + 1 == span.chunk_end;
+    TileRows<T> next_chunk;
+    if (!last) find_rows(next_chunk, tile, head, chunk_end, tile.end());
+    const TileRows<T>& next = last ? following : next_chunk;
     if (tile.partial >= 0) {
       sum_chunk(s, tile, head, chunk, next, s.state, s.out);
       for (int64_t r = first; r < rows; ++r) {
