@@ -14,6 +14,8 @@ from .settings import Given, Setting, refusal
 from .usage import UsageError
 
 MAX_BYTES = 2**20
+# What YAML makes of a plain or quoted text; any other tag was written by hand and asks for an object.
+_TEXT_TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "timestamp", "value", "merge")}
 
 
 def read(path: str, known: Mapping[str, Setting]) -> dict[str, Given]:
@@ -69,7 +71,7 @@ def _texts(where: str, name: str, value: yaml.Node, is_tuple: bool) -> list[str]
             raise UsageError(f"{where}: {name} takes {'values' if is_tuple else 'one value'}, not a nested structure")
         if item.tag == "tag:yaml.org,2002:null":
             raise UsageError(f"{where}: {name} has no value")
-        if not item.tag.startswith("tag:yaml.org,2002:"):
+        if item.tag not in _TEXT_TAGS:
             raise UsageError(f"{where}: {name} has the tag {item.tag}, which has no meaning here")
     return [str(item.value) for item in items]
 

@@ -37,14 +37,10 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> Options:
     names the flag, the variable or the file:line that is wrong."""
     known = {setting.name: setting for setting in settings()}
     arguments, extras = parser().parse_known_args(dashed(argv))
-    for word in sorted(
-        extras, key=lambda word: not word.startswith("-")
-    ):  # an unknown flag explains the words after it
-        if not word.startswith("-"):
-            raise UsageError(
-                f"unexpected argument {word!r}: only one MODEL, and it goes before options that take lists"
-            )
-        raise UsageError(refusal(word.partition("=")[0], [setting.flag for setting in known.values()]))
+    if strangers := [word for word in extras if word.startswith("-")]:
+        raise UsageError(refusal(strangers[0].partition("=")[0], [setting.flag for setting in known.values()]))
+    if extras:
+        raise UsageError(f"unexpected argument {extras[0]!r}: there is one MODEL, before options that take lists")
     flags = vars(arguments)
     model, file = flags.pop("MODEL"), flags.pop("config", environ.get(f"{ENV_PREFIX}CONFIG"))
     given: dict[str, Given] = {}
