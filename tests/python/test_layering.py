@@ -35,7 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     # The sampler fills columns of its own, so there is nothing for ops.py to allocate.
     "runner": {"models", "layers", "ops", "_kernels", "checkpoint", "config", "errors", "logging"},
     "sockets": BOTTOM,
-    "engine": {"_core", "runner", "sockets", *BOTTOM},
+    "engine": {"_core", "runner", "sockets", "checkpoint", *BOTTOM},
     "client": {"sockets", *BOTTOM},
     "text": {"checkpoint", *BOTTOM},
     "server": {"client", "text", "checkpoint", *BOTTOM},
