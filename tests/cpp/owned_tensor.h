@@ -1,73 +1,67 @@
-// A tensor that owns exactly its memory (so that the sanitizer sees one element too many), for tests of the ops.
+// OwnedTensor: a contiguous tensor with its memory, for tests and benchmarks of the ops.
 #pragma once
 
 #include <cstring>
+#include <initializer_list>
+#include <limits>
 #include <random>
 #include <vector>
 
-#include "ops/dispatch.h"
+#include "ops/float16.h"
 #include "ops/tensor.h"
 
-namespace hybrid {
+namespace hybrid::test {
 
-class OwnedTensor {
- public:
-  // Zeros. `row_stride`: of the first dimension, 0 for a dense tensor; the gaps exist but belong to nobody.
-  OwnedTensor(DType dtype, std::vector<int64_t> shape, int64_t row_stride = 0) {
-    view_.dtype = dtype;
-    view_.ndim = static_cast<int32_t>(shape.size());
-    int64_t stride = 1;
-    for (int i = view_.ndim - 1; i >= 0; --i) {
-      view_.shape[i] = shape[static_cast<size_t>(i)];
-      view_.strides[i] = i == 0 && row_stride > 0 ? row_stride : stride;
-      stride *= view_.shape[i];
-    }
-    const int64_t elements = row_stride > 0 && shape[0] > 0 ? (shape[0] - 1) * row_stride + stride / shape[0] : stride;
-    storage_.resize(static_cast<size_t>(elements * item_size(dtype)));
-    view_.data = storage_.data();
-  }
-  // Normal floats.
-  static OwnedTensor random(DType dtype, std::vector<int64_t> shape, std::mt19937& generator, int64_t row_stride = 0) {
-    OwnedTensor tensor(dtype, std::move(shape), row_stride);
-    std::normal_distribution<float> normal;
-    const int64_t elements = static_cast<int64_t>(tensor.storage_.size()) / item_size(dtype);
-    by_dtype(dtype, [&]<class T>() {
-      for (int64_t i = 0; i < elements; ++i) tensor.view_.as<T>()[i] = static_cast<T>(normal(generator));
-    });
-    return tensor;
-  }
-  static OwnedTensor of(const std::vector<int32_t>& values) {
-    OwnedTensor tensor(DType::i32, {static_cast<int64_t>(values.size())});
-    if (!values.empty()) std::memcpy(tensor.view_.data, values.data(), values.size() * sizeof(int32_t));
-    return tensor;
-  }
-  OwnedTensor(const OwnedTensor& other) : storage_(other.storage_), view_(other.view_) { view_.data = storage_.data(); }
-  OwnedTensor(OwnedTensor&&) = default;  // moving a vector keeps its memory in place
-  OwnedTensor& operator=(const OwnedTensor&) = delete;
-  OwnedTensor& operator=(OwnedTensor&&) = delete;
+template <class T>
+constexpr DType dtype_of() {
+  if constexpr (std::is_same_v<T, float>) return DType::f32;
+  if constexpr (std::is_same_v<T, Float16>) return DType::f16;
+  if constexpr (std::is_same_v<T, BFloat16>) return DType::bf16;
+  if constexpr (std::is_same_v<T, int32_t>) return DType::i32;
+  if constexpr (std::is_same_v<T, int64_t>) return DType::i64;
+  if constexpr (std::is_same_v<T, uint8_t>) return DType::u8;
+}
 
-  const TensorView& view() const { return view_; }
-  operator const TensorView&() const { return view_; }
+inline TensorView view_of(void* data, DType dtype, std::initializer_list<int64_t> shape) {
+  TensorView v;
+  v.data = data;
+  v.dtype = dtype;
+  for (const int64_t size : shape) v.shape[v.ndim++] = size;
+  int64_t stride = 1;
+  for (int i = v.ndim - 1; i >= 0; stride *= v.shape[i--]) v.strides[i] = stride;
+  return v;
+}
 
-  // Rows [first, first + count), sharing memory.
-  TensorView rows(int64_t first, int64_t count) const {
-    TensorView part = view_;
-    part.shape[0] = count;
-    part.data = static_cast<char*>(view_.data) + first * view_.strides[0] * item_size(view_.dtype);
-    return part;
-  }
-  float at(int64_t row, int64_t column) const { return at(row * view_.strides[0] + column); }
-  float at(int64_t offset) const {
-    return by_dtype(view_.dtype, [&]<class T>() { return static_cast<float>(view_.as<T>()[offset]); });
-  }
-  bool row_equals(int64_t row, const OwnedTensor& other, int64_t other_row) const {
-    const auto bytes = static_cast<size_t>(view_.numel() / view_.shape[0] * item_size(view_.dtype));
-    return std::memcmp(rows(row, 1).data, other.rows(other_row, 1).data, bytes) == 0;
-  }
+template <class T>
+struct OwnedTensor {
+  std::vector<T> data;
+  TensorView view;
 
- private:
-  std::vector<char> storage_;
-  TensorView view_;
+  OwnedTensor(std::initializer_list<int64_t> shape, T value) {
+    int64_t n = 1;
+    for (const int64_t size : shape) n *= size;
+    data.assign(static_cast<size_t>(n), value);
+    view = view_of(data.data(), dtype_of<T>(), shape);
+  }
+  explicit OwnedTensor(std::vector<T> values) : data(std::move(values)) {
+    view = view_of(data.data(), dtype_of<T>(), {static_cast<int64_t>(data.size())});
+  }
+  OwnedTensor(const OwnedTensor&) = delete;
+  OwnedTensor(OwnedTensor&&) = default;  // a vector keeps its memory when it moves
+  OwnedTensor& operator=(OwnedTensor&&) = default;
+
+  T& operator[](int64_t i) { return data[static_cast<size_t>(i)]; }
+  const T& operator[](int64_t i) const { return data[static_cast<size_t>(i)]; }
 };
 
-}  // namespace hybrid
+template <class T>
+T not_a_number() {
+  return static_cast<T>(std::numeric_limits<float>::quiet_NaN());
+}
+
+template <class T>
+bool same_bits(const T* a, const T* b, int64_t n) {
+  return std::memcmp(a, b, static_cast<size_t>(n) * sizeof(T)) == 0;
+}
+
+}  // namespace hybrid::test

@@ -75,33 +75,38 @@ template <class T>
 struct FmaTile {
   using X = float;
   using Session = NoSession;
-  static constexpr int vectors = panel_columns / F32::width;
-  static constexpr int max_rows = F32::width == 16 ? 12 : F32::width == 8 ? 3 : 1;
+  static constexpr int max_rows = F32::width == 16 ? 12 : 4;  // of 32 registers, or of 16
   static constexpr int row_step = 1;
   static constexpr int64_t group = sizeof(T) == 2 ? 2 : 1, k_step = group;
 
-  template <int rows>
-  static void run(const float* x, int64_t x_stride, const T* w, int64_t steps, float* acc, bool resume) {
+  // `vectors` registers' worth of columns of the panel.
+  template <int rows, int vectors>
+  static void run_columns(const float* x, int64_t x_stride, const T* w, int64_t steps, float* acc, bool resume) {
     F32 sum[rows][vectors];
     for (int r = 0; r < rows; ++r)
       for (int j = 0; j < vectors; ++j)
         sum[r][j] = resume ? F32::load(acc + r * panel_columns + j * F32::width) : F32(0.0f);
     for (int64_t step = 0; step < steps; ++step, w += panel_columns * group, x += group) {
-      for (int64_t line = 0; line < panel_columns * group; line += 64 / static_cast<int64_t>(sizeof(T)))
-        prefetch(reinterpret_cast<const char*>(w + line) + prefetch_bytes);
-      for (int j = 0; j < vectors; ++j) {
-        F32 weight[group];
-        load_group(w + j * F32::width * group, weight);
-        for (int i = 0; i < group; ++i)
-          for (int r = 0; r < rows; ++r) sum[r][j] = fma(F32(x[r * x_stride + i]), weight[i], sum[r][j]);
-      }
+      for (int64_t line = 0; line < int64_t{vectors} * F32::width * group * static_cast<int64_t>(sizeof(T)); line += 64)
+        prefetch(reinterpret_cast<const char*>(w) + line + prefetch_bytes);
+      F32 weight[vectors][group];
+      for (int j = 0; j < vectors; ++j) load_group(w + j * F32::width * group, weight[j]);
+      for (int i = 0; i < group; ++i)
+        for (int r = 0; r < rows; ++r) {
+          const F32 value(x[r * x_stride + i]);
+          for (int j = 0; j < vectors; ++j) sum[r][j] = fma(value, weight[j][i], sum[r][j]);
+        }
     }
     for (int r = 0; r < rows; ++r)
       for (int j = 0; j < vectors; ++j) sum[r][j].store(acc + r * panel_columns + j * F32::width);
   }
 
   static void run(int rows, const float* x, int64_t x_stride, const T* w, int64_t steps, float* acc, bool resume) {
-    by_rows<max_rows>(rows, [&]<int count>() { run<count>(x, x_stride, w, steps, acc, resume); });
+    by_rows<max_rows>(rows, [&]<int count>() {
+      constexpr int vectors = F32::width == 8 && count == 1 ? 4 : 2;  // one row alone needs more chains to hide latency
+      for (int64_t column = 0; column < panel_columns; column += vectors * F32::width)
+        run_columns<count, vectors>(x, x_stride, w + column * group, steps, acc + column, resume);
+    });
   }
 };
 
