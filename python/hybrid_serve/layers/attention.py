@@ -1,4 +1,4 @@
-"""Attention: projections, rotary embedding, KV cache and attention of one layer; knows no residual and no norm around it."""
+"""Attention: projections, rotary embedding, KV cache and attention of one layer; knows no residual around it."""
 
 from __future__ import annotations
 

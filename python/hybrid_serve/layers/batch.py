@@ -8,8 +8,8 @@ from torch import Tensor
 
 
 class BatchView(NamedTuple):
-    """T tokens of S sequences, R of which are sampled. Sequence s owns query rows [query_start[s], query_start[s + 1])
-    and cache blocks kv_blocks[kv_start[s] .. kv_start[s + 1]); the first ``num_decodes`` sequences have one row each."""
+    """T tokens of S sequences, R of them sampled. Sequence s owns query rows [query_start[s], query_start[s + 1]) and
+    cache blocks kv_blocks[kv_start[s] .. kv_start[s + 1]); the first ``num_decodes`` sequences have one row each."""
 
     token_ids: Tensor  # i32 [T]
     positions: Tensor  # i32 [T]

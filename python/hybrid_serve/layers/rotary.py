@@ -46,7 +46,7 @@ def _llama3(rope: RopeSpec, plain: Tensor) -> Tensor:
 
 
 def _yarn(rope: RopeSpec, plain: Tensor, head_dim: int) -> Tensor:
-    """Dimensions that turn more than beta_fast times in the original context are kept, those below beta_slow stretched."""
+    """Dimensions that turn more than beta_fast times in the original context stay, under beta_slow are stretched."""
 
     def dimension_of(rotations: float) -> float:
         turns = rope.original_max_position / (rotations * 2 * math.pi)

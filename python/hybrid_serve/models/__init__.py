@@ -1,4 +1,4 @@
-"""The model families, by the name that ``ModelSpec.family`` carries. Adding one: its file here, its names in checkpoint/."""
+"""The model families, by the name in ``ModelSpec.family``. Adding one: its file here, its names in checkpoint/."""
 
 from __future__ import annotations
 

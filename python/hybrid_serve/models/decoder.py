@@ -1,4 +1,4 @@
-"""Decoder: the decoder-only transformer, once for all families. Knows layers and their order; not files, not requests."""
+"""Decoder: the decoder-only transformer, once for all families. Knows layers and their order; not files."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Decoder:
             x = layer(x, residual, batch)
         rows = batch.sample_rows
         if rows.shape[0] != x.shape[0]:
-            x, residual = x[rows], residual[rows]
+            x, residual = x.index_select(0, rows), residual.index_select(0, rows)
         return self.lm_head(ops.add_rms_norm(x, residual, self.norm, self.eps))
 
 

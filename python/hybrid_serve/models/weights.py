@@ -85,7 +85,7 @@ def vector(weights: Weights, name: str, size: int, dtype: torch.dtype) -> Tensor
 
 
 def check_tensors(spec: ModelSpec, family: Family, source: TensorSource) -> None:
-    """Every tensor is there in the right shape. Raises StartupError (HS-E022) naming the first that is not; reads none."""
+    """Every tensor is there in the right shape, else StartupError (HS-E022) naming the first that is not."""
     for name, shape in expected_tensors(spec, family):
         info = source.describe(name)
         if info is None:
