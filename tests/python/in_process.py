@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from hybrid_serve import _core
 from hybrid_serve.checkpoint.hub import resolve
 from hybrid_serve.config import Config, ModelConfig

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from hybrid_serve.layers.batch import BatchView
 from hybrid_serve.runner.model_runner import ModelRunner
-from torch import Tensor
 
 
 @dataclass

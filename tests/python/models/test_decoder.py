@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from in_process import load_runner
 from ragged import Ragged
-from tiny_models import FAMILIES, make_tiny_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+
+from in_process import load_runner
+from tiny_models import FAMILIES, make_tiny_model
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     **{family: (family, {}) for family in FAMILIES},
@@ -29,7 +30,10 @@ def reference(folder: Path, prompts: list[list[int]]) -> list[Tensor]:
 
 
 def prompts_of(lengths: list[int]) -> list[list[int]]:
-    return [[(17 * index + 31 * position + position**2) % 509 + 3 for position in range(length)] for index, length in enumerate(lengths)]
+    return [
+        [(17 * index + 31 * position + position**2) % 509 + 3 for position in range(length)]
+        for index, length in enumerate(lengths)
+    ]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
