@@ -1,7 +1,8 @@
 """Typed wrappers of the kernels: they allocate outputs and name shapes; everything else is checked in cpp/ops/ops.cpp.
 
-Tensors cross by DLPack, so a kernel runs on the tensor's device; nothing here asks which one that is. A decode step makes some
-ten calls a layer, hence the cheapest way to allocate: empty_like and new_empty(*sizes) cost half of torch.empty with keywords.
+Tensors cross by DLPack, so a kernel runs on the tensor's device; nothing here asks which one that is. A decode step
+makes some ten calls a layer, hence the cheapest way to allocate: empty_like and new_empty(*sizes) take half the time of
+torch.empty with keywords.
 """
 
 from __future__ import annotations
