@@ -41,7 +41,9 @@ class ModelConfig:
     tokenizer: Annotated[str, Option("folder or hub id of the tokenizer; default: the model's own")] = ""
     revision: Annotated[str, Option("hub branch, tag or commit")] = ""
     download_dir: Annotated[str, Option("where hub files are kept; default: the hub library's cache")] = ""
-    load_format: Annotated[LoadFormat, Option("auto: by the files found; dummy: random weights from config.json")] = "auto"
+    load_format: Annotated[LoadFormat, Option("auto: by the files found; dummy: random weights from config.json")] = (
+        "auto"
+    )
     dtype: Annotated[
         DTypeName, Option("type of weights and cache; auto: the checkpoint's, quantised ones in bfloat16", common=True)
     ] = "auto"
@@ -94,8 +96,12 @@ class ServerConfig:
     root_path: Annotated[str, Option("path prefix that a proxy in front strips")] = ""
     max_request_bytes: Annotated[int, Option("largest request body, e.g. 16MiB", "SIZE")] = 16 * 2**20
     max_logprobs: Annotated[int, Option("largest top_logprobs a request may ask for")] = 20
-    strict_requests: Annotated[bool, Option("unknown or unused request fields are a 400, not a response header")] = False
-    sse_keep_alive_interval: Annotated[float, Option("seconds between comment lines on a silent stream; 0: none")] = 15.0
+    strict_requests: Annotated[bool, Option("unknown or unused request fields are a 400, not a response header")] = (
+        False
+    )
+    sse_keep_alive_interval: Annotated[float, Option("seconds between comment lines on a silent stream; 0: none")] = (
+        15.0
+    )
     shutdown_timeout: Annotated[float, Option("seconds that running requests get to finish after SIGTERM")] = 30.0
     log_level: Annotated[LogLevel, Option("least level that is logged")] = "info"
     metrics_prefix: Annotated[str, Option("prefix of the metrics that vLLM dashboards query")] = "vllm:"
