@@ -1,7 +1,7 @@
 """The closed list of errors that a client can be given, and their one shape on the wire.
 
-``{"error": {"message", "type", "param", "code", "hs_code", "request_id"}}``. Nothing of an exception's own text reaches a
-client unless it was written for one.
+``{"error": {"message", "type", "param", "code", "hs_code", "request_id"}}``. Nothing of an exception's own text reaches
+a client unless it was written for one.
 """
 
 from __future__ import annotations
@@ -25,35 +25,35 @@ _INVALID, _AUTH, _SERVER, _UNAVAILABLE = (
 
 # code -> (HTTP status, type, our number)
 CATALOGUE: dict[str, tuple[int, str, str]] = {
-    "invalid_json": (400, _INVALID, "HS-E201"),
-    "invalid_type": (400, _INVALID, "HS-E202"),
-    "invalid_value": (400, _INVALID, "HS-E203"),
-    "missing_required_parameter": (400, _INVALID, "HS-E204"),
-    "unknown_parameter": (400, _INVALID, "HS-E205"),
-    "unsupported_parameter": (400, _INVALID, "HS-E206"),
-    "context_length_exceeded": (400, _INVALID, "HS-E207"),
-    "no_chat_template": (400, _INVALID, "HS-E208"),
-    "chat_template_failed": (400, _INVALID, "HS-E209"),
-    "invalid_api_key": (401, _AUTH, "HS-E210"),
-    "host_not_allowed": (403, _AUTH, "HS-E211"),
-    "not_found": (404, _INVALID, "HS-E212"),
-    "model_not_found": (404, _INVALID, "HS-E213"),
-    "method_not_allowed": (405, _INVALID, "HS-E214"),
-    "request_too_large": (413, _INVALID, "HS-E215"),
-    "unsupported_media_type": (415, _INVALID, "HS-E216"),
-    "request_timeout": (408, _INVALID, "HS-E217"),
-    "headers_too_large": (431, _INVALID, "HS-E218"),
-    "internal_error": (500, _SERVER, "HS-E300"),
-    "model_loading": (503, _UNAVAILABLE, "HS-E301"),
-    "engine_dead": (503, _UNAVAILABLE, "HS-E302"),
-    "draining": (503, _UNAVAILABLE, "HS-E303"),
+    "invalid_json": (400, _INVALID, "HS-E101"),
+    "invalid_type": (400, _INVALID, "HS-E102"),
+    "invalid_value": (400, _INVALID, "HS-E103"),
+    "missing_required_parameter": (400, _INVALID, "HS-E104"),
+    "unknown_parameter": (400, _INVALID, "HS-E105"),
+    "unsupported_parameter": (400, _INVALID, "HS-E106"),
+    "context_length_exceeded": (400, _INVALID, "HS-E107"),
+    "no_chat_template": (400, _INVALID, "HS-E108"),
+    "chat_template_failed": (400, _INVALID, "HS-E109"),
+    "invalid_api_key": (401, _AUTH, "HS-E110"),
+    "host_not_allowed": (403, _AUTH, "HS-E111"),
+    "not_found": (404, _INVALID, "HS-E112"),
+    "model_not_found": (404, _INVALID, "HS-E113"),
+    "method_not_allowed": (405, _INVALID, "HS-E114"),
+    "request_too_large": (413, _INVALID, "HS-E115"),
+    "unsupported_media_type": (415, _INVALID, "HS-E116"),
+    "request_timeout": (408, _INVALID, "HS-E117"),
+    "headers_too_large": (431, _INVALID, "HS-E118"),
+    "internal_error": (500, _SERVER, "HS-E150"),
+    "model_loading": (503, _UNAVAILABLE, "HS-E151"),
+    "engine_dead": (503, _UNAVAILABLE, "HS-E152"),
+    "draining": (503, _UNAVAILABLE, "HS-E153"),
 }
 _INTERNAL_MESSAGE = "The server had an error while processing your request."
 _RETRY_SECONDS = {"model_loading": 2, "engine_dead": 5, "draining": 5}
 
 
 class ApiError(Exception):
-    """An entry of the catalogue with its message; ``param`` names the request's field, as in ``messages[0].content``."""
+    """An entry of the catalogue with its message; ``param`` names the field, as ``messages[0].content``."""
 
     def __init__(self, code: str, message: str, param: str | None = None) -> None:
         super().__init__(message)

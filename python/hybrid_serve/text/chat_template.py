@@ -10,17 +10,29 @@ from datetime import datetime
 from time import monotonic
 from typing import Any, NoReturn
 
-from jinja2 import TemplateError, TemplateSyntaxError, meta, nodes
+from jinja2 import Environment, TemplateError, TemplateSyntaxError, meta, nodes
+from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.runtime import Context
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MAX_PROMPT_CHARS = 16 * 2**20
 MAX_RENDER_SECONDS = 1.0
+# Names that the server itself gives to templates.
 RESERVED = frozenset(
-    ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "tokenize")
-    + ("bos_token", "eos_token", "raise_exception", "strftime_now")
+    [
+        "messages",
+        "tools",
+        "documents",
+        "add_generation_prompt",
+        "continue_final_message",
+        "tokenize",
+        "bos_token",
+        "eos_token",
+        "raise_exception",
+        "strftime_now",
+    ]
 )
 _TICK = "__tick__"
 _WIDE_FORMAT = re.compile(r"%[^%a-zA-Z]*(\*|\d{4})")
@@ -90,7 +102,7 @@ class ChatTemplate:
             tree = environment.parse(source)
             self.variables = frozenset(meta.find_undeclared_variables(tree))
             _refuse_private_names(tree)
-            _count_loops(tree)
+            _count_loops(tree, environment)
             self._template = environment.from_string(tree)
         except (TemplateError, RecursionError) as error:
             why = getattr(error, "message", None) or "it is nested too deeply"
@@ -110,7 +122,7 @@ class ChatTemplate:
         Raises ``ChatTemplateError``."""
         if not continue_final_message:
             return self._render(messages, add_generation_prompt, variables)
-        # Templates trim contents and close turns in their own ways: a mark nobody can guess shows where the content ended.
+        # Templates trim contents and close turns in their own ways: a mark that nobody can guess shows where it ended.
         mark = secrets.token_hex(16)
         last = messages[-1]
         marked = [*messages[:-1], {**last, "content": f"{last['content']}{mark}"}]
@@ -158,11 +170,11 @@ def _ticker(deadline: float) -> Callable[[], None]:
     return tick
 
 
-def _count_loops(tree: nodes.Template) -> None:
+def _count_loops(tree: nodes.Template, environment: Environment) -> None:
     """Has every loop turn and macro call look at the clock: a loop that prints nothing would run unseen."""
     for node in tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock)):
         call = nodes.Call(nodes.Name(_TICK, "load"), [], [], None, None)
-        statement = nodes.ExprStmt(call).set_lineno(node.lineno).set_environment(tree.environment)
+        statement = nodes.ExprStmt(call).set_lineno(node.lineno).set_environment(environment)
         node.body.insert(0, statement)  # type: ignore[attr-defined]
 
 

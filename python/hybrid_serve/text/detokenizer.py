@@ -12,14 +12,26 @@ from .tokenizer import Tokenizer
 class Detokenizer:
     """The text of one choice; knows no other choice, no JSON, no engine.
 
-    What ``feed`` returns, concatenated, is the decoding of all ids (up to the stop), however they were cut into calls. Text
-    that could still become a stop string, or bytes that could still become a character, are held back:
+    What ``feed`` returns, concatenated, is the decoding of all ids (up to the stop), however they were cut into calls.
+    Text that could still become a stop string, or bytes that could still become a character, are held back:
 
         released | held: longest end that begins a stop string | pending: bytes of an unfinished character
     """
 
-    __slots__ = ("_held", "_ids_are_stops", "_last", "_min_tokens", "_pending", "_reach", "_stops", "_table",
-                 "_keep_stop", "num_tokens", "stop_reason", "stopped")  # fmt: skip
+    __slots__ = (
+        "_held",
+        "_ids_are_stops",
+        "_keep_stop",
+        "_last",
+        "_min_tokens",
+        "_pending",
+        "_reach",
+        "_stops",
+        "_table",
+        "num_tokens",
+        "stop_reason",
+        "stopped",
+    )  # fmt: skip
 
     def __init__(self, tokenizer: Tokenizer, params: SamplingParams, eos_token_ids: Sequence[int] = ()) -> None:
         self._table = tokenizer.visible_bytes if params.skip_special_tokens else tokenizer.token_bytes

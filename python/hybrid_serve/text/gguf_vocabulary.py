@@ -9,7 +9,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as Backend
 
 from ..errors import StartupError
-from .tokenizer import SpecialTokens, Tokenizer
+from .tokenizer import SpecialTokens, Spelling, Tokenizer
 
 # tokenizer.ggml.token_type
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
@@ -86,7 +86,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
         eos_token_ids=tuple(dict.fromkeys(end for end in ends if end is not None)),
     )
     template = metadata.get("tokenizer.chat_template")
-    spelling = "byte_level" if kind == "gpt2" else "sentencepiece"
+    spelling: Spelling = "byte_level" if kind == "gpt2" else "sentencepiece"
     return Tokenizer(backend, spelling, special, str(template) if template else None)
 
 
@@ -187,4 +187,4 @@ def _required(metadata: Mapping[str, Any], name: str) -> Any:
 
 
 def _corrupt(why: str, fix: str) -> StartupError:
-    return StartupError("HS-E113", "the tokenizer of the GGUF file cannot be used", why, fix, exit_code=11)
+    return StartupError("HS-E025", "the tokenizer of the GGUF file cannot be used", why, fix, exit_code=11)

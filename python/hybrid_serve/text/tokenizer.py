@@ -20,7 +20,7 @@ _METASPACE = "\u2581"
 
 
 def _byte_level_alphabet() -> dict[int, str]:
-    """GPT-2's spelling of bytes: printable Latin-1 stands for itself, the other 68 bytes for code points from 256 on."""
+    """GPT-2's spelling of bytes: printable Latin-1 is itself, the other 68 bytes are the code points from 256 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in set(printable)]
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
@@ -28,7 +28,7 @@ def _byte_level_alphabet() -> dict[int, str]:
 
 # Maps a spelled character to the one whose Latin-1 code is the byte. What is not in the alphabet but would survive
 # Latin-1 is mapped out of it, so that such a token is noticed.
-_FROM_BYTE_LEVEL = {byte: "\uffff" for byte in range(256)} | {
+_FROM_BYTE_LEVEL = dict.fromkeys(range(256), "\uffff") | {
     ord(char): chr(byte) for byte, char in _byte_level_alphabet().items()
 }
 
@@ -45,8 +45,8 @@ class SpecialTokens:
 class Tokenizer:
     """Ids and bytes of one vocabulary; knows no conversation, no request, no stream.
 
-    A token is a fixed sequence of bytes here, whatever stands beside it: so the bytes of a text are the joined bytes of its
-    tokens, and UTF-8 is decoded once, over the joint.
+    A token is a fixed sequence of bytes here, whatever stands beside it: so the bytes of a text are the joined bytes of
+    its tokens, and UTF-8 is decoded once, over the joint.
     """
 
     def __init__(self, backend: Backend, spelling: Spelling, special: SpecialTokens, chat_template: str | None) -> None:
