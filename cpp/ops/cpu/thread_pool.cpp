@@ -15,8 +15,8 @@ inline void pause_cpu() {
 #endif
 }
 
-// How long a worker spins for the next loop before it sleeps: longer than the gaps inside a decode step (Python between two
-// ops, some 20 us), short enough that an idle server costs nothing.
+// How long a worker spins for the next loop before it sleeps: longer than the gaps inside a decode step (Python between
+// two ops, some 20 us), short enough that an idle server costs nothing.
 constexpr auto spin_time = std::chrono::microseconds(200);
 
 int usable_cores() {

@@ -1,8 +1,8 @@
 // ThreadPool: one spinning worker per core for loops of microseconds; knows ranges, not tensors.
 //
-// The caller is worker 0. A loop is published by one atomic store; workers spin for it for a short while (a decode step runs
-// some 300 such loops back to back), then sleep on a futex. Results never depend on the number of threads: a body must write
-// only what its indices own.
+// The caller is worker 0. A loop is published by one atomic store; workers spin for it for a short while (a decode step
+// runs some 300 such loops back to back), then sleep on a futex. Results never depend on the number of threads: a body
+// must write only what its indices own.
 #pragma once
 
 #include <atomic>
@@ -28,7 +28,9 @@ class ThreadPool {
   void parallel_for(int64_t n, int64_t grain, const Body& body) {
     if (n <= 0) return;
     if (num_threads_ == 1 || n <= grain) return body(int64_t{0}, n);
-    run(n, grain, [](const void* context, int64_t begin, int64_t end) { (*static_cast<const Body*>(context))(begin, end); },
+    run(
+        n, grain,
+        [](const void* context, int64_t begin, int64_t end) { (*static_cast<const Body*>(context))(begin, end); },
         &body);
   }
 
@@ -52,9 +54,17 @@ class ThreadPool {
   std::vector<std::thread> threads_;
 };
 
-// The process's pool. set_num_threads(0) takes the number of physical cores this process may use. Not while a loop runs.
+// The process's pool. set_num_threads(0) takes the number of physical cores this process may use. Not while a loop
+// runs.
 ThreadPool& pool();
 void set_num_threads(int n);
 int num_threads();
+
+// Grain of an elementwise loop over rows: one piece is worth some 4 us, less would not pay for waking a worker.
+constexpr int64_t rows_per_piece(int64_t elements_per_row) {
+  constexpr int64_t elements_per_piece = 16384;
+  return elements_per_row >= elements_per_piece ? 1
+                                                : elements_per_piece / (elements_per_row > 0 ? elements_per_row : 1);
+}
 
 }  // namespace hybrid::cpu

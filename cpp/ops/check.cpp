@@ -1,0 +1,248 @@
+#include "ops/check.h"
+
+#include <initializer_list>
+#include <limits>
+#include <string>
+#include <utility>
+
+#include "common/check.h"
+
+namespace hybrid {
+
+namespace {
+
+constexpr int64_t any = -1;
+
+std::string shape_text(const int64_t* sizes, int32_t ndim) {
+  std::string text = "[";
+  for (int32_t i = 0; i < ndim; ++i)
+    text += concat(i > 0 ? ", " : "", sizes[i] == any ? "any" : std::to_string(sizes[i]));
+  return text + "]";
+}
+
+// Checks the tensors of one call; the first one seen sets the device for all.
+class Call {
+ public:
+  explicit Call(const char* op) : op_(op) {}
+
+  template <class... Parts>
+  void need(bool condition, const Parts&... parts) const {
+    if (!condition) [[unlikely]]
+      throw std::invalid_argument(concat(op_, ": ", parts...));
+  }
+
+  // Defined, of this dtype and shape, on the call's device, with a contiguous last dimension.
+  const Call& tensor(const char* name, const TensorView& t, DType dtype, std::initializer_list<int64_t> shape) {
+    need(t.defined(), name, " is missing");
+    need(t.dtype == dtype, name, " is ", name_of(t.dtype), ", expected ", name_of(dtype));
+    bool same = t.ndim == static_cast<int32_t>(shape.size());
+    for (int32_t i = 0; same && i < t.ndim; ++i) same = shape.begin()[i] == any || shape.begin()[i] == t.shape[i];
+    if (!same) wrong_shape(name, t, shape);
+    if (t.numel() == 0) return *this;
+    need(t.data != nullptr, name, " has no data");
+    need(t.shape[t.ndim - 1] == 1 || t.strides[t.ndim - 1] == 1, name,
+         ": the last dimension must be contiguous, its stride is ", t.strides[t.ndim - 1]);
+    if (first_ == nullptr) first_ = &t, first_name_ = name;
+    need(t.device == first_->device && t.device_index == first_->device_index, name, " and ", first_name_,
+         " are on different devices");
+    return *this;
+  }
+
+  const Call& packed(const char* name, const TensorView& t, DType dtype, std::initializer_list<int64_t> shape) {
+    tensor(name, t, dtype, shape);
+    need(t.contiguous(), name, " must be contiguous");
+    return *this;
+  }
+
+  void float_type(const char* name, const TensorView& t) const {
+    need(t.dtype == DType::f32 || t.dtype == DType::bf16 || t.dtype == DType::f16, name, " is ", name_of(t.dtype),
+         ", expected float32, bfloat16 or float16");
+  }
+
+  // Every index in [low, high). Free on a CPU; on a device nobody waits for the data to look at it.
+  template <class T>
+  void indices(const char* name, const TensorView& t, int64_t low, int64_t high) const {
+    if (t.device != Device::cpu || t.numel() == 0) return;
+    const T* values = t.as<T>();
+    T smallest = values[0], largest = values[0];
+    for (int64_t i = 1; i < t.numel(); ++i) {
+      smallest = values[i] < smallest ? values[i] : smallest;
+      largest = values[i] > largest ? values[i] : largest;
+    }
+    need(smallest >= low && largest < high, name, " holds ", smallest < low ? smallest : largest,
+         ", expected values in [", low, ", ", high, ")");
+  }
+
+ private:
+  // Apart, because its arguments cost microseconds to build.
+  void wrong_shape(const char* name, const TensorView& t, std::initializer_list<int64_t> shape) const {
+    need(false, name, " has shape ", shape_text(t.shape, t.ndim), ", expected ",
+         shape_text(shape.begin(), static_cast<int32_t>(shape.size())));
+  }
+
+  const char* op_;
+  const TensorView* first_ = nullptr;
+  const char* first_name_ = "";
+};
+
+}  // namespace
+
+void check(const Embedding& a) {
+  Call call("embedding");
+  call.float_type("out", a.out);
+  call.tensor("out", a.out, a.out.dtype, {any, any});
+  const int64_t dim = a.out.shape[1];
+  call.packed("ids", a.ids, DType::i32, {a.out.shape[0]});
+  call.need(a.vocab >= 0, "vocab is ", a.vocab, ", must not be negative");
+  if (a.table.ndim == 1)
+    call.packed("table", a.table, a.out.dtype, {packed_size(a.vocab, dim)});
+  else
+    call.tensor("table", a.table, a.out.dtype, {a.vocab, dim});
+  call.indices<int32_t>("ids", a.ids, 0, a.vocab);
+}
+
+void check(const PackWeight& a) {
+  Call call("pack_weight");
+  call.float_type("weight", a.weight);
+  call.tensor("weight", a.weight, a.weight.dtype, {any, any});
+  call.packed("out", a.out, a.weight.dtype, {packed_size(a.weight.shape[0], a.weight.shape[1])});
+}
+
+void check(const Linear& a) {
+  Call call("linear");
+  call.need(a.n > 0 && a.k > 0, "n is ", a.n, " and k is ", a.k, ", both must be positive");
+  call.float_type("x", a.x);
+  call.tensor("x", a.x, a.x.dtype, {any, a.k});
+  call.tensor("out", a.out, a.out.dtype == DType::f32 ? DType::f32 : a.x.dtype, {a.x.shape[0], a.n});
+  call.packed("weight", a.weight, a.x.dtype, {packed_size(a.n, a.k)});
+  if (a.bias.defined()) call.tensor("bias", a.bias, a.x.dtype, {a.n});
+}
+
+void check(const RmsNorm& a) {
+  Call call("rms_norm");
+  call.float_type("x", a.x);
+  call.tensor("x", a.x, a.x.dtype, {any, any});
+  call.tensor("out", a.out, a.x.dtype, {a.x.shape[0], a.x.shape[1]});
+  call.tensor("weight", a.weight, a.x.dtype, {a.x.shape[1]});
+  if (a.residual.defined()) call.tensor("residual", a.residual, a.x.dtype, {a.x.shape[0], a.x.shape[1]});
+}
+
+void check(const Rotary& a) {
+  Call call("rotary");
+  call.float_type("q", a.q);
+  call.tensor("q", a.q, a.q.dtype, {any, any, any});
+  const int64_t rows = a.q.shape[0], dim = a.q.shape[2];
+  call.tensor("k", a.k, a.q.dtype, {rows, any, dim});
+  call.tensor("cos_sin", a.cos_sin, DType::f32, {any, any});
+  const int64_t rotary_dim = a.cos_sin.shape[1];
+  call.need(rotary_dim % 2 == 0 && rotary_dim <= dim, "cos_sin has rotary_dim ", rotary_dim,
+            ", expected an even number of at most dim = ", dim);
+  call.packed("positions", a.positions, DType::i32, {rows});
+  call.indices<int32_t>("positions", a.positions, 0, a.cos_sin.shape[0]);
+}
+
+void check(const SiluMul& a) {
+  Call call("silu_mul");
+  call.float_type("out", a.out);
+  call.tensor("out", a.out, a.out.dtype, {any, any});
+  call.tensor("x", a.x, a.out.dtype, {a.out.shape[0], 2 * a.out.shape[1]});
+}
+
+void check(const StoreKv& a) {
+  Call call("store_kv");
+  call.float_type("k_cache", a.k_cache);
+  call.tensor("k_cache", a.k_cache, a.k_cache.dtype, {any, any, any, any});
+  const int64_t blocks = a.k_cache.shape[0], heads = a.k_cache.shape[1], size = a.k_cache.shape[2],
+                dim = a.k_cache.shape[3];
+  call.tensor("v_cache", a.v_cache, a.k_cache.dtype, {blocks, heads, size, dim});
+  call.tensor("k", a.k, a.k_cache.dtype, {any, heads, dim});
+  call.tensor("v", a.v, a.k_cache.dtype, {a.k.shape[0], heads, dim});
+  call.packed("slots", a.slots, DType::i64, {a.k.shape[0]});
+  call.indices<int64_t>("slots", a.slots, std::numeric_limits<int64_t>::min(), blocks * size);
+}
+
+namespace {
+
+// The ragged columns, readable on a CPU only: every query row and every position has to lie in what the call was given.
+void check_sequences(const Call& call, const PagedAttention& a) {
+  if (a.out.device != Device::cpu) return;
+  const int32_t *query_start = a.query_start.as<int32_t>(), *seq_lens = a.seq_lens.as<int32_t>(),
+                *kv_start = a.kv_start.as<int32_t>();
+  const int64_t seqs = a.seq_lens.shape[0], block_size = a.k_cache.shape[2];
+  call.need(query_start[0] >= 0 && query_start[seqs] <= a.q.shape[0], "query_start covers rows ", query_start[0],
+            " to ", query_start[seqs], ", q has ", a.q.shape[0]);
+  call.need(kv_start[0] >= 0 && kv_start[seqs] <= a.kv_blocks.shape[0], "kv_start covers blocks ", kv_start[0], " to ",
+            kv_start[seqs], ", kv_blocks has ", a.kv_blocks.shape[0]);
+  for (int64_t s = 0; s < seqs; ++s) {
+    const int64_t queries = int64_t{query_start[s + 1]} - query_start[s],
+                  blocks = int64_t{kv_start[s + 1]} - kv_start[s];
+    call.need(queries >= 0 && queries <= a.max_query_len && queries <= seq_lens[s], "sequence ", s, " has ", queries,
+              " query rows, expected 0 to min(max_query_len = ", a.max_query_len, ", seq_len = ", seq_lens[s], ")");
+    call.need(s >= a.num_decodes || queries == 1, "sequence ", s, " has ", queries, " query rows, but num_decodes is ",
+              a.num_decodes);
+    call.need(blocks * block_size >= seq_lens[s], "sequence ", s, " of ", seq_lens[s], " tokens has ", blocks,
+              " blocks of ", block_size);
+  }
+}
+
+}  // namespace
+
+void check(const PagedAttention& a) {
+  Call call("paged_attention");
+  call.float_type("q", a.q);
+  call.tensor("q", a.q, a.q.dtype, {any, any, any});
+  const int64_t rows = a.q.shape[0], heads = a.q.shape[1], dim = a.q.shape[2];
+  call.tensor("out", a.out, a.q.dtype, {rows, heads, dim});
+  call.tensor("k_cache", a.k_cache, a.q.dtype, {any, any, any, dim});
+  const int64_t blocks = a.k_cache.shape[0], kv_heads = a.k_cache.shape[1], block_size = a.k_cache.shape[2];
+  call.tensor("v_cache", a.v_cache, a.q.dtype, {blocks, kv_heads, block_size, dim});
+  call.need(kv_heads > 0 && heads % kv_heads == 0, heads, " query heads cannot share ", kv_heads, " key/value heads");
+  call.tensor("seq_lens", a.seq_lens, DType::i32, {any});
+  const int64_t seqs = a.seq_lens.shape[0];
+  call.packed("query_start", a.query_start, DType::i32, {seqs + 1});
+  call.packed("kv_start", a.kv_start, DType::i32, {seqs + 1});
+  call.packed("kv_blocks", a.kv_blocks, DType::i32, {any});
+  call.need(a.num_decodes >= 0 && a.num_decodes <= seqs, "num_decodes is ", a.num_decodes, " of ", seqs, " sequences");
+  check_sequences(call, a);
+  call.indices<int32_t>("kv_blocks", a.kv_blocks, 0, blocks);
+}
+
+void check(const CopyBlocks& a) {
+  Call call("copy_blocks");
+  call.tensor("cache", a.cache, a.cache.dtype, {any, any});
+  call.packed("src", a.src, DType::i32, {any});
+  call.packed("dst", a.dst, DType::i32, {a.src.shape[0]});
+  call.indices<int32_t>("src", a.src, 0, a.cache.shape[0]);
+  call.indices<int32_t>("dst", a.dst, 0, a.cache.shape[0]);
+}
+
+void check(const Sample& a) {
+  Call call("sample");
+  call.tensor("logits", a.logits, DType::f32, {any, any});
+  const int64_t rows = a.logits.shape[0], vocab = a.logits.shape[1];
+  call.need(vocab > 0, "logits have no vocabulary");
+  call.packed("tokens", a.tokens, DType::i32, {rows});
+  for (const auto& [name, column] :
+       {std::pair{"temperature", &a.temperature}, std::pair{"top_p", &a.top_p}, std::pair{"min_p", &a.min_p},
+        std::pair{"repetition_penalty", &a.repetition_penalty}})
+    call.packed(name, *column, DType::f32, {rows});
+  for (const auto& [name, column] :
+       {std::pair{"top_k", &a.top_k}, std::pair{"positions", &a.positions}, std::pair{"num_logprobs", &a.num_logprobs}})
+    call.packed(name, *column, DType::i32, {rows});
+  call.packed("seeds", a.seeds, DType::i64, {rows});
+  call.packed("adjust_start", a.adjust_start, DType::i32, {rows + 1});
+  call.packed("adjust_ids", a.adjust_ids, DType::i32, {any});
+  const int64_t entries = a.adjust_ids.shape[0];
+  call.packed("adjust_add", a.adjust_add, DType::f32, {entries});
+  call.packed("adjust_flags", a.adjust_flags, DType::i32, {entries});
+  call.indices<int32_t>("adjust_ids", a.adjust_ids, 0, vocab);
+  call.indices<int32_t>("adjust_start", a.adjust_start, 0, entries + 1);
+  if (!a.logprobs.defined()) return;
+  call.tensor("logprobs", a.logprobs, DType::f32, {rows, any});
+  call.tensor("logprob_ids", a.logprob_ids, DType::i32, {rows, a.logprobs.shape[1]});
+  call.packed("ranks", a.ranks, DType::i32, {rows});
+  call.need(a.logprobs.shape[1] >= 1, "logprobs has width 0");
+  call.indices<int32_t>("num_logprobs", a.num_logprobs, -1, a.logprobs.shape[1]);
+}
+
+}  // namespace hybrid

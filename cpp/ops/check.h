@@ -1,0 +1,20 @@
+// What every op asks of its arguments: shapes, dtypes, layout, one device, and, where the data can be read cheaply (on
+// a CPU), indices inside their tables. Throws std::invalid_argument that names the op, the tensor and the numbers.
+#pragma once
+
+#include "ops/ops.h"
+
+namespace hybrid {
+
+void check(const Embedding&);
+void check(const PackWeight&);
+void check(const Linear&);
+void check(const RmsNorm&);
+void check(const Rotary&);
+void check(const SiluMul&);
+void check(const StoreKv&);
+void check(const PagedAttention&);
+void check(const CopyBlocks&);
+void check(const Sample&);
+
+}  // namespace hybrid

@@ -1,0 +1,64 @@
+// Root-mean-square norm of rows, with the residual addition that precedes it in a transformer block.
+#pragma once
+
+#include "ops/cpu/thread_pool.h"
+#include "ops/cpu/vec.h"
+#include "ops/dispatch.h"
+#include "ops/ops.h"
+
+namespace hybrid::cpu::HYBRID_ISA {
+
+// residual += x; the norm is taken of what was stored, so that it equals a norm of the residual read back later.
+template <class T>
+void add_row(T* residual, const T* x, int64_t dim) {
+  int64_t i = 0;
+  for (; i + F32::width <= dim; i += F32::width) (F32::load(residual + i) + F32::load(x + i)).store(residual + i);
+  if (const int tail = static_cast<int>(dim - i); tail > 0)
+    (F32::load(residual + i, tail) + F32::load(x + i, tail)).store(residual + i, tail);
+}
+
+template <class T>
+float sum_of_squares(const T* x, int64_t dim) {
+  F32 sum[4] = {F32(0.0f), F32(0.0f), F32(0.0f), F32(0.0f)};
+  int64_t i = 0;
+  for (; i + 4 * F32::width <= dim; i += 4 * F32::width)
+    for (int j = 0; j < 4; ++j) {
+      const F32 value = F32::load(x + i + j * F32::width);
+      sum[j] = fma(value, value, sum[j]);
+    }
+  for (; i < dim; i += F32::width) {
+    const F32 value = F32::load(x + i, static_cast<int>(std::min<int64_t>(F32::width, dim - i)));
+    sum[0] = fma(value, value, sum[0]);
+  }
+  return ((sum[0] + sum[1]) + (sum[2] + sum[3])).sum();
+}
+
+template <class T>
+void scale_row(T* out, const T* x, const T* weight, float scale, int64_t dim) {
+  const F32 factor(scale);
+  int64_t i = 0;
+  for (; i + F32::width <= dim; i += F32::width) (F32::load(x + i) * factor * F32::load(weight + i)).store(out + i);
+  if (const int tail = static_cast<int>(dim - i); tail > 0)
+    (F32::load(x + i, tail) * factor * F32::load(weight + i, tail)).store(out + i, tail);
+}
+
+inline void rms_norm(const RmsNorm& args) {
+  const int64_t dim = args.x.shape[1];
+  by_dtype(args.x.dtype, [&]<class T>() {
+    pool().parallel_for(args.x.shape[0], rows_per_piece(dim), [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        const T* x = args.x.as<T>() + row * args.x.strides[0];
+        if (args.residual.defined()) {
+          T* residual = args.residual.as<T>() + row * args.residual.strides[0];
+          add_row(residual, x, dim);
+          x = residual;
+        }
+        const float mean = sum_of_squares(x, dim) / static_cast<float>(dim);
+        const float scale = 1.0f / std::sqrt(mean + args.eps);
+        scale_row(args.out.as<T>() + row * args.out.strides[0], x, args.weight.as<T>(), scale, dim);
+      }
+    });
+  });
+}
+
+}  // namespace hybrid::cpu::HYBRID_ISA

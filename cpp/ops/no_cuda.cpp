@@ -1,0 +1,27 @@
+// Stands in for the CUDA kernels in a build without them.
+#include "common/check.h"
+#include "ops/ops.h"
+
+namespace hybrid::cuda {
+
+namespace {
+
+[[noreturn]] void missing(const char* op) {
+  throw std::invalid_argument(
+      concat(op, ": the tensors are on a CUDA device, but hybrid-serve was built without CUDA"));
+}
+
+}  // namespace
+
+void embedding(const Embedding&) { missing("embedding"); }
+void pack_weight(const PackWeight&) { missing("pack_weight"); }
+void linear(const Linear&) { missing("linear"); }
+void rms_norm(const RmsNorm&) { missing("rms_norm"); }
+void rotary(const Rotary&) { missing("rotary"); }
+void silu_mul(const SiluMul&) { missing("silu_mul"); }
+void store_kv(const StoreKv&) { missing("store_kv"); }
+void paged_attention(const PagedAttention&) { missing("paged_attention"); }
+void copy_blocks(const CopyBlocks&) { missing("copy_blocks"); }
+void sample(const Sample&) { missing("sample"); }
+
+}  // namespace hybrid::cuda
