@@ -1,5 +1,6 @@
 #include "ops/cpu/buffer.h"
 
+#include <cstddef>
 #include <new>
 
 namespace hybrid::cpu {
