@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -15,6 +14,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from ..config import is_loopback
 from . import answers, protocol
 from .body import read_json_body
 from .context import ServerContext
@@ -81,7 +81,7 @@ def create_app(context: ServerContext) -> Starlette:
     middleware = [Middleware(RequestId), Middleware(Errors)]
     if server.api_key:
         middleware.append(Middleware(Authentication, server.api_key))
-    elif _is_loopback(server.host):
+    elif is_loopback(server.host):
         middleware.append(Middleware(HostCheck, (server.host,)))
     routes = [
         *(Route(route.path, _Post(context, route), methods=["POST"]) for route in POST_ROUTES),
@@ -141,12 +141,3 @@ async def _raise(request: Request, error: Exception) -> Response:
     if isinstance(error, ApiError):
         raise error
     raise error
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

@@ -42,6 +42,7 @@ CATALOGUE: dict[str, tuple[int, str, str]] = {
     "request_too_large": (413, _INVALID, "HS-E115"),
     "unsupported_media_type": (415, _INVALID, "HS-E116"),
     "request_timeout": (408, _INVALID, "HS-E117"),
+    "invalid_http": (400, _INVALID, "HS-E119"),
     "headers_too_large": (431, _INVALID, "HS-E118"),
     "internal_error": (500, _SERVER, "HS-E150"),
     "model_loading": (503, _UNAVAILABLE, "HS-E151"),

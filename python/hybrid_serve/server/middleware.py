@@ -88,7 +88,7 @@ async def send_error(scope: Scope, send: Send, error: ApiError) -> None:
     )
     if error.retry_after is not None:
         headers["retry-after"] = str(error.retry_after)
-    if error.code == "draining" or error.status == 413:
+    if error.code == "draining":
         headers["connection"] = "close"
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"
@@ -107,7 +107,8 @@ class Authentication:
         self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in PUBLIC_PATHS and not self._is_known(scope):
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        if path not in PUBLIC_PATHS and not self._is_known(scope):
             raise ApiError("invalid_api_key", "A valid API key is needed: Authorization: Bearer KEY.")
         await self.app(scope, receive, send)
 

@@ -7,7 +7,7 @@ from collections.abc import Awaitable
 from time import monotonic
 from typing import Any
 
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from .errors import ApiError, as_api_error
 from .lifecycle import Lifecycle
@@ -49,9 +49,8 @@ class Exchange:
         """Raises what the work raised if no byte was sent; on a stream it becomes an error event without ``[DONE]``."""
         self._lifecycle.opened()
         worker = asyncio.ensure_future(work)
-        receiver = asyncio.ensure_future(self._receive())
         try:
-            await self._watch(worker, receiver)
+            await self._watch(worker)
         except ClientDisconnected:
             raise
         except Exception as error:
@@ -60,23 +59,28 @@ class Exchange:
             await self._stop(worker)
             await self._fail(as_api_error(error))
         finally:
-            receiver.cancel()
             await self._stop(worker)
             self._lifecycle.closed()
 
-    async def _watch(self, worker: asyncio.Future[None], receiver: asyncio.Future[Message]) -> None:
+    async def _watch(self, worker: asyncio.Future[None]) -> None:
         cut = self._lifecycle.cut
-        watched: set[asyncio.Future[Any]] = {worker, receiver, cut}
-        while True:
-            done, _ = await asyncio.wait(watched, timeout=self._interval, return_when=asyncio.FIRST_COMPLETED)
-            if worker in done:
-                return worker.result()
-            if receiver in done:
-                receiver.result()
-                raise ClientDisconnected
-            if cut in done:
-                raise ApiError("draining", "The server is shutting down; the request was not finished.")
-            await self._keep_alive()
+        receiver = asyncio.ensure_future(self._receive())
+        try:
+            while True:
+                watched: set[asyncio.Future[Any]] = {worker, receiver, cut}
+                done, _ = await asyncio.wait(watched, timeout=self._interval, return_when=asyncio.FIRST_COMPLETED)
+                if worker in done:
+                    return worker.result()
+                if cut in done:
+                    raise ApiError("draining", "The server is shutting down; the request was not finished.")
+                if receiver in done:
+                    if receiver.result()["type"] == "http.disconnect":
+                        raise ClientDisconnected
+                    receiver = asyncio.ensure_future(self._receive())
+                if not done:
+                    await self._keep_alive()
+        finally:
+            receiver.cancel()
 
     async def _stop(self, worker: asyncio.Future[None]) -> None:
         worker.cancel()

@@ -10,12 +10,32 @@ from typing import Any
 from tokenizers import Tokenizer as Backend
 
 from ..checkpoint.gguf import GgufArray, GgufFile
+from ..config import ModelConfig
 from ..errors import StartupError
 from .chat_template import ChatTemplate, ChatTemplateError
 from .gguf_vocabulary import tokenizer_from_gguf
 from .tokenizer import SpecialTokens, Spelling, Tokenizer
 
 log = logging.getLogger(__name__)
+
+
+def locate_tokenizer(given: str, model: ModelConfig) -> Path:
+    """The folder that ``--tokenizer`` means: one of this machine, or a hub id, of which only small files are fetched.
+    Raises ``StartupError``."""
+    path = Path(given).expanduser()
+    if path.exists():
+        return path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        folder = snapshot_download(
+            given, cache_dir=model.download_dir or None, allow_patterns=["*.json", "*.jinja", "tokenizer.model"]
+        )
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+        why = f"{given} is neither a folder here nor a model of the hub ({type(error).__name__})"
+        raise _no_tokenizer(why, "check --tokenizer") from error
+    return Path(folder)
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
