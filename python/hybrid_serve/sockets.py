@@ -13,7 +13,7 @@ RECONNECT_MS = 20  # a peer that is just starting is found this soon
 
 def bind_router(context: zmq.Context[Any], address: str) -> zmq.Socket[bytes]:
     """A ROUTER that refuses frames above MAX_FRAME_BYTES and raises EHOSTUNREACH for a peer that is gone."""
-    socket = context.socket(zmq.ROUTER)
+    socket: zmq.Socket[bytes] = context.socket(zmq.ROUTER)
     _set_common(socket)
     socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
     socket.bind(address)
@@ -22,7 +22,7 @@ def bind_router(context: zmq.Context[Any], address: str) -> zmq.Socket[bytes]:
 
 def connect_dealer(context: zmq.Context[Any], address: str, identity: bytes) -> zmq.Socket[bytes]:
     """A DEALER that the ROUTER at ``address`` knows as ``identity``; that end may still be to come."""
-    socket = context.socket(zmq.DEALER)
+    socket: zmq.Socket[bytes] = context.socket(zmq.DEALER)
     _set_common(socket)
     socket.setsockopt(zmq.IDENTITY, identity)
     socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
@@ -41,4 +41,4 @@ def _set_common(socket: zmq.Socket[bytes]) -> None:
 def readable(socket: zmq.Socket[bytes]) -> bool:
     """Whether a message can be received now. Must be asked after a send, too, where a loop waits on the socket's file
     descriptor: that one signals changes, and a send can swallow one."""
-    return bool(socket.getsockopt(zmq.EVENTS) & zmq.POLLIN)  # type: ignore[operator]
+    return bool(int(socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN)

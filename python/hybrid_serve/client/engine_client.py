@@ -17,6 +17,7 @@ from ..config import Config
 from ..sockets import connect_dealer, readable
 from ..wire import (
     API_INDEX_SHIFT,
+    MAX_FRAME_BYTES,
     PROTOCOL_VERSION,
     AddRequest,
     Empty,
@@ -55,7 +56,7 @@ class ZmqEngineClient:
 
     Knows ids and frames; not text, not HTTP. All of it runs in the event loop that ``start`` was called in: no task,
     no thread, no lock. ``on_shutdown(now)`` is called with False when running requests are to be finished and no more
-    taken, and with True when they are to be ended at once; ``on_status`` whenever the engine's phase or progress changes.
+    taken, and with True when they are to be ended at once; ``on_status`` with every news of the engine's phase.
     """
 
     def __init__(
@@ -144,6 +145,10 @@ class ZmqEngineClient:
     def _begin(self, stream: ZmqStream, request: AddRequest, token_ids: bytes) -> None:
         if self._status.phase == "dead":
             stream.fail(EngineDead(self._status.message))
+            return
+        if len(token_ids) > MAX_FRAME_BYTES:  # the engine would hang up on the whole API server
+            text = f"The prompt has {len(token_ids) // 4} tokens; no model here takes as many."
+            stream.fail(EngineRejected(400, text, "context_length_exceeded"))
             return
         link = min(self._links, key=lambda link: len(link.streams))
         self._link_of[stream] = link

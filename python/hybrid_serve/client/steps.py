@@ -38,7 +38,7 @@ def _logprobs(columns: Sequence[bytes], row: int, width: int) -> list[TokenLogpr
     ids = memoryview(columns[1]).cast("i")[start:end].tolist()
     if ids[0] < 0:
         return []  # another row of the step asked
-    values = memoryview(columns[0]).cast("f")[start:end].tolist()
+    values = list[float](memoryview(columns[0]).cast("f")[start:end])
     rank = memoryview(columns[2]).cast("i")[row]
-    top = [(id, value) for id, value in zip(ids[1:], values[1:], strict=True) if id >= 0]
+    top: list[tuple[int, float]] = [(id, value) for id, value in zip(ids[1:], values[1:], strict=True) if id >= 0]
     return [TokenLogprobs(values[0], rank, top)]

@@ -9,10 +9,10 @@ from . import ChoiceOutput
 
 
 class ZmqStream:
-    """Which choices of a request still run, and what came of them since the last turn. Knows ids; neither socket nor frame.
+    """Which choices of a request still run, and what came of them since the last turn. Knows no socket and no frame.
 
-    One task iterates. ``begin`` is called on entering the ``async with`` block, ``abort`` with the ids that nobody wants
-    any more: of one choice, or on leaving the block of all that still run.
+    One task iterates. ``begin`` is called on entering the ``async with`` block, ``abort`` with the ids that nobody
+    wants any more: of one choice, or on leaving the block of all that still run.
     """
 
     __slots__ = ("_abort", "_begin", "_error", "_live", "_outputs", "_waiter", "first_id", "n")

@@ -139,7 +139,7 @@ class Inbox:
 
 
 def add(core: Scheduler, client: int, request: AddRequest, tokens: Buffer) -> None:
-    """Queues the request; ``tokens``: bytes of i32. Raises what ``Scheduler.add`` does, and ValueError without a seed."""
+    """Queues the request; ``tokens``: bytes of i32. Raises what ``Scheduler.add`` does; ValueError without a seed."""
     params = request.params
     if params.seed is None:
         raise ValueError("seed is missing: whoever sends the request draws one, so that a replay is exact")

@@ -64,10 +64,8 @@ def _run(order: Order) -> int:
         log.debug("%s could not start", spec.name, exc_info=True)
     except Exception as error:
         log.exception("%s failed", spec.name)
-        what, why = f"{spec.name} failed", f"{type(error).__name__}: {error}"
-        failure = StartupFailure(
-            "HS-E200", what, why, "the log above has the traceback; please report it", ENGINE_FAILED
-        )
+        what, why, fix = f"{spec.name} failed", f"{type(error).__name__}: {error}", "the log above has the traceback"
+        failure = StartupFailure("HS-E200", what, why, fix, ENGINE_FAILED)
     _report(order, failure)
     return failure.exit_code
 

@@ -23,7 +23,7 @@ def listen(config: ServerConfig) -> socket.socket:
         )[0]
     except socket.gaierror as error:
         raise StartupError(
-            "HS-E032", f"host {host} is not known", error.strerror, "--host 127.0.0.1", PORT_BUSY
+            "HS-E032", f"host {host} is not known", error.strerror or "", "--host 127.0.0.1", PORT_BUSY
         ) from error
     listener = socket.socket(family, kind, protocol)
     try:
@@ -63,7 +63,7 @@ def port_holder(port: int) -> str:
         pids = {
             connection.pid
             for connection in psutil.net_connections("tcp")
-            if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid
+            if connection.status == psutil.CONN_LISTEN and connection.laddr[1:] == (port,) and connection.pid
         }
         # Children inherit the socket: the eldest is the one to stop.
         process = min((psutil.Process(pid) for pid in pids), key=lambda process: process.create_time(), default=None)

@@ -25,7 +25,7 @@ class Reporter(Protocol):
 
 
 class PlainReporter:
-    """Lines of text; on a terminal also a share that is redrawn. Knows no process. A closed stream is nobody's fault."""
+    """Lines of text; on a terminal also a share that is redrawn. Knows no process. Nobody need listen."""
 
     def __init__(self, config: Config, stream: TextIO | None = None) -> None:
         self._config, self._stream = config, stream or sys.stdout

@@ -57,8 +57,8 @@ def serve(config: Config, reporter: Reporter | None = None, **plan_options: Any)
 
 
 class Supervisor:
-    """Starts the planned processes, passes on what the engine says of itself, and ends all of them when one of them ends,
-    or in order when a signal asks for it. Knows no request. Never outlived by a child."""
+    """Starts the planned processes, passes on what the engine says of itself, and ends all of them when one of them
+    ends, or in order when a signal asks for it. Knows no request. Never outlived by a child."""
 
     def __init__(self, config: Config, directory: Path, specs: list[ProcessSpec], reporter: Reporter) -> None:
         self.config, self.directory, self.specs, self.reporter = config, directory, specs, reporter
