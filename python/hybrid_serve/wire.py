@@ -34,7 +34,7 @@ class Kind:
     HELLO = b"\x21"  # Hello
     STATUS = b"\x22"  # Status
     FAILED = b"\x23"  # StartupFailure
-    SHUTDOWN = b"\x24"  # Empty
+    SHUTDOWN = b"\x24"  # Empty; to an API server: finish what runs, and when it comes a second time: end now
 
 
 class FinishReason(IntEnum):
@@ -163,6 +163,15 @@ class StartupFailure(msgspec.Struct, array_like=True, frozen=True):
     why: str
     fix: str
     exit_code: int = 1
+
+
+def api_identity(api_index: int) -> bytes:
+    """By which an API server's DEALERs are known to the ROUTERs."""
+    return b"api-%d" % api_index
+
+
+def engine_identity(engine_index: int) -> bytes:
+    return b"engine-%d" % engine_index
 
 
 T = TypeVar("T", bound=msgspec.Struct)

@@ -1,4 +1,4 @@
-"""Puts the shared test modules (tiny_models, in_process) on the path, wherever pytest is started."""
+"""Makes the modules beside this file importable by every test: fakes, tiny models, harnesses."""
 
 from __future__ import annotations
 
