@@ -1,7 +1,7 @@
-"""A stand-in for the API server: a child process that uses the client directly and does what a test tells it over TCP.
+"""A stand-in for the API server: a child that uses the client directly and does what a test tells it over TCP.
 
-Each connection to the inherited socket is one line: ``PROMPT_LENGTH SEED MAX_TOKENS``. The reply is one token id a line, then
-``end``, or ``error: ...``.
+A connection to the inherited socket says one line: ``PROMPT_LENGTH SEED MAX_TOKENS``. The reply is one token id a line,
+then ``end``, or ``error: ...``.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from fake_executor import expected
 from server_process import ServerProcess, read_all
 
@@ -112,7 +113,7 @@ def test_a_second_signal_does_not_wait_for_streams(tmp_path: Path) -> None:
     """F-12, F-15."""
     with ServerProcess(tmp_path, "fake?delay=0.02", shutdown_timeout=60.0) as server:
         server.wait_ready()
-        running = server.open_stream()
+        server.open_stream()
         server.signal(signal.SIGINT)
         server.wait(lambda: "stopping" in server.output)
         server.signal(signal.SIGINT)
@@ -124,7 +125,7 @@ def test_a_stream_longer_than_the_limit_does_not_hold_the_drain(tmp_path: Path) 
     """F-13: exit code 0 at the limit."""
     with ServerProcess(tmp_path, "fake?delay=0.02", shutdown_timeout=0.3) as server:
         server.wait_ready()
-        running = server.open_stream()
+        server.open_stream()
         began = time.monotonic()
         server.signal(signal.SIGTERM)
         assert server.wait_exit(4) == 0
@@ -134,11 +135,18 @@ def test_a_stream_longer_than_the_limit_does_not_hold_the_drain(tmp_path: Path) 
 
 def test_a_server_outlives_the_reader_of_its_output(tmp_path: Path) -> None:
     """F-15: ``serve | head``; here the reader is gone before the first line."""
-    with ServerProcess(tmp_path) as server:
-        server.wait_ready()
-        assert read_all(server.ask("1 1 1"))[-1] == "end"
+    read, write = os.pipe()
+    os.close(read)
+    port = free_port()
+    with ServerProcess(tmp_path, output_fd=write, port=port) as server:
+        os.close(write)
+        server.wait(lambda: not can_bind(("127.0.0.1", port)))
+        server.wait(lambda: read_all(server.ask("status", port))[0].startswith("ready"))
+        assert read_all(server.ask("1 1 1", port)) == [str(expected([0], 1, 1)[0]), "end"]
+        server.remember_family()
         server.signal(signal.SIGTERM)
         assert server.wait_exit() == 0
+        assert server.errors == ""
 
 
 def test_the_next_run_removes_what_a_killed_one_left(tmp_path: Path) -> None:
@@ -154,6 +162,13 @@ def test_the_next_run_removes_what_a_killed_one_left(tmp_path: Path) -> None:
         server.signal(signal.SIGTERM)
         assert server.wait_exit() == 0
         server.check_nothing_is_left()
+
+
+def free_port() -> int:
+    with socket.socket() as any_port:
+        any_port.bind(("127.0.0.1", 0))
+        port: int = any_port.getsockname()[1]
+        return port
 
 
 def can_bind(address: tuple[str, int]) -> bool:

@@ -41,8 +41,10 @@ class ServerProcess:
         model: str = "fake",
         load: str = "fake_executor:load",
         api_entry: str = "api_child:main",
+        output_fd: int | None = None,
         **server: Any,
     ) -> None:
+        self._output_fd = output_fd
         server = {"port": 0, "shutdown_timeout": 5.0} | server
         code = _MAIN.format(path=sys.path, model=model, server=server, load=load, api_entry=api_entry)
         self.run_directory = directory
@@ -56,7 +58,7 @@ class ServerProcess:
         with self._output.open("wb") as output, self._errors.open("wb") as errors:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", self._code],
-                stdout=output,
+                stdout=output if self._output_fd is None else self._output_fd,
                 stderr=errors,
                 env={**os.environ, "XDG_RUNTIME_DIR": str(self.run_directory)},
             )
@@ -119,9 +121,10 @@ class ServerProcess:
         assert found, self.output
         return found[1], int(found[2])
 
-    def ask(self, line: str) -> socket.socket:
+    def ask(self, line: str, port: int = 0) -> socket.socket:
         """A connection to the stand-in, with its line sent."""
-        connection = socket.create_connection(self.address, timeout=PATIENCE)
+        address = ("127.0.0.1", port) if port else self.address
+        connection = socket.create_connection(address, timeout=PATIENCE)
         self._connections.append(connection)
         connection.sendall(f"{line}\n".encode())
         return connection
