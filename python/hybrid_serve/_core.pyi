@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-
 from typing_extensions import Buffer
 
 class Config:
@@ -124,4 +123,3 @@ class Scheduler:
     def forget_prefixes(self) -> bool: ...
     def check_invariants(self) -> None:
         """Every invariant; raises RuntimeError (InternalError) at the first that is broken. For tests."""
-
