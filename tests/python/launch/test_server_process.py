@@ -7,6 +7,7 @@ import signal
 import socket
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -73,7 +74,7 @@ def test_an_engine_that_fails_in_a_step_says_so_on_every_stream_and_last_on_stde
     ],
 )
 def test_a_child_that_cannot_start_ends_the_start_with_its_own_box(
-    tmp_path: Path, options: dict[str, str], code: int, words: str
+    tmp_path: Path, options: dict[str, Any], code: int, words: str
 ) -> None:
     with ServerProcess(tmp_path, **options) as server:
         assert server.wait_exit() == code
