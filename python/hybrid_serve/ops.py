@@ -54,7 +54,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """residual += x, in place; returns norm(residual)."""
+    """residual (T or f32) += x, in place; returns norm(residual), of type T."""
     out = torch.empty_like(x)
     _kernels.rms_norm(out, x, weight, residual, eps)
     return out

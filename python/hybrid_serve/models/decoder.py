@@ -56,9 +56,10 @@ class Decoder:
 
     def __call__(self, batch: BatchView) -> Tensor:
         """Logits, f32 [R, vocab], of the sampled rows; keys and values of all tokens go to the cache."""
-        residual = ops.embedding(batch.token_ids, self.embedding)
-        # The first layer has nothing to add: zeros keep the layers alike and cost one row-sized memset.
-        x = torch.zeros_like(residual)
+        x = ops.embedding(batch.token_ids, self.embedding)
+        # The sum of all layers is kept in f32, so that a 16-bit model rounds each layer's input and output only. The first
+        # layer adds the embedding to nothing.
+        residual = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
         for layer in self.layers:
             x = layer(x, residual, batch)
         rows = batch.sample_rows
