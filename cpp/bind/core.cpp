@@ -36,10 +36,12 @@ class ReadBuffer {
  public:
   ReadBuffer(const char* name, const py::buffer& buffer) : info_(buffer.request()) {
     const std::string codes = sizeof(T) == 4 ? "il" : "LQ";
-    const char code = info_.format.empty() ? '\0' : info_.format.back();
-    require(info_.ndim == 1 && info_.itemsize == sizeof(T) && codes.find(code) != std::string::npos, name,
-            " must be one-dimensional ", sizeof(T) == 4 ? "int32" : "uint64", ", is format '", info_.format, "' of ",
-            info_.itemsize, " bytes in ", info_.ndim, " dimensions");
+    const std::string& format = info_.format;  // one letter, perhaps behind a mark of this machine's byte order
+    const bool plain =
+        format.size() == 1 || (format.size() == 2 && std::string("@=<").find(format[0]) != std::string::npos);
+    require(info_.ndim == 1 && info_.itemsize == sizeof(T) && plain && codes.find(format.back()) != std::string::npos,
+            name, " must be one-dimensional ", sizeof(T) == 4 ? "int32" : "uint64", ", is format '", info_.format,
+            "' of ", info_.itemsize, " bytes in ", info_.ndim, " dimensions");
     require(info_.size == 0 || info_.strides[0] == static_cast<py::ssize_t>(sizeof(T)), name, " must be contiguous");
   }
   std::span<const T> span() const { return {static_cast<const T*>(info_.ptr), static_cast<size_t>(info_.size)}; }
