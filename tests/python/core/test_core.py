@@ -168,6 +168,8 @@ def test_a_configuration_names_the_field_that_is_wrong() -> None:
         ({"stop_token_ids": [100]}, "stop_token_ids contains 100"),
         ({"logit_bias": [(100, 1.0)]}, "logit_bias contains 100"),
         ({"logit_bias": [(1, float("nan"))]}, "logit_bias of token 1 is nan"),
+        ({"stop_token_ids": [2**31]}, "stop_token_ids contains 2147483648"),
+        ({"logit_bias": [(2**64, 1.0)]}, "logit_bias is 18446744073709551616"),
         ({"allowed_token_ids": [-1]}, "allowed_token_ids contains -1"),
         ({"banned_token_ids": list(range(100))}, "leave no token to pick"),
     ],
