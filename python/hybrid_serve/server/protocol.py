@@ -180,8 +180,8 @@ def decode_request(body: bytes, as_type: type[R], strict: bool = False) -> tuple
     try:
         if not body.isascii():
             body.decode()  # also where no field is read
+        fields = _fields.decode(body)  # first: what is not JSON is told as that, not as a wrong field
         request: R = decoder.decode(body)
-        fields = _fields.decode(body)
     except msgspec.ValidationError as error:
         raise from_validation(error) from None
     except msgspec.DecodeError as error:
