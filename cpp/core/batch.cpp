@@ -9,6 +9,7 @@
 namespace hybrid {
 
 BatchLayout::BatchLayout(const Config& config) {
+  invariant(config.max_adjustments > 0, "the configuration was not validated");
   const int64_t tokens = config.max_num_batched_tokens, seqs = config.max_num_seqs;
   const int64_t blocks = seqs * config.max_blocks_per_seq(), adjustments = config.max_adjustments;
   columns_ = {

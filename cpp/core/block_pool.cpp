@@ -104,6 +104,9 @@ void BlockPool::check_invariants(std::span<const int32_t> references) const {
   const auto head = static_cast<BlockId>(num_blocks());
   int64_t num_listed = 0, num_referenced = 0, num_published = 0, num_indexed = 0;
   for (BlockId block = blocks_[head].next; block != head; block = blocks_[block].next) {
+    const BlockId next = blocks_[block].next;
+    invariant(next == head || blocks_[next].published || !blocks_[block].published,
+              "I6: a block without content waits longer");
     invariant(blocks_[block].references == 0, "I1: a referenced block is in the free list");
     invariant(blocks_[blocks_[block].next].prev == block, "I1: the free list is broken");
     invariant(++num_listed <= num_blocks(), "I1: the free list has a cycle");

@@ -11,18 +11,20 @@ KVCacheManager::KVCacheManager(const Config& config) : config_(config), pool_(co
   fresh_.reserve(1);
 }
 
-const Hash128& KVCacheManager::hash(Request& request, int64_t i) const {
+Hash128 KVCacheManager::chained_hash(const Request& request, int64_t i, const Hash128& parent) const {
   const auto block_size = static_cast<size_t>(config_.block_size);
-  while (static_cast<int64_t>(request.hashes.size()) <= i) {
-    const Hash128& parent = request.hashes.empty() ? request.root_hash : request.hashes.back();
-    const auto tokens = std::span(request.tokens).subspan(request.hashes.size() * block_size, block_size);
-    SipHash128 chained(config_.hash_key);
-    chained.word(parent.lo);
-    chained.word(parent.hi);
-    const Hash128 own = chained.finish({reinterpret_cast<const uint8_t*>(tokens.data()), tokens.size_bytes()});
-    request.hashes.push_back(own);
-  }
-  return request.hashes[static_cast<size_t>(i)];
+  const auto tokens = std::span(request.tokens).subspan(static_cast<size_t>(i) * block_size, block_size);
+  SipHash128 hash(config_.hash_key);
+  hash.word(parent.lo);
+  hash.word(parent.hi);
+  return hash.finish({reinterpret_cast<const uint8_t*>(tokens.data()), tokens.size_bytes()});
+}
+
+const Hash128& KVCacheManager::hash(Request& request, int64_t i) const {
+  auto& hashes = request.hashes;
+  while (std::ssize(hashes) <= i)
+    hashes.push_back(chained_hash(request, std::ssize(hashes), hashes.empty() ? request.root_hash : hashes.back()));
+  return hashes[static_cast<size_t>(i)];
 }
 
 bool KVCacheManager::may_fork(const Request& request) const {

@@ -31,10 +31,11 @@ class KVCacheManager {
 
   BlockPool& pool() { return pool_; }
   const BlockPool& pool() const { return pool_; }
-  // The chained hash of a full block i of the request's tokens.
-  const Hash128& hash(Request& request, int64_t i) const;
+  // The hash of full block i of the request's tokens, given the hash of the block before it (or the root).
+  Hash128 chained_hash(const Request& request, int64_t i, const Hash128& parent) const;
 
  private:
+  const Hash128& hash(Request& request, int64_t i) const;  // computed once
   bool may_fork(const Request& request) const;
   void find_prefix(Request& request);
 

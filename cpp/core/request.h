@@ -25,21 +25,22 @@ struct SamplingRow {
   uint64_t seed = 0;
 };
 
+// `= {}` lets a caller name some fields only, without a warning.
 struct RequestSpec {
   RequestId id = 0;  // of the first choice; the others follow
-  std::span<const Token> tokens;
+  std::span<const Token> tokens = {};
   int64_t client = 0;
   int64_t n = 1;
   int64_t priority = 0;  // lower runs first
   int64_t max_tokens = 16;
   int64_t min_tokens = 0;
-  std::vector<Token> stop_token_ids;
-  SamplingRow sampling;
+  std::vector<Token> stop_token_ids = {};
+  SamplingRow sampling = {};
   double frequency_penalty = 0, presence_penalty = 0;
-  std::vector<std::pair<Token, double>> logit_bias;
-  std::vector<Token> allowed_token_ids;  // empty: all
-  std::vector<Token> banned_token_ids;
-  std::string_view cache_salt;
+  std::vector<std::pair<Token, double>> logit_bias = {};
+  std::vector<Token> allowed_token_ids = {};  // empty: all
+  std::vector<Token> banned_token_ids = {};
+  std::string_view cache_salt = {};
 
   // Throws std::invalid_argument, with the numbers, for what can never run.
   void validate(const Config& config) const;

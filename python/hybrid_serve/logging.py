@@ -17,10 +17,11 @@ from typing import TextIO
 _OURS = "hybrid_serve"
 _LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 _MASK = "***"
-# Line breaks, ANSI sequences and direction overrides would let a model name or a path write lines of its own (ADV-57).
-_UNSAFE = [*range(0x20), 0x7F, *range(0x80, 0xA0), 0x2028, 0x2029, *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
+# Line breaks, ANSI sequences and direction overrides would let a model name or a path write lines of its own (ADV-57);
+# a lone surrogate has no bytes.
+_UNSAFE = [*range(0x20), *range(0x7F, 0xA0), *range(0x2028, 0x202F), *range(0x2066, 0x206A), *range(0xD800, 0xE000)]
 _ESCAPES = {code: ascii(chr(code))[1:-1] for code in _UNSAFE}
-_TOKENS = re.compile(r"(?i)(\bbearer\s+)[^\s\"']+|\bhf_[A-Za-z0-9]{8,}")
+_TOKENS = re.compile(r"(?i)(\bbearer\s+)[^\s\"',]+|\bhf_[A-Za-z0-9]{8,}")
 
 
 def escape(text: str) -> str:

@@ -1,1 +1,8 @@
-"""Makes the modules beside this file importable by every test: fakes, tiny models, harnesses."""
+"""Puts the shared test modules (tiny_models, in_process) on the path, wherever pytest is started."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))

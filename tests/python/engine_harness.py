@@ -9,8 +9,10 @@ from array import array
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import zmq
+
 from fake_executor import FakeExecutor
 from hybrid_serve.client import ChoiceOutput
 from hybrid_serve.client.engine_client import ZmqEngineClient
@@ -82,10 +84,11 @@ class EngineThread:
     def _sent(self, frames: list[bytes]) -> bool:
         try:
             self.control.send_multipart(frames)
-            return True
         except zmq.ZMQError as error:
-            assert error.errno == zmq.EHOSTUNREACH
+            if error.errno != zmq.EHOSTUNREACH:
+                raise
             return False
+        return True
 
     @asynccontextmanager
     async def client(self, index: int = 0) -> AsyncIterator[ZmqEngineClient]:
@@ -119,11 +122,11 @@ def ids(prompt: Sequence[int]) -> bytes:
     return array("i", prompt).tobytes()
 
 
-def params(max_tokens: int = 16, seed: int = 1, logprobs: int = -1) -> SamplingParams:
-    return SamplingParams(max_tokens=max_tokens, seed=seed, logprobs=logprobs)
+def params(max_tokens: int = 16, seed: int = 1, **others: Any) -> SamplingParams:
+    return SamplingParams(max_tokens=max_tokens, seed=seed, **others)
 
 
-async def collect(client: ZmqEngineClient, prompt: Sequence[int], n: int = 1, **options: int) -> list[ChoiceOutput]:
+async def collect(client: ZmqEngineClient, prompt: Sequence[int], n: int = 1, **options: Any) -> list[ChoiceOutput]:
     """All outputs of one request."""
     outputs: list[ChoiceOutput] = []
     async with client.generate(ids(prompt), params(**options), n=n) as stream:

@@ -1,7 +1,7 @@
 """An executor without a model, for tests of everything around it.
 
-Its "model" is a keyed sum over the whole context, read back from a KV cache that it fills by slot, as a real one would: a
-wrong block, slot, copy, position or seed gives a wrong token, and ``expected`` says which token was right.
+Its "model" is a keyed sum over the whole context, read back from a KV cache that it fills by slot, as a real one would:
+a wrong block, slot, copy, position or seed gives a wrong token, and ``expected`` says which token was right.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 from urllib.parse import parse_qsl
 
 import numpy as np
+from numpy.typing import NDArray
+from typing_extensions import Buffer
+
 from hybrid_serve._core import Batch
 from hybrid_serve.config import Config
 from hybrid_serve.engine.executor import ExecutorFacts, Layout
 from hybrid_serve.errors import StartupError
-from numpy.typing import NDArray
-from typing_extensions import Buffer
 
 VOCAB_SIZE = 1000
 MAX_MODEL_LEN = 4096
@@ -89,7 +90,10 @@ class FakeExecutor:
 
     def bind(self, arenas: Sequence[Buffer], layout: Layout) -> None:
         self._columns = [
-            {name: np.frombuffer(arena, dtype, count, offset) for name, (offset, dtype, count) in layout.items()}
+            {
+                name: np.frombuffer(memoryview(arena), dtype, count, offset)
+                for name, (offset, dtype, count) in layout.items()
+            }
             for arena in arenas
         ]
 

@@ -9,8 +9,8 @@ namespace {
 // Reading and converting a KV token costs about as much as 8 query rows' arithmetic on it.
 int64_t cost_per_token(int64_t query_rows) { return query_rows + 8; }
 
-// Pieces per thread: the last piece that a thread takes alone is then at most an eighth of its work.
-constexpr int64_t pieces_per_thread = 8;
+// Spans per thread: the last one that a thread takes alone is then about an eighth of its work at most.
+constexpr int64_t spans_per_thread = 8;
 
 }  // namespace
 
@@ -34,11 +34,11 @@ void AttentionPlan::build(const PagedAttention& a, int64_t tile_tokens, int thre
     }
   }
 
-  const int64_t limit = total / (pieces_per_thread * threads) + 1;
+  const int64_t limit = total / (spans_per_thread * threads) + 1;
   for (size_t i = 0; i < tiles_.size(); ++i) {
     QueryTile& tile = tiles_[i];
     const int64_t chunks = tile.chunks();
-    const int64_t chunk_cost = attention_chunk * cost_per_token(tile.tokens * group);
+    const int64_t chunk_cost = attention_chunk * cost_per_token(tile.tokens * group) * kv_heads;
     const int64_t per_span = threads == 1 ? chunks : std::clamp<int64_t>(limit / chunk_cost, 1, chunks);
     for (int64_t c = 0; c < chunks; c += per_span)
       spans_.push_back({static_cast<int32_t>(i), static_cast<int32_t>(c), static_cast<int32_t>(std::min(chunks, c + per_span))});

@@ -55,7 +55,8 @@ class GgufTensor(NamedTuple):
 class GgufArray:
     """An array of the metadata, not decoded yet."""
 
-    file: GgufFile
+    path: Path
+    data: mmap.mmap  # not the GgufFile: a cycle would keep the file mapped until the next garbage collection
     key: str
     element_type: int
     length: int
@@ -64,14 +65,14 @@ class GgufArray:
     def numbers(self) -> NDArray[Any]:
         """Raises StartupError if the elements are strings."""
         if self.element_type == _STRING:
-            raise corrupt(self.file.path, f"key {self.key!r} has strings where numbers are expected")
-        return np.frombuffer(self.file.data, _SCALAR_TYPES[self.element_type], self.length, self.offset)
+            raise corrupt(self.path, f"key {self.key!r} has strings where numbers are expected")
+        return np.frombuffer(self.data, _SCALAR_TYPES[self.element_type], self.length, self.offset)
 
     def strings(self) -> list[str]:
         """Raises StartupError if the elements are not strings or not UTF-8."""
         if self.element_type != _STRING:
-            raise corrupt(self.file.path, f"key {self.key!r} has numbers where strings are expected")
-        data, position, size_of = self.file.data, self.offset, struct.Struct("<Q").unpack_from
+            raise corrupt(self.path, f"key {self.key!r} has numbers where strings are expected")
+        data, position, size_of = self.data, self.offset, struct.Struct("<Q").unpack_from
         found: list[str] = []
         try:
             for _ in range(self.length):
@@ -80,7 +81,7 @@ class GgufArray:
                 position = end
         except UnicodeDecodeError:
             why = f"string {len(found)} of key {self.key!r} at byte {position} is not UTF-8"
-            raise corrupt(self.file.path, why) from None
+            raise corrupt(self.path, why) from None
         return found
 
 
@@ -208,7 +209,7 @@ class _Parser:
 
     def parse_array(self, key: str) -> GgufArray:
         element_type, length = self.u32(f"the type of array {key!r}"), self.u64(f"the length of array {key!r}")
-        found = GgufArray(self.file, key, element_type, length, self.position)
+        found = GgufArray(self.file.path, self.data, key, element_type, length, self.position)
         if element_type == _STRING:
             self.skip_strings(key, length)
         elif element_type in _SCALAR_TYPES:

@@ -187,9 +187,6 @@ def _prompts(arguments: Namespace) -> Iterator[str]:
             line = input("> " if interactive else "").strip()
         except EOFError:
             return
-        except KeyboardInterrupt:
-            print()
-            return
         if line == "/quit":
             return
         if line:

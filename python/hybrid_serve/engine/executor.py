@@ -29,7 +29,7 @@ class StepResult(Protocol):
     any, logprobs, logprob_ids and ranks are None."""
 
     @property
-    def tokens(self) -> Buffer: ...  # i32 [rows]
+    def tokens(self) -> Any: ...  # a buffer of i32 [rows]
     @property
     def logprobs(self) -> NDArray[np.float32] | None: ...  # [rows, width], the sampled token's first
     @property

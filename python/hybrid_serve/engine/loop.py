@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
-from .executor import Executor, Pending
-from .inbox import Inbox
-from .outbox import Outbox
+from .executor import Executor, Pending, StepResult
 
 if TYPE_CHECKING:
-    from .._core import Batch, Scheduler
+    from .._core import Batch, Outputs, Scheduler
+
+
+class Source(Protocol):
+    """Where requests come from: the ``Inbox``, or in one process with its user, the ``LLM``."""
+
+    stopping: bool
+
+    def drain(self, core: Scheduler, wait: bool) -> None: ...
+
+
+class Sink(Protocol):
+    """Where outputs go."""
+
+    def send(self, outputs: Outputs, result: StepResult) -> None: ...
+    def send_stats(self, core: Scheduler, idle: bool) -> None: ...
 
 
 class EngineLoop:
     """Messages in, steps, columns out; sleeps while there is nothing to do. Knows no model and no socket."""
 
-    def __init__(self, core: Scheduler, executor: Executor, inbox: Inbox, outbox: Outbox) -> None:
+    def __init__(self, core: Scheduler, executor: Executor, inbox: Source, outbox: Sink) -> None:
         self.core, self.executor, self.inbox, self.outbox = core, executor, inbox, outbox
 
     def run(self) -> None:

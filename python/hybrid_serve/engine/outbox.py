@@ -30,20 +30,16 @@ class Outbox:
     def send(self, outputs: Outputs, result: StepResult) -> None:
         """Everything in ``outputs`` and ``result`` is read before this returns."""
         starts = outputs.client_start.tolist()
-        ids, tokens, finish, cached = outputs.ids, outputs.tokens, outputs.finish, outputs.cached_tokens
         for client, live in enumerate(self._peers.live):
             start, end = starts[client], starts[client + 1]
             if start == end:
                 continue
-            ended = bytes(finish[start:end])
-            columns: list[Any] = [ids[start:end], tokens[start:end], ended, cached[start:end]]
-            width = 0
-            if result.logprobs is not None:
-                width, extra = _logprobs(result, np.asarray(outputs.rows[start:end]))
-                columns += extra
-            self._peers.send(client, pack(Kind.STEP, StepHeader(outputs.step, end - start, width), *columns))
+            header, columns = step_columns(outputs, result, start, end)
+            self._peers.send(client, pack(Kind.STEP, header, *columns))
+            ended = bytes(columns[2])
             if ended.count(0) != len(ended):
-                live.difference_update([ids[start + row] for row, reason in enumerate(ended) if reason])
+                ids = columns[0]
+                live.difference_update([ids[row] for row, reason in enumerate(ended) if reason])
 
     def send_stats(self, core: Scheduler, idle: bool) -> None:
         """At most four times a second; on becoming idle at once, and then once for every API server that joins."""
@@ -68,6 +64,21 @@ class Outbox:
             step_tokens=stats.step_tokens,
         )
         self._peers.send_to_all(pack(Kind.STATS, message))
+
+
+def step_columns(outputs: Outputs, result: StepResult, start: int, end: int) -> tuple[StepHeader, list[Any]]:
+    """Rows [start, end) as a STEP message has them, without a copy where none is needed."""
+    columns: list[Any] = [
+        outputs.ids[start:end],
+        outputs.tokens[start:end],
+        outputs.finish[start:end],
+        outputs.cached_tokens[start:end],
+    ]
+    width = 0
+    if result.logprobs is not None:
+        width, extra = _logprobs(result, np.asarray(outputs.rows[start:end]))
+        columns += extra
+    return StepHeader(outputs.step, end - start, width), columns
 
 
 def _logprobs(result: StepResult, rows: NDArray[np.int32]) -> tuple[int, list[NDArray[Any]]]:

@@ -48,7 +48,8 @@ class Peers:
         except zmq.ZMQError as error:
             if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
                 raise
-            log.warning("API server %d is gone, its %d open choices are aborted", index, len(self.live[index]))
+            if self.live[index]:
+                log.warning("API server %d is gone, its %d open choices are aborted", index, len(self.live[index]))
             self._joined.discard(index)
             self._lost.add(index)
 

@@ -63,7 +63,7 @@ def main(config: Config, *, index: int, num_clients: int, control_address: str, 
         context.destroy(linger=0)
 
 
-def make_core(config: Config, executor: Executor, facts: ExecutorFacts, num_clients: int) -> _core.Scheduler:
+def make_core(config: Config, executor: Executor, facts: ExecutorFacts, num_clients: int = 1) -> _core.Scheduler:
     """The scheduler and the arenas it shares with the executor. Raises StartupError if the capacities contradict."""
     try:
         core_config = _core.Config(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from typing import Protocol, TextIO
@@ -82,8 +83,9 @@ class PlainReporter:
         try:
             self._stream.write(text)
             self._stream.flush()
-        except (OSError, ValueError):  # `serve | head`: the server goes on
-            self._write = lambda text: None  # type: ignore[method-assign]
+        except BrokenPipeError:  # `serve | head`: the server goes on, and has nothing left to flush when it ends
+            with open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), self._stream.fileno())
 
     @staticmethod
     def _seconds(since: float) -> str:

@@ -128,7 +128,7 @@ class Supervisor:
         elif kind == Kind.STATUS and identity in self._greeted:
             self._engine_status = unpack(header, Status)
             self.reporter.status(self._engine_status)
-            self._tell_api_servers(pack(Kind.STATUS, self._engine_status))
+            self._tell("api", pack(Kind.STATUS, self._engine_status))
             self._check_ready()
         else:
             log.warning("control message of kind %r from %r dropped", kind, identity)
@@ -150,8 +150,8 @@ class Supervisor:
             self.phase = Phase.SERVING
             self.reporter.ready()
 
-    def _tell_api_servers(self, message: list[Any]) -> None:
-        for child in self._running("api"):
+    def _tell(self, role: str, message: list[Any]) -> None:
+        for child in self._running(role):
             self._send(_identity(child.spec), message)
 
     def _send(self, identity: bytes, message: list[Any]) -> None:
@@ -170,14 +170,14 @@ class Supervisor:
         if self.phase is Phase.SERVING:
             self.phase = Phase.DRAINING
             self.reporter.draining(self.config.server.shutdown_timeout)
-            self._tell_api_servers(pack(Kind.SHUTDOWN, Empty()))
+            self._tell("api", pack(Kind.SHUTDOWN, Empty()))
             self._end_in(self.config.server.shutdown_timeout + GRACE)
         elif self.phase in (Phase.STARTING, Phase.DRAINING):
             was_serving = self.phase is Phase.DRAINING
             self.phase = Phase.STOPPING
             self.exit_code = 128 + number
             if was_serving:  # open streams still get their error events
-                self._tell_api_servers(pack(Kind.SHUTDOWN, Empty()))
+                self._tell("api", pack(Kind.SHUTDOWN, Empty()))
             self._end_in(GRACE / 2 if was_serving else 0)
         else:
             self._kill_all()
@@ -189,8 +189,7 @@ class Supervisor:
         if self.phase is Phase.DRAINING and child.spec.role == "api" and code == 0:
             if not self._running("api"):  # nobody is left to serve: the engines can go
                 self.phase = Phase.STOPPING
-                for engine in self._running("engine"):
-                    self._send(_identity(engine.spec), pack(Kind.SHUTDOWN, Empty()))
+                self._tell("engine", pack(Kind.SHUTDOWN, Empty()))
                 self._end_in(GRACE)
         elif self.phase is not Phase.STOPPING:
             self._wait_for(lambda: self.failure is not None, LAST_WORDS if code > 0 else 0)
@@ -206,8 +205,9 @@ class Supervisor:
         self.phase = Phase.STOPPING
         if was_serving:
             log.error("%s: %s", failure.what, failure.why)
-        self._tell_api_servers(pack(Kind.STATUS, Status("dead", message=failure.what)))
-        self._tell_api_servers(pack(Kind.SHUTDOWN, Empty()))
+        self._tell("api", pack(Kind.STATUS, Status("dead", message=failure.what)))
+        self._tell("api", pack(Kind.SHUTDOWN, Empty()))
+        self._tell("engine", pack(Kind.SHUTDOWN, Empty()))
         self._end_in(GRACE if was_serving else 0)
 
     def _end_in(self, seconds: float) -> None:

@@ -128,55 +128,98 @@ inline void transpose(F32 (&m)[F32::width]) {
 #endif
 }
 
-// The words at p: `n` of them, zero beyond.
+// The `width` words at p, or `n` of them and zeros.
+template <class T>
+inline F32 load_words(const T* p) {
+  if constexpr (TileMath<T>::pack == 2)
+    return F32::load(reinterpret_cast<const float*>(p));
+  else
+    return F32::load(p);
+}
 template <class T>
 inline F32 load_words(const T* p, int64_t n) {
-  if constexpr (TileMath<T>::pack == 2) {
-    const float* words = reinterpret_cast<const float*>(p);
-    return n >= F32::width ? F32::load(words) : F32::load(words, static_cast<int>(n));
-  } else {
-    return n >= F32::width ? F32::load(p) : F32::load(p, static_cast<int>(n));
-  }
+  if (n >= F32::width) return load_words(p);
+  if constexpr (TileMath<T>::pack == 2)
+    return F32::load(reinterpret_cast<const float*>(p), static_cast<int>(n));
+  else
+    return F32::load(p, static_cast<int>(n));
 }
 
-// tile[word][token] = the key words of rows[0 .. count); zero from count to the end of its group of `width` tokens, and
+// Where the tokens of a tile lie in the cache. The next tile's are fetched while this one is converted: blocks are
+// scattered, so the machine's own prefetcher stops at the end of each.
+template <class T>
+struct TileRows {
+  int64_t count = 0;
+  const T* keys[kv_tile];
+  const T* values[kv_tile];
+};
+
+template <class T>
+inline void prefetch(const T* row, int64_t dim) {
+  // Into L2: it has more misses in flight than L1, which doubles the bandwidth of scattered blocks.
+  for (int64_t j = 0; j < dim; j += static_cast<int64_t>(64 / sizeof(T))) __builtin_prefetch(row + j, 0, 2);
+}
+
+// tile[word][token] = the key words of rows.keys[0 .. count); zero from count to the end of its group of `width` tokens, and
 // those beyond are not written: their scores are masked.
 template <class T>
-inline void load_keys(float* tile, const T* const* rows, int64_t count, int64_t dim) {
+inline void load_keys(float* tile, const TileRows<T>& rows, const TileRows<T>& next, int64_t dim) {
   const int64_t words = dim / TileMath<T>::pack;
-  for (int64_t t = 0; t < count; t += F32::width) {
+  for (int64_t t = 0; t < rows.count; t += F32::width) {
+    const bool all = t + F32::width <= rows.count;
+    for (int64_t i = t; i < std::min<int64_t>(t + F32::width, next.count); ++i) prefetch(next.keys[i], dim);
     for (int64_t w = 0; w < words; w += F32::width) {
-      const int64_t n = std::min<int64_t>(F32::width, words - w);
+      const int64_t n = std::min<int64_t>(F32::width, words - w), column = w * TileMath<T>::pack;
       F32 square[F32::width];
-      for (int i = 0; i < F32::width; ++i)
-        square[i] = t + i < count ? load_words(rows[t + i] + w * TileMath<T>::pack, n) : F32(0.0f);
+      if (all && n == F32::width) {
+#pragma GCC unroll 16
+        for (int i = 0; i < F32::width; ++i) square[i] = load_words(rows.keys[t + i] + column);
+      } else {
+        for (int i = 0; i < F32::width; ++i)
+          square[i] = t + i < rows.count ? load_words(rows.keys[t + i] + column, n) : F32(0.0f);
+      }
       transpose(square);
-      for (int i = 0; i < n; ++i) square[i].store(tile + (w + i) * kv_tile + t);
+      if (n == F32::width) {
+#pragma GCC unroll 16
+        for (int i = 0; i < F32::width; ++i) square[i].store(tile + (w + i) * kv_tile + t);
+      } else {
+        for (int i = 0; i < n; ++i) square[i].store(tile + (w + i) * kv_tile + t);
+      }
     }
   }
 }
 
-// tile[word][column] = the value words of rows[0 .. count): a word is one token's element, or two tokens' with pack 2.
+#if defined(__AVX512BF16__)
+// to[j] = the pair (first[j], second[j]) for the next 32 columns, of which `n` >= 1 exist; a null second row is zero.
+inline void interleave(float* to, const BFloat16* first, const BFloat16* second, int64_t n) {
+  alignas(64) static constexpr uint16_t low[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                                   8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+  const __m512i low_index = _mm512_load_si512(low), high_index = _mm512_add_epi16(low_index, _mm512_set1_epi16(16));
+  const __mmask32 mask = n >= 32 ? ~__mmask32{0} : (__mmask32{1} << n) - 1;
+  const __m512i a = _mm512_maskz_loadu_epi16(mask, first);
+  const __m512i b = second != nullptr ? _mm512_maskz_loadu_epi16(mask, second) : _mm512_setzero_si512();
+  _mm512_storeu_si512(to, _mm512_permutex2var_epi16(a, low_index, b));
+  if (n > 16) _mm512_storeu_si512(to + 16, _mm512_permutex2var_epi16(a, high_index, b));
+}
+#endif
+
+// tile[word][column] = the value words of rows.values[0 .. count): a word is one token's element, or two tokens' with pack 2.
 // `stride` >= dim is a multiple of the width; columns from dim on are zero.
 template <class T>
-inline void load_values(float* tile, const T* const* rows, int64_t count, int64_t dim, int64_t stride) {
+inline void load_values(float* tile, const TileRows<T>& rows, const TileRows<T>& next, int64_t dim, int64_t stride) {
+  constexpr int64_t pack = TileMath<T>::pack;
+  for (int64_t t = 0; t < rows.count; t += pack) {
+    for (int64_t i = t; i < std::min(t + pack, next.count); ++i) prefetch(next.values[i], dim);
+    float* to = tile + t / pack * stride;
 #if defined(__AVX512BF16__)
-  if constexpr (TileMath<T>::pack == 2) {
-    for (int64_t t = 0; t < count; t += 2) {
-      for (int64_t j = 0; j < dim; j += F32::width) {
-        const __mmask16 mask = F32::mask(static_cast<int>(std::min<int64_t>(F32::width, dim - j)));
-        const __mmask16 second_mask = t + 1 < count ? mask : __mmask16{0};
-        const T* second_row = t + 1 < count ? rows[t + 1] : rows[t];
-        const __m512i first = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, rows[t] + j));
-        const __m512i second = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(second_mask, second_row + j));
-        F32(_mm512_castsi512_ps(_mm512_or_si512(first, _mm512_slli_epi32(second, 16)))).store(tile + t / 2 * stride + j);
-      }
+    if constexpr (pack == 2) {
+      const T* second = t + 1 < rows.count ? rows.values[t + 1] : nullptr;
+      for (int64_t j = 0; j < dim; j += 32) interleave(to + j, rows.values[t] + j, second != nullptr ? second + j : nullptr, dim - j);
+      continue;
     }
-    return;
-  }
 #endif
-  for (int64_t t = 0; t < count; ++t)
-    for (int64_t j = 0; j < dim; j += F32::width) load_words(rows[t] + j, dim - j).store(tile + t * stride + j);
+    for (int64_t j = 0; j < dim; j += F32::width) load_words(rows.values[t] + j, dim - j).store(to + j);
+  }
 }
 
 // The running softmax of one row over the tiles of a chunk.

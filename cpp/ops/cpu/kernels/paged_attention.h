@@ -41,7 +41,8 @@ class Attention {
   // Floats of one row's partial result.
   static int64_t partial_size(int64_t dim) { return (dim + F32::width - 1) / F32::width * F32::width + F32::width; }
 
-  void run(const QuerySpan& span, int64_t head);
+  // Pieces of work [begin, end): piece i is KV head i % kv_heads of span i / kv_heads.
+  void run(int64_t begin, int64_t end);
   void merge(int32_t tile_index, int64_t head);
 
  private:
@@ -51,10 +52,12 @@ class Attention {
     RowState *state, *chunk_state;
   };
 
+  void run_span(const QuerySpan& span, int64_t head, const TileRows<T>& following);
   Scratch scratch() const;
   void load_query(float* to, const QueryTile& tile, int64_t head) const;
-  void find_rows(const T** rows, const TensorView& cache, const QueryTile& tile, int64_t head, int64_t begin, int64_t end) const;
-  void sum_chunk(const Scratch& s, const QueryTile& tile, int64_t head, int64_t chunk, RowState* state, float* out) const;
+  TileRows<T> find_rows(const QueryTile& tile, int64_t head, int64_t begin, int64_t end) const;
+  void sum_chunk(const Scratch& s, const QueryTile& tile, int64_t head, int64_t chunk, const TileRows<T>& following,
+                 RowState* state, float* out) const;
   void sum_tile(const Scratch& s, const QueryTile& tile, int64_t begin, int64_t count, RowState* state, float* out) const;
   void write_out(const QueryTile& tile, int64_t head, int64_t r, RowSums sums) const;
   RowSums partial(const QueryTile& tile, int64_t head, int64_t chunk, int64_t r) const;
@@ -105,16 +108,23 @@ void Attention<T>::load_query(float* to, const QueryTile& tile, int64_t head) co
   }
 }
 
-// rows[i] = the cached row of KV position begin + i
+// The cached rows of KV positions [begin, end).
 template <class T>
-void Attention<T>::find_rows(const T** rows, const TensorView& cache, const QueryTile& tile, int64_t head, int64_t begin,
-                             int64_t end) const {
+TileRows<T> Attention<T>::find_rows(const QueryTile& tile, int64_t head, int64_t begin, int64_t end) const {
   const int32_t* blocks = a_.kv_blocks.as<const int32_t>() + a_.kv_start.as<const int32_t>()[tile.sequence];
+  TileRows<T> rows;
   for (int64_t t = begin; t < end;) {
-    const int64_t block_end = std::min(end, (t / block_size_ + 1) * block_size_);
-    const T* row = cache.as<const T>() + blocks[t / block_size_] * cache.strides[0] + (head * block_size_ + t % block_size_) * dim_;
-    for (; t < block_end; ++t, row += dim_) *rows++ = row;
+    const int64_t offset = t % block_size_, block = blocks[t / block_size_], n = std::min(end - t, block_size_ - offset);
+    const T* key = a_.k_cache.as<const T>() + block * a_.k_cache.strides[0] + (head * block_size_ + offset) * dim_;
+    const T* value = a_.v_cache.as<const T>() + block * a_.v_cache.strides[0] + (head * block_size_ + offset) * dim_;
+    for (int64_t i = 0; i < n; ++i) {
+      rows.keys[rows.count + i] = key + i * dim_;
+      rows.values[rows.count + i] = value + i * dim_;
+    }
+    rows.count += n;
+    t += n;
   }
+  return rows;
 }
 
 // One tile for all rows that see it. KV positions [begin, begin + count) are loaded.
@@ -136,21 +146,20 @@ void Attention<T>::sum_tile(const Scratch& s, const QueryTile& tile, int64_t beg
 }
 
 template <class T>
-void Attention<T>::sum_chunk(const Scratch& s, const QueryTile& tile, int64_t head, int64_t chunk, RowState* state,
-                             float* out) const {
+void Attention<T>::sum_chunk(const Scratch& s, const QueryTile& tile, int64_t head, int64_t chunk,
+                             const TileRows<T>& following, RowState* state, float* out) const {
   const int64_t begin = chunk * attention_chunk, end = std::min(tile.end(), begin + attention_chunk);
   for (int64_t r = first_row(tile, begin); r < tile.tokens * group_; ++r) {
     state[r] = {minus_infinity, 0.0f};
     std::fill_n(out + r * stride_, stride_, 0.0f);
   }
+  TileRows<T> rows = find_rows(tile, head, begin, std::min(end, begin + kv_tile));
   for (int64_t t = begin; t < end; t += kv_tile) {
-    const int64_t count = std::min(kv_tile, end - t);
-    const T* rows[kv_tile];
-    find_rows(rows, a_.k_cache, tile, head, t, t + count);
-    load_keys(s.keys, rows, count, dim_);
-    find_rows(rows, a_.v_cache, tile, head, t, t + count);
-    load_values(s.values, rows, count, dim_, stride_);
-    sum_tile(s, tile, t, count, state, out);
+    const TileRows<T> next = t + kv_tile < end ? find_rows(tile, head, t + kv_tile, std::min(end, t + 2 * kv_tile)) : following;
+    load_keys(s.keys, rows, next, dim_);
+    load_values(s.values, rows, next, dim_, stride_);
+    sum_tile(s, tile, t, rows.count, state, out);
+    rows = next;
   }
 }
 
@@ -170,24 +179,42 @@ void Attention<T>::write_out(const QueryTile& tile, int64_t head, int64_t r, Row
 }
 
 template <class T>
-void Attention<T>::run(const QuerySpan& span, int64_t head) {
+void Attention<T>::run(int64_t begin, int64_t end) {
+  const auto& spans = plan_.spans();
+  for (int64_t i = begin; i < end; ++i) {
+    TileRows<T> following;
+    if (i + 1 < end) {
+      const QuerySpan& next = spans[static_cast<size_t>((i + 1) / kv_heads_)];
+      const QueryTile& tile = plan_.tiles()[static_cast<size_t>(next.tile)];
+      const int64_t first = next.chunk_begin * attention_chunk;
+      following = find_rows(tile, (i + 1) % kv_heads_, first, std::min(tile.end(), first + kv_tile));
+    }
+    run_span(spans[static_cast<size_t>(i / kv_heads_)], i % kv_heads_, following);
+  }
+}
+
+template <class T>
+void Attention<T>::run_span(const QuerySpan& span, int64_t head, const TileRows<T>& following) {
   const QueryTile& tile = plan_.tiles()[static_cast<size_t>(span.tile)];
   const int64_t rows = tile.tokens * group_;
   const Scratch s = scratch();
   load_query(s.query, tile, head);
   for (int64_t chunk = span.chunk_begin; chunk < span.chunk_end; ++chunk) {
-    const int64_t first = first_row(tile, chunk * attention_chunk);
+    const int64_t first = first_row(tile, chunk * attention_chunk), chunk_end = (chunk + 1) * attention_chunk;
+    const TileRows<T> next = chunk + 1 < span.chunk_end
+                                 ? find_rows(tile, head, chunk_end, std::min(tile.end(), chunk_end + kv_tile))
+                                 : following;
     if (tile.partial >= 0) {
-      sum_chunk(s, tile, head, chunk, s.state, s.out);
+      sum_chunk(s, tile, head, chunk, next, s.state, s.out);
       for (int64_t r = first; r < rows; ++r) {
         const RowSums to = partial(tile, head, chunk, r);
         *to.state = s.state[r];
         std::memcpy(to.out, s.out + r * stride_, static_cast<size_t>(stride_) * sizeof(float));
       }
     } else if (chunk == 0) {
-      sum_chunk(s, tile, head, chunk, s.state, s.out);
+      sum_chunk(s, tile, head, chunk, next, s.state, s.out);
     } else {
-      sum_chunk(s, tile, head, chunk, s.chunk_state, s.chunk_out);
+      sum_chunk(s, tile, head, chunk, next, s.chunk_state, s.chunk_out);
       for (int64_t r = first; r < rows; ++r)
         merge_sums({s.state + r, s.out + r * stride_}, {s.chunk_state + r, s.chunk_out + r * stride_}, stride_);
     }
@@ -217,10 +244,10 @@ void paged_attention_of(const PagedAttention& a) {
   float* partial = partials.floats(plan.partial_rows() * kv_heads * Attention<T>::partial_size(a.q.shape[2]));
   Attention<T> attention(a, plan, partial);
 
-  const auto& spans = plan.spans();
-  pool().parallel_for(static_cast<int64_t>(spans.size()) * kv_heads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) attention.run(spans[static_cast<size_t>(i / kv_heads)], i % kv_heads);
-  });
+  // A thread that takes all heads of a span reads whole blocks; with few spans, even shares matter more.
+  const auto spans = static_cast<int64_t>(plan.spans().size());
+  const int64_t grain = spans >= 8 * pool().size() ? kv_heads : 1;
+  pool().parallel_for(spans * kv_heads, grain, [&](int64_t begin, int64_t end) { attention.run(begin, end); });
   const auto& split = plan.split_tiles();
   pool().parallel_for(static_cast<int64_t>(split.size()) * kv_heads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) attention.merge(split[static_cast<size_t>(i / kv_heads)], i % kv_heads);
