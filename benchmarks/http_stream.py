@@ -164,9 +164,8 @@ def main() -> None:
         after = process.cpu_times()
         cpu = after.user + after.system - before.user - before.system
         total = count * chosen.tokens
-        print(
-            f"{count:4d} streams x {chosen.tokens} tokens: {total / seconds:8.0f} tok/s, {total / max(cpu, 0.01):8.0f} a CPU second"
-        )
+        rates = f"{total / seconds:8.0f} tok/s, {total / max(cpu, 0.01):8.0f} a CPU second"
+        print(f"{count:4d} streams x {chosen.tokens} tokens: {rates}")
     server.terminate()
     server.join()
 

@@ -136,6 +136,7 @@ _TOOL_CHOICES = (None, "none", "auto")
 REFUSED: dict[str, tuple[Any, ...]] = {
     "audio": _NONE,
     "bad_words": (None, []),
+    "best_of": (None, 1),
     "chat_template": _NONE,
     "custom_logit_processor": _NONE,
     "documents": (None, []),

@@ -76,6 +76,7 @@ MATRIX: list[tuple[str, Any, str, str | None]] = [
     (CHAT, chat(chat_template="{{ 1 }}"), "unsupported_parameter", "chat_template"),
     (CHAT, chat(prompt_logprobs=1), "unsupported_parameter", "prompt_logprobs"),
     (CHAT, chat(modalities=["audio"]), "unsupported_parameter", "modalities"),
+    (CHAT, chat(best_of=2), "unsupported_parameter", "best_of"),
     (CHAT, chat(bad_words=["x"]), "unsupported_parameter", "bad_words"),
     (COMPLETIONS, prompt("x", suffix="y"), "unsupported_parameter", "suffix"),
     (COMPLETIONS, prompt("x", best_of=2), "unsupported_parameter", "best_of"),
