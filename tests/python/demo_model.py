@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from hybrid_serve.checkpoint.gguf import GgufArray, GgufFile
 from hybrid_serve.text.chat_template import ChatTemplate
 from hybrid_serve.text.loading import load_chat_template, load_tokenizer

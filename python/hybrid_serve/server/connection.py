@@ -14,6 +14,7 @@ MAX_HEADERS = 100
 HEADER_SECONDS = 10.0
 BODY_SECONDS = 30.0
 LEAST_BODY_BYTES = 1024  # a second, over BODY_SECONDS
+LINGER_SECONDS, LINGER_BYTES = 1.0, 2**20  # what is still read, unseen, after a refusal
 MAX_DISCARDED_BYTES = 64 * 2**20  # of a body that was refused; then the connection ends
 
 
@@ -37,9 +38,11 @@ class BoundedProtocol(HttpToolsProtocol):
         self._timer = self.loop.call_later(self.header_seconds, self._headers_are_late)
 
     def data_received(self, data: bytes) -> None:
-        if self._refused:
-            return
         self._num_bytes += len(data)
+        if self._refused:
+            if self._num_bytes > LINGER_BYTES:
+                self.transport.abort()
+            return
         super().data_received(data)
         # The parser keeps an unfinished header to itself, however long: hence the bytes are counted here.
         if self._in_headers and self._num_bytes > MAX_HEADER_BYTES:
@@ -122,4 +125,7 @@ class BoundedProtocol(HttpToolsProtocol):
             )
             tail = f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
             self.transport.write((head + tail).encode() + body)
-        self.transport.close()
+        # Closing with unread input would reset the connection, and the answer might be lost with it.
+        self.transport.write_eof()
+        self._num_bytes = 0
+        self._timer = self.loop.call_later(LINGER_SECONDS, self.transport.close)

@@ -95,7 +95,7 @@ class Generation:
             unfinished = "error"
             raise
         finally:
-            metrics.ended(self.arrived, self.choices, unfinished)
+            metrics.ended(self.arrived, self.choices, self._cached_tokens(), unfinished)
 
     def _deltas(self, first: int, stream: Stream, outputs: list[ChoiceOutput]) -> list[Delta]:
         now = monotonic()
@@ -171,16 +171,18 @@ class Generation:
                 follower.cancel()
             await asyncio.gather(*followers, return_exceptions=True)
 
+    def _cached_tokens(self) -> int:
+        # The choices of one prompt share its blocks: it was looked up once.
+        return sum(choice.cached_tokens for choice in self.choices[:: self.n])
+
     def usage(self) -> Usage:
         prompt_tokens = sum(len(prompt.token_ids) for prompt in self.prompts)
         completion_tokens = sum(choice.num_tokens for choice in self.choices)
-        # The choices of one prompt share its blocks: it was looked up once.
-        cached = sum(choice.cached_tokens for choice in self.choices[:: self.n])
         return Usage(
             prompt_tokens=prompt_tokens,
             completion_tokens=completion_tokens,
             total_tokens=prompt_tokens + completion_tokens,
-            prompt_tokens_details=PromptTokensDetails(cached),
+            prompt_tokens_details=PromptTokensDetails(self._cached_tokens()),
         )
 
 

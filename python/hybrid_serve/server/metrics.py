@@ -90,12 +90,12 @@ class Metrics(Collector):
         self._next.observe(seconds)
         self.generation_tokens += count
 
-    def ended(self, arrived: float, choices: Sequence[Choice], unfinished: str) -> None:
+    def ended(self, arrived: float, choices: Sequence[Choice], cached_tokens: int, unfinished: str) -> None:
         """Once a request, whichever way it ended; ``unfinished`` is the reason of choices that have none."""
         seconds = monotonic() - arrived
+        self.cached_tokens += cached_tokens
         for choice in choices:
             self.finished[choice.finish_reason or unfinished] += 1
-            self.cached_tokens += choice.cached_tokens
             self.histograms["e2e_request_latency_seconds"].observe(seconds)
             self.histograms["request_generation_tokens"].observe(choice.num_tokens)
             if choice.num_tokens > 1:

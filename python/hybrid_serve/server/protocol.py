@@ -136,6 +136,7 @@ _TOOL_CHOICES = (None, "none", "auto")
 REFUSED: dict[str, tuple[Any, ...]] = {
     "audio": _NONE,
     "bad_words": (None, []),
+    "best_of": (None, 1),
     "chat_template": _NONE,
     "custom_logit_processor": _NONE,
     "documents": (None, []),
@@ -180,8 +181,8 @@ def decode_request(body: bytes, as_type: type[R], strict: bool = False) -> tuple
     try:
         if not body.isascii():
             body.decode()  # also where no field is read
+        fields = _fields.decode(body)  # first: what is not JSON is told as that, not as a wrong field
         request: R = decoder.decode(body)
-        fields = _fields.decode(body)
     except msgspec.ValidationError as error:
         raise from_validation(error) from None
     except msgspec.DecodeError as error:

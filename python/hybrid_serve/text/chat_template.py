@@ -67,12 +67,13 @@ class _Environment(ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
     def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
-        owner = getattr(obj, "__self__", None)
+        obj_itself = getattr(obj, "__wrapped__", obj)  # str.format comes in a wrapper of jinja2's
+        owner = getattr(obj_itself, "__self__", None)
         if isinstance(owner, str):
-            if obj.__name__ in ("format", "format_map") and ":" in owner:
+            if obj_itself.__name__ in ("format", "format_map") and ":" in owner:
                 raise SecurityError("a format with widths")
             if any(isinstance(arg, int) and arg > MAX_PROMPT_CHARS for arg in (*args, *kwargs.values())):
-                raise SecurityError(f"str.{obj.__name__} with a number that large")
+                raise SecurityError(f"str.{obj_itself.__name__} with a number that large")
         return super().call(context, obj, *args, **kwargs)
 
 

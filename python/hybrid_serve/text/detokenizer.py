@@ -19,6 +19,7 @@ class Detokenizer:
     """
 
     __slots__ = (
+        "_first",
         "_held",
         "_ids_are_stops",
         "_keep_stop",
@@ -36,6 +37,7 @@ class Detokenizer:
     def __init__(self, tokenizer: Tokenizer, params: SamplingParams, eos_token_ids: Sequence[int] = ()) -> None:
         self._table = tokenizer.visible_bytes if params.skip_special_tokens else tokenizer.token_bytes
         self._stops = params.stop
+        self._first = frozenset(stop[0] for stop in params.stop)
         self._last = frozenset(stop[-1] for stop in params.stop)
         self._reach = max(map(len, params.stop), default=0) - 1
         self._keep_stop = params.include_stop_str_in_output
@@ -123,8 +125,9 @@ class Detokenizer:
     def _possible_stop(self, window: str) -> int:
         """Where the longest end of ``window`` begins that a stop string begins with."""
         for start in range(max(0, len(window) - self._reach), len(window)):
-            tail = window[start:]
-            for stop in self._stops:
-                if stop.startswith(tail):
-                    return start
+            if window[start] in self._first:
+                tail = window[start:]
+                for stop in self._stops:
+                    if stop.startswith(tail):
+                        return start
         return len(window)

@@ -1,4 +1,4 @@
-"""The tokenizer against the reference libraries, on the real vocabulary of the demo model (S35; fault 3 of GGUF conversions)."""
+"""The tokenizer against the reference libraries, on the real vocabulary of the demo model (S35)."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
 from demo_model import demo_metadata, demo_tokenizer
 from hybrid_serve.errors import StartupError
 from hybrid_serve.text.gguf_vocabulary import tokenizer_from_gguf
 from hybrid_serve.text.loading import load_chat_template, load_tokenizer
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from tiny_models import make_tiny_model
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 SAMPLES = [
     "Hello, world!",
@@ -84,12 +85,13 @@ def test_decoding_any_ids_equals_the_tokenizers_library_even_where_they_are_not_
 
 
 def test_the_real_vocabulary_loads_in_half_a_second() -> None:
+    """Of CPU time, so that a busy machine does not matter."""
     metadata = demo_metadata()
     times = []
     for _ in range(3):
-        start = time.perf_counter()
+        start = time.process_time()
         tokenizer_from_gguf(metadata)
-        times.append(time.perf_counter() - start)
+        times.append(time.process_time() - start)
     assert min(times) < 0.5
 
 
