@@ -16,6 +16,8 @@ def bind_router(context: zmq.Context[Any], address: str) -> zmq.Socket[bytes]:
     socket: zmq.Socket[bytes] = context.socket(zmq.ROUTER)
     _set_common(socket)
     socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+    # A process that takes another's place may connect before the other's connection is seen to be gone.
+    socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
     socket.bind(address)
     return socket
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from pathlib import Path
 from typing import Protocol, TextIO
 
 from ..config import Config
@@ -42,7 +43,7 @@ class PlainReporter:
         if status.phase == "loading_weights":
             self._draw_share(status.progress)
         elif status.phase == "allocating" and self._phase != "allocating":
-            self._phase_line(2, "load", self._config.model.model)
+            self._phase_line(2, "load", Path(self._config.model.model).name)
         elif status.phase == "ready" and status.facts is not None:
             self._facts = facts = status.facts
             tokens = facts.num_blocks * facts.block_size

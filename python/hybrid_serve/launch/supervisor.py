@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 ENGINE_FAILED = 20
 LAST_WORDS = 0.3  # seconds a dead child's report may still be on its way
 GRACE = 2.0  # seconds beyond the time a child was given to end by itself
+DRAIN_GRACE = 5.0  # the same for a drain, whose last streams are cut and then still say so
 
 
 class Phase(Enum):
@@ -171,7 +172,7 @@ class Supervisor:
             self.phase = Phase.DRAINING
             self.reporter.draining(self.config.server.shutdown_timeout)
             self._tell("api", pack(Kind.SHUTDOWN, Empty()))
-            self._end_in(self.config.server.shutdown_timeout + GRACE)
+            self._end_in(self.config.server.shutdown_timeout + DRAIN_GRACE)
         elif self.phase in (Phase.STARTING, Phase.DRAINING):
             was_serving = self.phase is Phase.DRAINING
             self.phase = Phase.STOPPING
