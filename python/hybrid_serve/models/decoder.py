@@ -5,16 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import ops
 from ..checkpoint.model_spec import ModelSpec
-from ..layers.attention import Attention, HeadNorm, HeadShape
+from ..layers.attention import Attention, AttentionScratch, HeadNorm, HeadShape
 from ..layers.batch import BatchView
 from ..layers.linear import Linear
-from ..layers.mlp import GatedMlp
+from ..layers.mlp import GatedMlp, MlpScratch
 from ..layers.rotary import cos_sin_table
 from . import family_of
 from .family import Family
@@ -22,6 +23,14 @@ from .names import EMBEDDING, FINAL_NORM, LM_HEAD, PackedLinear, names_of_layer
 from .weights import Weights, pack, vector
 
 LOADING_THREADS = 4
+
+
+class LayerScratch(NamedTuple):
+    """Memory for one layer's intermediate results, reused by all layers of a step: it stays in the caches."""
+
+    normed: Tensor
+    attention: AttentionScratch
+    mlp: MlpScratch
 
 
 class DecoderLayer:
@@ -32,10 +41,14 @@ class DecoderLayer:
         self.attention, self.mlp = attention, mlp
         self.input_norm, self.mlp_norm, self.eps = input_norm, mlp_norm, eps
 
-    def __call__(self, x: Tensor, residual: Tensor, batch: BatchView) -> Tensor:
+    def scratch(self, residual: Tensor) -> LayerScratch:
+        return LayerScratch(torch.empty_like(residual), self.attention.scratch(residual), self.mlp.scratch(residual))
+
+    def __call__(self, x: Tensor, residual: Tensor, batch: BatchView, scratch: LayerScratch) -> Tensor:
         """``residual += x`` first; returns what is still to be added to ``residual``."""
-        x = self.attention(ops.add_rms_norm(x, residual, self.input_norm, self.eps), batch)
-        return self.mlp(ops.add_rms_norm(x, residual, self.mlp_norm, self.eps))
+        normed = ops.add_rms_norm(x, residual, self.input_norm, self.eps, scratch.normed)
+        x = self.attention(normed, batch, scratch.attention)
+        return self.mlp(ops.add_rms_norm(x, residual, self.mlp_norm, self.eps, normed), scratch.mlp)
 
 
 class Decoder:
@@ -59,8 +72,9 @@ class Decoder:
         residual = ops.embedding(batch.token_ids, self.embedding)
         # The first layer has nothing to add: zeros keep the layers alike and cost one row-sized memset.
         x = torch.zeros_like(residual)
+        scratch = self.layers[0].scratch(residual)
         for layer in self.layers:
-            x = layer(x, residual, batch)
+            x = layer(x, residual, batch, scratch)
         rows = batch.sample_rows
         if rows.shape[0] != x.shape[0]:
             x, residual = x.index_select(0, rows), residual.index_select(0, rows)
