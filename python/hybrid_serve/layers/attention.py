@@ -21,9 +21,27 @@ class HeadShape(NamedTuple):
 class HeadNorm(NamedTuple):
     """RMS norms of each query and key head (Qwen3). Weights: T [head_dim]."""
 
-    q: Tensor
-    k: Tensor
+    q_weight: Tensor
+    k_weight: Tensor
     eps: float
+
+    def __call__(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """q, k: T [rows, heads, dim], strided -> new tensors of these shapes."""
+        dim = q.shape[2]
+        q_normed = ops.rms_norm(q.reshape(-1, dim), self.q_weight, self.eps).view(q.shape)
+        return q_normed, ops.rms_norm(k.reshape(-1, dim), self.k_weight, self.eps).view(k.shape)
+
+
+class AttentionScratch(NamedTuple):
+    """Memory that every layer of a step writes its intermediate results to; q, k and v are views of qkv."""
+
+    qkv: Tensor  # T [rows, (heads + 2 * kv_heads) * dim]
+    q: Tensor  # T [rows, heads, dim]
+    k: Tensor  # T [rows, kv_heads, dim]
+    v: Tensor
+    mixed: Tensor  # T [rows, heads, dim]
+    mixed_rows: Tensor  # the same memory, T [rows, heads * dim]
+    out: Tensor  # T [rows, hidden]
 
 
 class Attention:
@@ -39,23 +57,24 @@ class Attention:
         """This layer's views of the cache, T [blocks, kv_heads, block_size, head_dim]."""
         self.k_cache, self.v_cache = k_cache, v_cache
 
-    def __call__(self, x: Tensor, batch: BatchView) -> Tensor:
-        """x: T [rows, hidden] -> the same shape."""
+    def scratch(self, x: Tensor) -> AttentionScratch:
+        """For inputs of the shape of ``x``."""
         heads, kv_heads, dim = self.shape
-        qkv = self.qkv(x)
-        rows = qkv.shape[0]
-        # Views with the row stride of qkv; one call each, cheaper than slicing and reshaping.
-        stride = qkv.shape[1]
-        q = qkv.as_strided((rows, heads, dim), (stride, dim, 1))
-        k = qkv.as_strided((rows, kv_heads, dim), (stride, dim, 1), heads * dim)
-        v = qkv.as_strided((rows, kv_heads, dim), (stride, dim, 1), (heads + kv_heads) * dim)
+        rows = x.shape[0]
+        qkv = x.new_empty((rows, (heads + 2 * kv_heads) * dim))
+        q, k, v = torch.split(qkv.view(rows, heads + 2 * kv_heads, dim), [heads, kv_heads, kv_heads], dim=1)
+        mixed = x.new_empty((rows, heads, dim))
+        return AttentionScratch(qkv, q, k, v, mixed, mixed.view(rows, heads * dim), x.new_empty(x.shape))
+
+    def __call__(self, x: Tensor, batch: BatchView, scratch: AttentionScratch) -> Tensor:
+        """x: T [rows, hidden] -> ``scratch.out``."""
+        self.qkv(x, scratch.qkv)
+        q, k = scratch.q, scratch.k
         if self.head_norm is not None:
-            q = ops.rms_norm(q.reshape(rows * heads, dim), self.head_norm.q, self.head_norm.eps).view(rows, heads, dim)
-            k = ops.rms_norm(k.reshape(rows * kv_heads, dim), self.head_norm.k, self.head_norm.eps)
-            k = k.view(rows, kv_heads, dim)
+            q, k = self.head_norm(q, k)
         ops.rotary(q, k, self.cos_sin, batch.positions)
-        ops.store_kv(self.k_cache, self.v_cache, k, v, batch.slots)
-        mixed = ops.paged_attention(
+        ops.store_kv(self.k_cache, self.v_cache, k, scratch.v, batch.slots)
+        ops.paged_attention(
             q,
             self.k_cache,
             self.v_cache,
@@ -66,5 +85,6 @@ class Attention:
             batch.num_decodes,
             batch.max_query_len,
             self.scale,
+            scratch.mixed,
         )
-        return self.output(mixed.view(rows, heads * dim))
+        return self.output(scratch.mixed_rows, scratch.out)

@@ -15,5 +15,5 @@ class Linear:
         """``dtype``: of the result, where it is not the input's (logits)."""
         self.weight, self.bias, self.dtype = weight, bias, dtype
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return ops.linear(x, self.weight, self.bias, self.dtype)
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        return ops.linear(x, self.weight, self.bias, self.dtype, out)

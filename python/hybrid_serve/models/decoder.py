@@ -5,16 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import ops
 from ..checkpoint.model_spec import ModelSpec
-from ..layers.attention import Attention, HeadNorm, HeadShape
+from ..layers.attention import Attention, AttentionScratch, HeadNorm, HeadShape
 from ..layers.batch import BatchView
 from ..layers.linear import Linear
-from ..layers.mlp import GatedMlp
+from ..layers.mlp import GatedMlp, MlpScratch
 from ..layers.rotary import cos_sin_table
 from . import family_of
 from .family import Family
@@ -22,6 +23,14 @@ from .names import EMBEDDING, FINAL_NORM, LM_HEAD, PackedLinear, names_of_layer
 from .weights import Weights, pack, vector
 
 LOADING_THREADS = 4
+
+
+class LayerScratch(NamedTuple):
+    """Memory for one layer's intermediate results, reused by all layers of a step: it stays in the caches."""
+
+    normed: Tensor
+    attention: AttentionScratch
+    mlp: MlpScratch
 
 
 class DecoderLayer:
@@ -32,10 +41,14 @@ class DecoderLayer:
         self.attention, self.mlp = attention, mlp
         self.input_norm, self.mlp_norm, self.eps = input_norm, mlp_norm, eps
 
-    def __call__(self, x: Tensor, residual: Tensor, batch: BatchView) -> Tensor:
+    def scratch(self, residual: Tensor) -> LayerScratch:
+        return LayerScratch(torch.empty_like(residual), self.attention.scratch(residual), self.mlp.scratch(residual))
+
+    def __call__(self, x: Tensor, residual: Tensor, batch: BatchView, scratch: LayerScratch) -> Tensor:
         """``residual += x`` first; returns what is still to be added to ``residual``."""
-        x = self.attention(ops.add_rms_norm(x, residual, self.input_norm, self.eps), batch)
-        return self.mlp(ops.add_rms_norm(x, residual, self.mlp_norm, self.eps))
+        normed = ops.add_rms_norm(x, residual, self.input_norm, self.eps, scratch.normed)
+        x = self.attention(normed, batch, scratch.attention)
+        return self.mlp(ops.add_rms_norm(x, residual, self.mlp_norm, self.eps, normed), scratch.mlp)
 
 
 class Decoder:
@@ -60,8 +73,9 @@ class Decoder:
         # The sum of all layers is kept in f32, so that a 16-bit model rounds each layer's input and output only. The first
         # layer adds the embedding to nothing.
         residual = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+        scratch = self.layers[0].scratch(x)
         for layer in self.layers:
-            x = layer(x, residual, batch)
+            x = layer(x, residual, batch, scratch)
         rows = batch.sample_rows
         if rows.shape[0] != x.shape[0]:
             x, residual = x.index_select(0, rows), residual.index_select(0, rows)
