@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from ..test_readme import Snippet, snippets
+from test_readme import Snippet, snippets
+
 from .server import Server
 
 ROOT = Path(__file__).parents[3]
