@@ -69,8 +69,8 @@ def port_holder(port: int) -> str:
         process = min((psutil.Process(pid) for pid in pids), key=lambda process: process.create_time(), default=None)
         if process is None:
             return ""
-        name = (process.cmdline() or [process.name()])[0]
-        return f"pid {process.pid} ({os.path.basename(name)}, started {_ago(time.time() - process.create_time())} ago)"
+        command = " ".join(os.path.basename(word) for word in process.cmdline()[:3]) or process.name()
+        return f"pid {process.pid} ({command[:60]}, started {_ago(time.time() - process.create_time())} ago)"
     except psutil.Error:
         return ""
 
