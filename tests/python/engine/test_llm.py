@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from in_process import Generator
-from server_process import ServerProcess
-from tiny_models import make_tiny_model
 
 from hybrid_serve import LLM, SamplingParams
 from hybrid_serve.errors import StartupError
+from in_process import Generator
+from server_process import ServerProcess
+from tiny_models import make_tiny_model
 
 OPTIONS: dict[str, Any] = {"dtype": "float32", "num_gpu_blocks_override": 64, "max_num_seqs": 8, "seed": 5}
 
