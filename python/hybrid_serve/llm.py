@@ -75,7 +75,7 @@ class LLM:
         runner = ModelRunner.load(self.config, resolved, lambda phase, share: None)
         self._executor = InlineExecutor(self.config, runner)
         self._facts = self._executor.allocate()
-        self.core = make_core(self.config, self._executor, self._facts)
+        self.core = self._new_core()
         seed = self.config.model.seed
         self._seeds: random.Random = random.Random(seed) if seed >= 0 else secrets.SystemRandom()
         self._next_id = 0
@@ -133,8 +133,11 @@ class LLM:
             EngineLoop(self.core, self._executor, run, run).run()
         except BaseException:
             # Ctrl-C, say: a step that was under way is never committed, and no other scheduler state follows from that.
-            self.core = make_core(self.config, self._executor, self._facts)
+            self.core = self._new_core()
             raise
+
+    def _new_core(self) -> Scheduler:
+        return make_core(self.config, self._executor, self._facts)
 
 
 class _Run:

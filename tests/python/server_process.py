@@ -23,7 +23,7 @@ sys.path[:] = {path!r}
 from hybrid_serve.config import CacheConfig, Config, ModelConfig, ServerConfig
 from hybrid_serve.errors import StartupError, box
 from hybrid_serve.launch.supervisor import serve
-config = Config(model=ModelConfig(model={model!r}), server=ServerConfig(**{server!r}))
+config = Config(model=ModelConfig(model={model!r}, **{model_options!r}), server=ServerConfig(**{server!r}))
 try:
     raise SystemExit(serve(config, load={load!r}, api_entry={api_entry!r}))
 except StartupError as error:
@@ -42,11 +42,14 @@ class ServerProcess:
         load: str = "fake_executor:load",
         api_entry: str = "api_child:main",
         output_fd: int | None = None,
+        model_options: dict[str, Any] | None = None,
         **server: Any,
     ) -> None:
         self._output_fd = output_fd
         server = {"port": 0, "shutdown_timeout": 5.0} | server
-        code = _MAIN.format(path=sys.path, model=model, server=server, load=load, api_entry=api_entry)
+        code = _MAIN.format(
+            path=sys.path, model=model, model_options=model_options or {}, server=server, load=load, api_entry=api_entry
+        )
         self.run_directory = directory
         self._output = directory / "output"
         self._errors = directory / "errors"
@@ -88,12 +91,12 @@ class ServerProcess:
             assert time.monotonic() < deadline, f"output:\n{self.output}\nerrors:\n{self.errors}"
             time.sleep(0.005)
 
-    def wait_ready(self) -> None:
+    def wait_ready(self, seconds: float = PATIENCE) -> None:
         def is_ready() -> bool:
             assert self.process.poll() is None, self.errors
             return "ready in" in self.output
 
-        self.wait(is_ready)
+        self.wait(is_ready, seconds)
         self.remember_family()
 
     def wait_exit(self, seconds: float = PATIENCE) -> int:

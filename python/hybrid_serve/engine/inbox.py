@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .._core import Scheduler
 
 log = logging.getLogger(__name__)
+MESSAGES_A_STEP = 256  # then the running requests get their step, whoever floods the socket
 
 
 class BadMessage(Exception):
@@ -48,12 +49,14 @@ class Inbox:
         self._poller.register(control, zmq.POLLIN)
 
     def drain(self, core: Scheduler, wait: bool) -> None:
-        """Takes in all that has arrived; ``wait``: sleeps until something does."""
+        """Takes in what has arrived; ``wait``: sleeps until something does."""
         if wait:
             self._poller.poll()
         while readable(self.control):
             self._take_control(self.control.recv_multipart())
-        while readable(self.peers.socket):
+        for _ in range(MESSAGES_A_STEP):
+            if not readable(self.peers.socket):
+                break
             frames = self.peers.socket.recv_multipart()
             try:
                 self._take(core, frames)

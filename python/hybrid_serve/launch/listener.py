@@ -6,6 +6,7 @@ import errno
 import os
 import socket
 import time
+from typing import Any
 
 from ..config import ServerConfig
 from ..errors import StartupError
@@ -56,23 +57,25 @@ def _cannot_bind(config: ServerConfig, error: OSError) -> StartupError:
 
 
 def port_holder(port: int) -> str:
-    """Who listens on the port: ``pid 4711 (python3, started 2 h ago)``; empty if that cannot be seen."""
+    """Who listens on the port: ``pid 4711 (python3 server.py, started 2 h ago)``; empty if that cannot be seen."""
     import psutil  # only for this message
 
     try:
-        pids = {
-            connection.pid
-            for connection in psutil.net_connections("tcp")
-            if connection.status == psutil.CONN_LISTEN and connection.laddr[1:] == (port,) and connection.pid
-        }
-        # Children inherit the socket: the eldest is the one to stop.
-        process = min((psutil.Process(pid) for pid in pids), key=lambda process: process.create_time(), default=None)
-        if process is None:
+        pids = [one.pid for one in psutil.net_connections("tcp") if _listens(one, port) and one.pid]
+        if not pids:
             return ""
-        name = (process.cmdline() or [process.name()])[0]
-        return f"pid {process.pid} ({os.path.basename(name)}, started {_ago(time.time() - process.create_time())} ago)"
+        process = psutil.Process(pids[0])
+        # Children inherit the socket: the eldest is the one to stop.
+        while (parent := process.parent()) and any(_listens(one, port) for one in parent.net_connections("tcp")):
+            process = parent
+        command = " ".join(os.path.basename(word) for word in process.cmdline()[:3]) or process.name()
+        return f"pid {process.pid} ({command[:60]}, started {_ago(time.time() - process.create_time())} ago)"
     except psutil.Error:
         return ""
+
+
+def _listens(connection: Any, port: int) -> bool:
+    return bool(connection.status == "LISTEN" and connection.laddr[1:] == (port,))
 
 
 def _ago(seconds: float) -> str:
