@@ -64,8 +64,9 @@ __attribute__((target("avx512f"))) uint64_t read_all(const char* data, int64_t b
   __m512i sum[4] = {};
   for (int64_t i = 0; i + 256 <= bytes; i += 256)
     for (int j = 0; j < 4; ++j) sum[j] = _mm512_xor_si512(sum[j], _mm512_loadu_si512(data + i + j * 64));
-  return static_cast<uint64_t>(
-      _mm512_reduce_add_epi64(_mm512_xor_si512(_mm512_xor_si512(sum[0], sum[1]), _mm512_xor_si512(sum[2], sum[3]))));
+  alignas(64) uint64_t words[8];
+  _mm512_store_si512(words, _mm512_xor_si512(_mm512_xor_si512(sum[0], sum[1]), _mm512_xor_si512(sum[2], sum[3])));
+  return std::accumulate(words, words + 8, uint64_t{0});
 }
 
 // 24 independent chains of 16 lanes, as in the register tile of linear. Returns multiply-adds.

@@ -19,15 +19,35 @@ namespace hybrid {
 
 namespace {
 
+py::object index_of(const py::object& value) {
+  auto index = py::reinterpret_steal<py::object>(PyNumber_Index(value.ptr()));
+  if (!index) throw py::error_already_set();
+  return index;
+}
+
+// The low 64 bits of a Python integer.
+uint64_t low_bits(const py::object& value) { return PyLong_AsUnsignedLongLongMask(index_of(value).ptr()); }
+
 // A Python integer of any size; what does not fit 64 bits is the caller's ValueError, as every other number out of
 // range.
 int64_t integer(const char* name, const py::object& value) {
-  const auto index = py::reinterpret_steal<py::object>(PyNumber_Index(value.ptr()));
-  if (!index) throw py::error_already_set();
+  const py::object index = index_of(value);
   int overflow = 0;
   const int64_t result = PyLong_AsLongLongAndOverflow(index.ptr(), &overflow);
   require(overflow == 0, name, " is ", py::str(index).cast<std::string>(), ", does not fit 64 bits");
   return result;
+}
+
+Token token_id(const char* name, const py::handle& value) {
+  const int64_t id = integer(name, py::reinterpret_borrow<py::object>(value));
+  require(id == static_cast<Token>(id), name, " contains ", id, ", which is no token id");
+  return static_cast<Token>(id);
+}
+
+std::vector<Token> token_ids(const char* name, const py::sequence& values) {
+  std::vector<Token> ids;
+  for (const py::handle value : values) ids.push_back(token_id(name, value));
+  return ids;
 }
 
 // A read view of a one-dimensional contiguous buffer; keeps its owner alive.
@@ -36,10 +56,12 @@ class ReadBuffer {
  public:
   ReadBuffer(const char* name, const py::buffer& buffer) : info_(buffer.request()) {
     const std::string codes = sizeof(T) == 4 ? "il" : "LQ";
-    const char code = info_.format.empty() ? '\0' : info_.format.back();
-    require(info_.ndim == 1 && info_.itemsize == sizeof(T) && codes.find(code) != std::string::npos, name,
-            " must be one-dimensional ", sizeof(T) == 4 ? "int32" : "uint64", ", is format '", info_.format, "' of ",
-            info_.itemsize, " bytes in ", info_.ndim, " dimensions");
+    const std::string& format = info_.format;  // one letter, perhaps behind a mark of this machine's byte order
+    const bool plain =
+        format.size() == 1 || (format.size() == 2 && std::string("@=<").find(format[0]) != std::string::npos);
+    require(info_.ndim == 1 && info_.itemsize == sizeof(T) && plain && codes.find(format.back()) != std::string::npos,
+            name, " must be one-dimensional ", sizeof(T) == 4 ? "int32" : "uint64", ", is format '", info_.format,
+            "' of ", info_.itemsize, " bytes in ", info_.ndim, " dimensions");
     require(info_.size == 0 || info_.strides[0] == static_cast<py::ssize_t>(sizeof(T)), name, " must be contiguous");
   }
   std::span<const T> span() const { return {static_cast<const T*>(info_.ptr), static_cast<size_t>(info_.size)}; }
@@ -148,10 +170,10 @@ class PyScheduler {
 
 void add(PyScheduler& self, uint64_t id, const py::buffer& tokens, const py::object& client, const py::object& n,
          const py::object& priority, const py::object& max_tokens, const py::object& min_tokens,
-         std::vector<Token> stop_token_ids, double temperature, double top_p, const py::object& top_k, double min_p,
-         double repetition_penalty, double frequency_penalty, double presence_penalty, const py::int_& seed,
-         const py::object& num_logprobs, std::vector<std::pair<Token, double>> logit_bias,
-         std::vector<Token> allowed_token_ids, std::vector<Token> banned_token_ids, const py::bytes& cache_salt) {
+         const py::sequence& stop_token_ids, double temperature, double top_p, const py::object& top_k, double min_p,
+         double repetition_penalty, double frequency_penalty, double presence_penalty, const py::object& seed,
+         const py::object& num_logprobs, const py::sequence& logit_bias, const py::sequence& allowed_token_ids,
+         const py::sequence& banned_token_ids, const py::bytes& cache_salt) {
   const ReadBuffer<Token> buffer("tokens", tokens);
   RequestSpec spec;
   spec.id = id;
@@ -161,19 +183,22 @@ void add(PyScheduler& self, uint64_t id, const py::buffer& tokens, const py::obj
   spec.priority = integer("priority", priority);
   spec.max_tokens = integer("max_tokens", max_tokens);
   spec.min_tokens = integer("min_tokens", min_tokens);
-  spec.stop_token_ids = std::move(stop_token_ids);
+  spec.stop_token_ids = token_ids("stop_token_ids", stop_token_ids);
   spec.sampling = {.temperature = temperature,
                    .top_p = top_p,
                    .min_p = min_p,
                    .repetition_penalty = repetition_penalty,
                    .top_k = integer("top_k", top_k),
                    .num_logprobs = integer("num_logprobs", num_logprobs),
-                   .seed = PyLong_AsUnsignedLongLongMask(seed.ptr())};
+                   .seed = low_bits(seed)};
   spec.frequency_penalty = frequency_penalty;
   spec.presence_penalty = presence_penalty;
-  spec.logit_bias = std::move(logit_bias);
-  spec.allowed_token_ids = std::move(allowed_token_ids);
-  spec.banned_token_ids = std::move(banned_token_ids);
+  for (const py::handle item : logit_bias) {
+    const auto [token, bias] = item.cast<std::pair<py::object, double>>();
+    spec.logit_bias.emplace_back(token_id("logit_bias", token), bias);
+  }
+  spec.allowed_token_ids = token_ids("allowed_token_ids", allowed_token_ids);
+  spec.banned_token_ids = token_ids("banned_token_ids", banned_token_ids);
   spec.cache_salt = static_cast<std::string_view>(cache_salt);
   self.use([&](Scheduler& core) { core.add(spec); });
 }

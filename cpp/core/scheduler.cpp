@@ -45,7 +45,8 @@ bool Scheduler::make_room(Request& request, int64_t num_new) {
   return true;
 }
 
-// It keeps its tokens and computes them again later, except those whose blocks are still in the cache by then.
+// It keeps its tokens and computes them again later, except those whose blocks are still in the cache by then. A batch
+// in flight may still write its blocks: batches run in order, so whoever gets them next writes after that.
 void Scheduler::preempt(Request& request) {
   kv_.release(request);
   running_.pop_back();

@@ -3,52 +3,15 @@
 #include <algorithm>
 #include <cmath>
 
+#include "linear_case.h"
 #include "ops/cpu/isa.h"
 #include "ops/cpu/packed.h"
 #include "ops/cpu/thread_pool.h"
-#include "strided_tensor.h"
 
 namespace hybrid {
 namespace {
 
 constexpr DType float_types[] = {DType::f32, DType::bf16, DType::f16};
-
-StridedTensor packed(const StridedTensor& weight) {
-  StridedTensor out(weight.view().dtype, {packed_size(weight.view().shape[0], weight.view().shape[1])});
-  pack_weight({out, weight});
-  return out;
-}
-
-// One random layer and its input, x with gaps between rows.
-struct Layer {
-  int64_t n, k;
-  StridedTensor x, weight, bias, packed_weight;
-
-  Layer(DType dtype, int64_t rows, int64_t n_, int64_t k_, std::mt19937& generator)
-      : n(n_),
-        k(k_),
-        x(StridedTensor::random(dtype, {rows, k_}, generator, k_ + 5)),
-        weight(StridedTensor::random(dtype, {n_, k_}, generator)),
-        bias(StridedTensor::random(dtype, {n_}, generator)),
-        packed_weight(packed(weight)) {}
-
-  void run(const cpu::Kernels& kernels, const TensorView& out, const TensorView& rows, bool with_bias) const {
-    kernels.linear({out, rows, packed_weight, with_bias ? bias.view() : TensorView{}, n, k, nullptr});
-  }
-};
-
-void expect_close(const Layer& layer, const StridedTensor& out, bool with_bias) {
-  for (int64_t row = 0; row < out.view().shape[0]; ++row)
-    for (int64_t column = 0; column < layer.n; ++column) {
-      double sum = with_bias ? layer.bias.at(column) : 0.0, magnitude = std::abs(sum);
-      for (int64_t i = 0; i < layer.k; ++i) {
-        const double product = double{layer.x.at(row, i)} * layer.weight.at(column, i);
-        sum += product;
-        magnitude += std::abs(product);
-      }
-      ASSERT_NEAR(out.at(row, column), sum, 2e-6 * magnitude) << "row " << row << ", column " << column;
-    }
-}
 
 TEST(Linear, matches_a_plain_loop_on_ragged_shapes_with_every_instruction_set) {
   std::mt19937 generator(1);
@@ -62,7 +25,7 @@ TEST(Linear, matches_a_plain_loop_on_ragged_shapes_with_every_instruction_set) {
                        << kernels->name << " " << name_of(dtype) << " " << rows << "x" << n << "x" << k);
           const Layer layer(dtype, rows, n, k, generator);
           StridedTensor out(DType::f32, {rows, n}, n + 3);
-          layer.run(*kernels, out, layer.x, with_bias);
+          layer.run(kernels->linear, out, layer.x, with_bias);
           expect_close(layer, out, with_bias);
         }
 }
@@ -73,8 +36,8 @@ TEST(Linear, rounds_the_same_sums_once_when_the_output_has_the_input_type) {
     for (DType dtype : {DType::bf16, DType::f16}) {
       const Layer layer(dtype, 7, 45, 50, generator);
       StridedTensor wide(DType::f32, {7, 45}), narrow(dtype, {7, 45});
-      layer.run(*kernels, wide, layer.x, true);
-      layer.run(*kernels, narrow, layer.x, true);
+      layer.run(kernels->linear, wide, layer.x, true);
+      layer.run(kernels->linear, narrow, layer.x, true);
       by_dtype(dtype, [&]<class T>() {
         for (int64_t i = 0; i < 7 * 45; ++i)
           ASSERT_EQ(narrow.at(i), static_cast<float>(static_cast<T>(wide.at(i)))) << kernels->name << " element " << i;
@@ -90,10 +53,11 @@ TEST(Linear, gives_a_row_the_same_bits_alone_and_in_any_batch) {
     for (DType dtype : float_types) {
       const Layer layer(dtype, rows, 100, 1100, generator);
       StridedTensor alone(dtype, {rows, layer.n});
-      for (int64_t row = 0; row < rows; ++row) layer.run(*kernels, alone.rows(row, 1), layer.x.rows(row, 1), true);
+      for (int64_t row = 0; row < rows; ++row)
+        layer.run(kernels->linear, alone.rows(row, 1), layer.x.rows(row, 1), true);
       for (int64_t batch = 2; batch <= rows; batch += batch < 20 ? 1 : 7) {
         StridedTensor together(dtype, {batch, layer.n});
-        layer.run(*kernels, together, layer.x.rows(rows - batch, batch), true);
+        layer.run(kernels->linear, together, layer.x.rows(rows - batch, batch), true);
         for (int64_t row = 0; row < batch; ++row)
           ASSERT_TRUE(together.row_equals(row, alone, rows - batch + row))
               << kernels->name << " " << name_of(dtype) << " row " << row << " of " << batch;
@@ -108,11 +72,11 @@ TEST(Linear, gives_the_same_bits_with_any_number_of_threads) {
       const Layer layer(DType::bf16, rows, 640, 130, generator);
       StridedTensor expected(DType::f32, {rows, layer.n});
       cpu::set_num_threads(1);
-      layer.run(*kernels, expected, layer.x, false);
+      layer.run(kernels->linear, expected, layer.x, false);
       for (int threads : {2, 3}) {
         cpu::set_num_threads(threads);
         StridedTensor out(DType::f32, {rows, layer.n});
-        layer.run(*kernels, out, layer.x, false);
+        layer.run(kernels->linear, out, layer.x, false);
         EXPECT_EQ(0, std::memcmp(out.view().data, expected.view().data, static_cast<size_t>(rows * layer.n * 4)));
       }
     }
@@ -125,12 +89,12 @@ TEST(Linear, ignores_what_lies_between_and_behind_the_rows) {
     for (DType dtype : float_types) {
       const Layer layer(dtype, 3, 33, 35, generator);
       StridedTensor before(DType::f32, {3, 33}), after(DType::f32, {3, 33});
-      layer.run(*kernels, before, layer.x, false);
+      layer.run(kernels->linear, before, layer.x, false);
       by_dtype(dtype, [&]<class T>() {
         for (int64_t row = 0; row < 2; ++row)
           std::fill_n(layer.x.view().as<T>() + row * layer.x.view().strides[0] + 35, 5, static_cast<T>(NAN));
       });
-      layer.run(*kernels, after, layer.x, false);
+      layer.run(kernels->linear, after, layer.x, false);
       EXPECT_EQ(0, std::memcmp(before.view().data, after.view().data, 3 * 33 * 4)) << kernels->name;
     }
 }
