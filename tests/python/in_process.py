@@ -57,13 +57,13 @@ class Generator:
         first = self._next_id
         self._next_id += len(prompts) * n
         for index, prompt in enumerate(prompts):
-            self.scheduler.add(first + index * n, np.array(prompt, np.int32), n=n, **params)
+            self.scheduler.add(first + index * n, np.array(prompt, np.int32).data, n=n, **params)
         found: list[list[int]] = [[] for _ in range(len(prompts) * n)]
         self.results.clear()
         while (batch := self.scheduler.schedule()) is not None:
             result = self.runner.step(batch)
             self.results.append(result)
-            outputs = self.scheduler.commit(batch.step, result.tokens)
+            outputs = self.scheduler.commit(batch.step, result.tokens.data)
             for request, token in zip(outputs.ids.tolist(), outputs.tokens.tolist(), strict=True):
                 found[request - first].append(token)
         assert self.scheduler.idle

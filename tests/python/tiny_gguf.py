@@ -80,7 +80,7 @@ def _interleaved(values: NDArray[np.float32], heads: int) -> NDArray[np.float32]
 def _add_tokenizer(writer: gguf.GGUFWriter, folder: Path) -> None:
     content = json.loads((folder / "tokenizer.json").read_text())
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    tokens = [tokenizer.id_to_token(index) for index in range(tokenizer.get_vocab_size())]
+    tokens = [tokenizer.id_to_token(index) or "" for index in range(tokenizer.get_vocab_size())]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("default")
     writer.add_token_list(tokens)

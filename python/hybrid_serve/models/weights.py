@@ -56,7 +56,8 @@ class DummyWeights:
         if out.dim() == 1 and name.endswith("norm.weight"):
             out.fill_(1.0)
             return
-        generator = torch.Generator().manual_seed(self._seed * 2**32 + zlib.crc32(name.encode()))
+        # torch's CPU generator uses 32 bits of its seed, so both go through one hash.
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{self._seed} {name}".encode()))
         out.normal_(0.0, 0.02, generator=generator)
 
 

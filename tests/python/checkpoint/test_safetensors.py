@@ -181,7 +181,7 @@ def test_random_mutations_of_the_header_are_valid_or_a_startup_error(tmp_path: P
 def test_a_quantised_tensor_type_is_refused_with_advice(tmp_path: Path) -> None:
     folder = make_tiny_model(tmp_path)
     tensors = load_file(folder / "model.safetensors")
-    tensors["model.layers.0.mlp.up_proj.weight"] = np.zeros((96, 64), np.int8)  # type: ignore[assignment]
+    tensors["model.layers.0.mlp.up_proj.weight"] = np.zeros((96, 64), np.int8)
     save_file(tensors, folder / "model.safetensors")
     failure = refused(folder).failure
     assert (failure.code, "I8" in failure.what, "GGUF" in failure.fix) == ("HS-E023", True, True)

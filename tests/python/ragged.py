@@ -72,5 +72,5 @@ class Ragged:
             num_decodes=counts.count(1),
             max_query_len=max(counts),
         )
-        rows = self.runner.decoder(batch).split(counts)
+        rows = torch.split(self.runner.decoder(batch), counts)
         return [rows[order.index(index)] for index in range(len(work))]
