@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Starts several servers in turn, round by round, runs benchmarks/serve.py against each, and prints a table of medians.
+"""Starts several servers in turn, round by round, runs serve.py against each, and prints a table of medians.
 
     python benchmarks/compare.py --tokenizer tokenizer.json --model smollm2 --rounds 3 \\
-        --server 'ours=8000=hybrid-serve serve FOLDER --served-model-name smollm2 --max-model-len 4096 --port 8000' \\
-        --server 'vllm=8101=vllm serve FOLDER --served-model-name smollm2 --dtype bfloat16 --max-model-len 4096 --port 8101'
+      --server 'ours=8000=hybrid-serve serve DIR --served-model-name smollm2 --max-model-len 4096 --port 8000' \\
+      --server 'vllm=8101=vllm serve DIR --served-model-name smollm2 --max-model-len 4096 --port 8101'
 
 Only one server runs at a time (they would share the cores), and the order is A B A B ..., so that a machine that drifts
-drifts for all. The ratio of a row is to the first server. Ready: seconds from start to the first 200 of /health; memory: the
-sum of the peak resident sizes of the server's processes.
+drifts for all. The ratio of a row is the first server's speed over this one's. Ready: seconds from start to the first
+200 of /health; memory: the sum of the peak resident sizes of the server's processes.
 """
 
 from __future__ import annotations
@@ -105,9 +105,8 @@ def main() -> None:
             rates = [r["output_tok_s"] for r in runs]
             middle = statistics.median(rates)
             ttft, itl = (statistics.median(r[key] for r in runs) for key in ("ttft_ms", "itl_ms"))
-            print(
-                f"| {name} | {workload} | {middle} ({min(rates)}..{max(rates)}) | {base / middle:.2f} | {ttft} | {itl} |"
-            )
+            spread = f"{middle} ({min(rates)}..{max(rates)})"
+            print(f"| {name} | {workload} | {spread} | {base / middle:.2f} | {ttft} | {itl} |")
     for name, _, _ in servers:
         print(f"\n{name}: ready in {statistics.median(ready[name]):.1f} s, peak memory {memory[name] / 2**30:.2f} GiB")
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Streams fixed workloads from any OpenAI-compatible server and prints one JSON line a run; needs aiohttp and tokenizers.
+"""Streams fixed workloads from any OpenAI-compatible server, one JSON line a run; needs aiohttp and tokenizers.
 
-    python benchmarks/serve.py --base-url http://127.0.0.1:8000 --model NAME --tokenizer tokenizer.json -w W1,W2 --rounds 3
+    python benchmarks/serve.py --base-url http://127.0.0.1:8000 --model NAME --tokenizer tokenizer.json -w W1,W2
 
 W1: one stream, 3 requests, 128 in / 128 out.        W2: 16 at a time, 32 requests, 256 / 128.
 W3: 16 at a time, 32 requests, 512 shared + 32 / 64.  W4: 4 at a time, 8 requests, 1024 / 8.

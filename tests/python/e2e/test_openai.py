@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import httpx
 import openai
@@ -64,10 +65,10 @@ def test_choices_of_one_request_are_as_if_asked_alone(client: openai.OpenAI) -> 
     [("Hello", 1), (["Hello", "Good morning"], 2), ([504, 260], 1), ([[504], [260, 504]], 2)],
     ids=["text", "texts", "ids", "lists of ids"],
 )
-def test_completions_take_all_four_prompt_shapes(client: openai.OpenAI, prompt: object, choices: int) -> None:
+def test_completions_take_all_four_prompt_shapes(client: openai.OpenAI, prompt: Any, choices: int) -> None:
     reply = client.completions.create(
         model=client.models.list().data[0].id,
-        prompt=prompt,  # type: ignore[arg-type]
+        prompt=prompt,
         max_tokens=3,
         temperature=0,
         n=2,

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from ragged import Ragged
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from in_process import load_runner
+from ragged import Ragged
 from tiny_models import FAMILIES, make_tiny_model
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {

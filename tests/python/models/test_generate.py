@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from ragged import Ragged
 from transformers import AutoModelForCausalLM
 
 from hybrid_serve.runner.model_runner import ModelRunner
 from in_process import Generator, load_runner
+from ragged import Ragged
 from tiny_models import FAMILIES, make_tiny_model
 
 LENGTHS = [3, 40, 17, 1, 64, 33, 16, 25, 5, 48, 90, 2, 31, 32, 70, 12]
