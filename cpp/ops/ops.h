@@ -101,8 +101,9 @@ struct CopyBlocks {
 
 // Picks one token a row. Order of work, as in the field: log-probabilities of the raw logits (when asked for), allowed set,
 // repetition penalty, additive adjustments, then temperature (0: argmax, lowest id wins a tie), top-k, top-p, min-p, and a
-// draw by Gumbel noise from Philox4x32-10 with key = seed and counter = (position, token id): a function of (seed, position)
-// alone, so preemption, replay and batch mates cannot change it.
+// draw by Gumbel noise from Philox4x32-10 (ops/philox.h), a function of (seed, position, token id) alone, so preemption,
+// replay and batch mates cannot change it. Temperatures below 1e-5 count as 0; a NaN logit as -inf; where everything is
+// -inf, the lowest id that is allowed is picked.
 // Adjustments of row r are entries [adjust_start[r], adjust_start[r+1]): logits[id] gets the repetition penalty if flag 1,
 // then + add; if any entry of the row has flag 2 the row may only pick ids that have flag 2.
 struct Sample {

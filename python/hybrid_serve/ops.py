@@ -1,6 +1,8 @@
 """Typed wrappers of the kernels: they allocate outputs and name shapes; everything else is checked in cpp/ops/ops.cpp.
 
-Tensors cross by DLPack, so a kernel runs on the tensor's device; nothing here asks which one that is.
+Tensors cross by DLPack, so a kernel runs on the tensor's device; nothing here asks which one that is. A decode step
+makes some ten calls a layer, hence the cheapest way to allocate: empty_like and new_empty(*sizes) take half the time of
+torch.empty with keywords.
 """
 
 from __future__ import annotations
@@ -32,28 +34,28 @@ def pack_weight(weight: Tensor) -> PackedWeight:
 
 def embedding(ids: Tensor, table: PackedWeight) -> Tensor:
     """ids: i32 [rows] -> T [rows, k]."""
-    out = torch.empty((ids.shape[0], table.k), dtype=table.data.dtype, device=ids.device)
+    out = table.data.new_empty(ids.shape[0], table.k)
     _kernels.embedding(out, ids, table.data, table.n)
     return out
 
 
 def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
     """x: T [rows, k] -> [rows, n], of type T or, for logits, float32."""
-    out = torch.empty((x.shape[0], weight.n), dtype=dtype or x.dtype, device=x.device)
+    out = x.new_empty(x.shape[0], weight.n) if dtype is None else x.new_empty((x.shape[0], weight.n), dtype=dtype)
     _kernels.linear(out, x, weight.data, bias, weight.n, weight.k)
     return out
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x: T [rows, dim] -> the same shape."""
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = torch.empty_like(x)
     _kernels.rms_norm(out, x, weight, None, eps)
     return out
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
     """residual += x, in place; returns norm(residual)."""
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = torch.empty_like(x)
     _kernels.rms_norm(out, x, weight, residual, eps)
     return out
 
@@ -65,7 +67,7 @@ def rotary(q: Tensor, k: Tensor, cos_sin: Tensor, positions: Tensor) -> None:
 
 def silu_mul(x: Tensor) -> Tensor:
     """x: T [rows, 2 * dim] -> T [rows, dim]."""
-    out = torch.empty((x.shape[0], x.shape[1] // 2), dtype=x.dtype, device=x.device)
+    out = x.new_empty(x.shape[0], x.shape[1] // 2)
     _kernels.silu_mul(out, x)
     return out
 
@@ -88,7 +90,7 @@ def paged_attention(
     scale: float,
 ) -> Tensor:
     """q: T [rows, heads, dim] -> the same shape; see cpp/ops/ops.h for the ragged columns."""
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out = torch.empty_like(q)
     _kernels.paged_attention(
         out, q, k_cache, v_cache, query_start, seq_lens, kv_start, kv_blocks, num_decodes, max_query_len, scale
     )

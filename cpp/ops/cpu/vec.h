@@ -66,8 +66,13 @@ struct F32 {
   friend F32 operator*(F32 a, F32 b) { return _mm512_mul_ps(a.v, b.v); }
   friend F32 operator/(F32 a, F32 b) { return _mm512_div_ps(a.v, b.v); }
   friend F32 fma(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a.v, b.v, c.v); }  // a * b + c
+  // Of two operands one of which is NaN, the second, as on x86.
   friend F32 max(F32 a, F32 b) { return _mm512_max_ps(a.v, b.v); }
   friend F32 min(F32 a, F32 b) { return _mm512_min_ps(a.v, b.v); }
+  // y where !(x < limit), else 0
+  friend F32 unless_below(F32 x, F32 limit, F32 y) {
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x.v, limit.v, _CMP_NLT_UQ), y.v);
+  }
   float sum() const { return _mm512_reduce_add_ps(v); }
   float largest() const { return _mm512_reduce_max_ps(v); }
   friend F32 round_to_int(F32 a) { return _mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
@@ -130,6 +135,9 @@ struct F32 {
   friend F32 fma(F32 a, F32 b, F32 c) { return _mm256_fmadd_ps(a.v, b.v, c.v); }
   friend F32 max(F32 a, F32 b) { return _mm256_max_ps(a.v, b.v); }
   friend F32 min(F32 a, F32 b) { return _mm256_min_ps(a.v, b.v); }
+  friend F32 unless_below(F32 x, F32 limit, F32 y) {
+    return _mm256_and_ps(_mm256_cmp_ps(x.v, limit.v, _CMP_NLT_UQ), y.v);
+  }
   float sum() const {
     __m128 x = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     x = _mm_add_ps(x, _mm_movehl_ps(x, x));
@@ -178,20 +186,25 @@ struct F32 {
   friend F32 operator/(F32 a, F32 b) { return map(a, b, [](float x, float y) { return x / y; }); }
   friend F32 max(F32 a, F32 b) { return map(a, b, [](float x, float y) { return x > y ? x : y; }); }
   friend F32 min(F32 a, F32 b) { return map(a, b, [](float x, float y) { return x < y ? x : y; }); }
+  friend F32 unless_below(F32 x, F32 limit, F32 y) {
+    F32 r;
+    for (int i = 0; i < width; ++i) r.v[i] = x.v[i] < limit.v[i] ? 0.0f : y.v[i];
+    return r;
+  }
   friend F32 fma(F32 a, F32 b, F32 c) { return a * b + c; }
   float sum() const { return (v[0] + v[2]) + (v[1] + v[3]); }
   float largest() const { return std::max(std::max(v[0], v[2]), std::max(v[1], v[3])); }
   friend F32 round_to_int(F32 a) { return map(a, a, [](float x, float) { return std::nearbyint(x); }); }
   friend F32 scale_by_power(F32 a, F32 n) {
-    return map(a, n, [](float x, float e) { return std::ldexp(x, static_cast<int>(e)); });
+    return map(a, n, [](float x, float e) { return e == e ? std::ldexp(x, static_cast<int>(e)) : e; });
   }
 };
 
 #endif
 
-// e^x to about 1 ulp for x <= 88; 0 below -87 (so -inf gives 0). Cephes' expf polynomial.
+// e^x to about 1 ulp for x <= 88; exactly 0 below -87.3 (so -inf gives 0); NaN of NaN. Cephes' expf polynomial.
 inline F32 exp(F32 x) {
-  const F32 clamped = max(min(x, F32(88.0f)), F32(-87.3f));
+  const F32 lowest(-87.3f), clamped = max(lowest, min(F32(88.0f), x));
   const F32 n = round_to_int(clamped * F32(1.44269504088896341f));
   F32 r = fma(n, F32(-0.693359375f), clamped);
   r = fma(n, F32(2.12194440e-4f), r);
@@ -201,7 +214,7 @@ inline F32 exp(F32 x) {
   p = fma(p, r, F32(4.1665795894e-2f));
   p = fma(p, r, F32(1.6666665459e-1f));
   p = fma(p, r, F32(5.0000001201e-1f));
-  return scale_by_power(fma(p, r * r, r + F32(1.0f)), n);
+  return unless_below(x, lowest, scale_by_power(fma(p, r * r, r + F32(1.0f)), n));
 }
 
 }  // namespace hybrid::cpu::HYBRID_ISA

@@ -1,0 +1,94 @@
+"""The wrappers of ops.py against plain torch; the kernels' own corners are tested in C++ (tests/cpp/ops_*.cpp)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from hybrid_serve import ops
+
+FLOAT_TYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def randn(*shape: int, dtype: torch.dtype) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(*shape, generator=generator).to(dtype)
+
+
+def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    """To one rounding of `dtype` (half a unit in the last place), with some room for f32 sums."""
+    relative = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
+    torch.testing.assert_close(actual.double(), expected.double(), rtol=1.1 * relative, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", FLOAT_TYPES)
+@pytest.mark.parametrize(("rows", "n", "k"), [(1, 960, 576), (16, 100, 77), (130, 64, 1536)])
+def test_linear_is_torchs_linear(dtype: torch.dtype, rows: int, n: int, k: int) -> None:
+    x, weight, bias = (randn(*shape, dtype=dtype) for shape in [(rows, k), (n, k), (n,)])
+    expected = functional.linear(x.double(), weight.double(), bias.double())
+    packed = ops.pack_weight(weight / 8)
+    logits = ops.linear(x, packed, dtype=torch.float32)
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits.double(), (expected - bias.double()) / 8, rtol=1e-5, atol=1e-3)
+    out = ops.linear(x, ops.pack_weight(weight), bias)
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.double(), expected, rtol=2**-8 if dtype != torch.float32 else 1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", FLOAT_TYPES)
+def test_embedding_reads_the_rows_of_a_packed_table(dtype: torch.dtype) -> None:
+    table, ids = randn(70, 50, dtype=dtype), torch.tensor([69, 0, 33, 33], dtype=torch.int32)
+    assert torch.equal(ops.embedding(ids, ops.pack_weight(table)), table[ids])
+
+
+@pytest.mark.parametrize("dtype", FLOAT_TYPES)
+def test_rms_norm_is_torchs_rms_norm_also_on_a_slice(dtype: torch.dtype) -> None:
+    x, weight = randn(5, 200, dtype=dtype)[:, 10:138], randn(128, dtype=dtype)
+    out = ops.rms_norm(x, weight, 1e-5)
+    assert out.is_contiguous()
+    assert_close(out, functional.rms_norm(x.double(), (128,), weight.double(), 1e-5), dtype)
+
+
+@pytest.mark.parametrize("dtype", FLOAT_TYPES)
+def test_add_rms_norm_updates_the_residual(dtype: torch.dtype) -> None:
+    x, residual, weight = randn(3, 96, dtype=dtype), randn(4, 96, dtype=dtype)[1:], randn(96, dtype=dtype)
+    expected_residual = (x.float() + residual.float()).to(dtype)
+    out = ops.add_rms_norm(x, residual, weight, 1e-6)
+    assert torch.equal(residual, expected_residual)
+    assert_close(out, functional.rms_norm(residual.double(), (96,), weight.double(), 1e-6), dtype)
+
+
+@pytest.mark.parametrize("dtype", FLOAT_TYPES)
+def test_rotary_turns_slices_of_qkv_in_place(dtype: torch.dtype) -> None:
+    rows, heads, kv_heads, dim = 6, 9, 3, 64
+    qkv = randn(rows, (heads + 2 * kv_heads) * dim, dtype=dtype)
+    before = qkv.clone()
+    q, k = qkv[:, : heads * dim], qkv[:, heads * dim : (heads + kv_heads) * dim]
+    angles = torch.arange(50)[:, None] * 10000.0 ** (-torch.arange(0, dim, 2) / dim)
+    cos_sin = torch.cat([angles.cos(), angles.sin()], dim=1).float().contiguous()
+    positions = torch.tensor([0, 49, 7, 8, 9, 10], dtype=torch.int32)
+    ops.rotary(q.view(rows, heads, dim), k.view(rows, kv_heads, dim), cos_sin, positions)
+
+    turned = before.double().view(rows, -1, dim)[:, : heads + kv_heads]
+    cos, sin = cos_sin[positions].double()[:, None].chunk(2, dim=-1)
+    first, second = turned.chunk(2, dim=-1)
+    expected = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    assert_close(qkv.view(rows, -1, dim)[:, : heads + kv_heads], expected, dtype)
+    assert torch.equal(qkv[:, (heads + kv_heads) * dim :], before[:, (heads + kv_heads) * dim :])
+
+
+@pytest.mark.parametrize("dtype", FLOAT_TYPES)
+def test_silu_mul_gates_the_second_half(dtype: torch.dtype) -> None:
+    x = randn(7, 2 * 90, dtype=dtype)
+    gate, up = x.double().chunk(2, dim=-1)
+    assert_close(ops.silu_mul(x), functional.silu(gate) * up, dtype)
+
+
+def test_no_rows_give_no_rows() -> None:
+    packed = ops.pack_weight(torch.ones(4, 8))
+    assert ops.linear(torch.empty(0, 8), packed).shape == (0, 4)
+    assert ops.rms_norm(torch.empty(0, 8), torch.ones(8), 1e-5).shape == (0, 8)
+    assert ops.silu_mul(torch.empty(0, 8)).shape == (0, 4)
+    assert ops.embedding(torch.empty(0, dtype=torch.int32), packed).shape == (0, 8)
