@@ -26,7 +26,7 @@ struct Region {
 };
 
 struct DeviceState {
-  int64_t multiprocessors = 0;
+  int64_t multiprocessors = 0, shared_bytes = 0;
   Region scratch, counters;
 };
 
@@ -38,9 +38,11 @@ DeviceState& current() {
   check(cudaGetDevice(&index));
   DeviceState& state = states[index];
   if (state.multiprocessors == 0) {
-    int count = 0;
+    int count = 0, bytes = 0;
     check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, index));
+    check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, index));
     state.multiprocessors = count;
+    state.shared_bytes = bytes;
   }
   return state;
 }
@@ -55,6 +57,11 @@ void* at_least(Region& region, size_t bytes, Stream stream) {
 int64_t multiprocessors() {
   const std::lock_guard lock(guard);
   return current().multiprocessors;
+}
+
+int64_t shared_bytes_per_multiprocessor() {
+  const std::lock_guard lock(guard);
+  return current().shared_bytes;
 }
 
 void* scratch(size_t bytes, Stream stream) {
