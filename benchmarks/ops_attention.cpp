@@ -1,5 +1,5 @@
-// Attention over the paged cache, its store and its copies, as ratios: decode to the machine's read bandwidth, prefill to its
-// f32 multiply-add peak, both measured in the same run and with the same threads.
+// Attention over the paged cache, its store and its copies, as ratios: decode to the machine's read bandwidth, prefill
+// to its f32 multiply-add peak, both measured in the same run and with the same threads.
 //
 //   bench_ops_attention                  HYBRID_CPU_ISA=avx2 bench_ops_attention --benchmark_filter=decode
 #include <benchmark/benchmark.h>
@@ -95,7 +95,8 @@ double fma_peak() {
   for (int round = 0; round < 5; ++round) {
     const double seconds = seconds_of([&] {
       cpu::pool().parallel_for(threads, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) sums[static_cast<size_t>(i)] = wide ? fma_chain_avx512(steps) : fma_chain_avx2(steps);
+        for (int64_t i = begin; i < end; ++i)
+          sums[static_cast<size_t>(i)] = wide ? fma_chain_avx512(steps) : fma_chain_avx2(steps);
       });
     });
     benchmark::DoNotOptimize(sums.data());
@@ -113,8 +114,8 @@ struct Batch {
   std::vector<PagedAttention> layers;
   double kv_bytes = 0, flops = 0;  // of one layer
 
-  Batch(int64_t heads, int64_t kv_heads, int64_t dim, const std::vector<std::pair<int, int>>& sequences, int64_t num_layers,
-        int64_t block_size = 32) {
+  Batch(int64_t heads, int64_t kv_heads, int64_t dim, const std::vector<std::pair<int, int>>& sequences,
+        int64_t num_layers, int64_t block_size = 32) {
     int64_t blocks = 0, decodes = 0, longest = 0;
     for (const auto& [query_len, seq_len] : sequences) {
       blocks += (seq_len + block_size - 1) / block_size;
@@ -145,7 +146,8 @@ struct Batch {
       a.out = view_of(out.data(), DType::bf16, {rows, heads, dim});
       a.q = view_of(q.data(), DType::bf16, {rows, heads, dim});
       a.k_cache = view_of(cache.data() + 2 * layer * blocks * block, DType::bf16, {blocks, kv_heads, block_size, dim});
-      a.v_cache = view_of(cache.data() + (2 * layer + 1) * blocks * block, DType::bf16, {blocks, kv_heads, block_size, dim});
+      a.v_cache =
+          view_of(cache.data() + (2 * layer + 1) * blocks * block, DType::bf16, {blocks, kv_heads, block_size, dim});
       a.query_start = view_of(query_start.data(), DType::i32, {n + 1});
       a.seq_lens = view_of(seq_lens.data(), DType::i32, {n});
       a.kv_start = view_of(kv_start.data(), DType::i32, {n + 1});

@@ -1,9 +1,11 @@
 #include "ops/check.h"
 
+#include <algorithm>
 #include <initializer_list>
 #include <limits>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "common/check.h"
 
@@ -148,13 +150,25 @@ void check(const SiluMul& a) {
   call.tensor("x", a.x, a.out.dtype, {a.out.shape[0], 2 * a.out.shape[1]});
 }
 
+namespace {
+
+// A cache may be a slice of larger blocks, but within a block it is dense.
+void check_cache(Call& call, const char* name, const TensorView& t, DType dtype, std::initializer_list<int64_t> shape) {
+  call.tensor(name, t, dtype, shape);
+  if (t.numel() == 0) return;
+  call.need(t.strides[2] == t.shape[3] && t.strides[1] == t.shape[2] * t.shape[3], name, " has strides ", t.strides[1],
+            " and ", t.strides[2], " inside a block, expected ", t.shape[2] * t.shape[3], " and ", t.shape[3]);
+}
+
+}  // namespace
+
 void check(const StoreKv& a) {
   Call call("store_kv");
   call.float_type("k_cache", a.k_cache);
-  call.tensor("k_cache", a.k_cache, a.k_cache.dtype, {any, any, any, any});
+  check_cache(call, "k_cache", a.k_cache, a.k_cache.dtype, {any, any, any, any});
   const int64_t blocks = a.k_cache.shape[0], heads = a.k_cache.shape[1], size = a.k_cache.shape[2],
                 dim = a.k_cache.shape[3];
-  call.tensor("v_cache", a.v_cache, a.k_cache.dtype, {blocks, heads, size, dim});
+  check_cache(call, "v_cache", a.v_cache, a.k_cache.dtype, {blocks, heads, size, dim});
   call.tensor("k", a.k, a.k_cache.dtype, {any, heads, dim});
   call.tensor("v", a.v, a.k_cache.dtype, {a.k.shape[0], heads, dim});
   call.packed("slots", a.slots, DType::i64, {a.k.shape[0]});
@@ -193,9 +207,12 @@ void check(const PagedAttention& a) {
   call.tensor("q", a.q, a.q.dtype, {any, any, any});
   const int64_t rows = a.q.shape[0], heads = a.q.shape[1], dim = a.q.shape[2];
   call.tensor("out", a.out, a.q.dtype, {rows, heads, dim});
-  call.tensor("k_cache", a.k_cache, a.q.dtype, {any, any, any, dim});
+  call.need(dim % 8 == 0 && dim <= 256, "heads have size ", dim, ", expected a multiple of 8 up to 256");
+  call.need(a.scale > 0.0f && a.scale <= std::numeric_limits<float>::max(), "scale is ", a.scale,
+            ", must be positive and finite");
+  check_cache(call, "k_cache", a.k_cache, a.q.dtype, {any, any, any, dim});
   const int64_t blocks = a.k_cache.shape[0], kv_heads = a.k_cache.shape[1], block_size = a.k_cache.shape[2];
-  call.tensor("v_cache", a.v_cache, a.q.dtype, {blocks, kv_heads, block_size, dim});
+  check_cache(call, "v_cache", a.v_cache, a.q.dtype, {blocks, kv_heads, block_size, dim});
   call.need(kv_heads > 0 && heads % kv_heads == 0, heads, " query heads cannot share ", kv_heads, " key/value heads");
   call.tensor("seq_lens", a.seq_lens, DType::i32, {any});
   const int64_t seqs = a.seq_lens.shape[0];
@@ -214,6 +231,17 @@ void check(const CopyBlocks& a) {
   call.packed("dst", a.dst, DType::i32, {a.src.shape[0]});
   call.indices<int32_t>("src", a.src, 0, a.cache.shape[0]);
   call.indices<int32_t>("dst", a.dst, 0, a.cache.shape[0]);
+  if (a.dst.device != Device::cpu || a.dst.numel() == 0) return;
+  // Copies run at the same time: a block that is written may appear only once.
+  const int64_t pairs = a.dst.shape[0];
+  std::vector<int32_t> written(a.dst.as<int32_t>(), a.dst.as<int32_t>() + pairs);
+  std::sort(written.begin(), written.end());
+  const auto twice = std::adjacent_find(written.begin(), written.end());
+  call.need(twice == written.end(), "block ", twice == written.end() ? -1 : *twice, " is written twice");
+  for (int64_t i = 0; i < pairs; ++i) {
+    const int32_t block = a.src.as<int32_t>()[i];
+    call.need(!std::binary_search(written.begin(), written.end(), block), "block ", block, " is both read and written");
+  }
 }
 
 void check(const Sample& a) {
@@ -237,6 +265,10 @@ void check(const Sample& a) {
   call.packed("adjust_flags", a.adjust_flags, DType::i32, {entries});
   call.indices<int32_t>("adjust_ids", a.adjust_ids, 0, vocab);
   call.indices<int32_t>("adjust_start", a.adjust_start, 0, entries + 1);
+  if (a.adjust_start.device == Device::cpu)
+    for (int64_t r = 0; r < rows; ++r)
+      call.need(a.adjust_start.as<int32_t>()[r] <= a.adjust_start.as<int32_t>()[r + 1], "adjust_start decreases from ",
+                a.adjust_start.as<int32_t>()[r], " to ", a.adjust_start.as<int32_t>()[r + 1], " at row ", r);
   if (!a.logprobs.defined()) return;
   call.tensor("logprobs", a.logprobs, DType::f32, {rows, any});
   call.tensor("logprob_ids", a.logprob_ids, DType::i32, {rows, a.logprobs.shape[1]});

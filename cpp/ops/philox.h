@@ -1,10 +1,12 @@
 // Philox4x32-10 (Salmon et al., SC 2011) and the Gumbel noise that sampling makes of it. Plain constexpr C++, the same
 // bits on every device: no fused multiply-add, no library function.
 //
-// The noise of a token is a function of (seed, position, token id) alone: key = seed, counter = (id / 4, position, 0, 0),
-// output word id % 4. Any subset of tokens can thus be drawn from in any order, on any machine, with the same outcome.
+// The noise of a token is a function of (seed, position, token id) alone: key = seed, counter = (id / 4, position, 0,
+// 0), output word id % 4. Any subset of tokens can thus be drawn from in any order, on any machine, with the same
+// outcome.
 //
-// always_inline: kernels are compiled for several instruction sets, and a shared inline function would be linked from any.
+// always_inline: kernels are compiled for several instruction sets, and a shared inline function would be linked from
+// any.
 #pragma once
 
 #include <array>
@@ -51,11 +53,13 @@ using PhiloxWords = std::array<uint32_t, 4>;
 
 // -log(-log(1 - v)) with v uniform in [2^-33, 1 - 2^-24]: v keeps its 32 bits near 0, where the large noise comes from.
 [[gnu::always_inline]] constexpr float gumbel(uint32_t bits) {
-  constexpr float below_one = 0x1.fffffep-1f;
+  constexpr uint32_t below_one = std::bit_cast<uint32_t>(0x1.fffffep-1f);
   // Two exact halves: integer to float conversion is signed in most instruction sets.
   const float high = static_cast<float>(static_cast<int32_t>(bits >> 16)) * 0x1p-16f;
   const float low = (static_cast<float>(static_cast<int32_t>(bits & 0xffffu)) + 0.5f) * 0x1p-32f;
-  const float sum = high + low, v = sum < below_one ? sum : below_one;
+  // Not to reach 1: the smaller of two positive floats is the smaller of their bits, which compilers make vectors of.
+  const uint32_t sum = std::bit_cast<uint32_t>(high + low);
+  const float v = std::bit_cast<float>(sum < below_one ? sum : below_one);
   // log(1 - v), with the bits that 1 - v rounded off put back to first order.
   const float u = 1.0f - v;
   const float exponential = -(natural_log(u) + ((1.0f - u) - v) / u);

@@ -1,5 +1,5 @@
-// AttentionCase: a ragged batch over a paged cache, and its reference in double precision. The content of a sequence is a
-// function of (its seed, position), so the same rows can be asked for in any batch and any chunking.
+// AttentionCase: a ragged batch over a paged cache, and its reference in double precision. The content of a sequence is
+// a function of (its seed, position), so the same rows can be asked for in any batch and any chunking.
 #pragma once
 
 #include <cmath>
@@ -25,12 +25,17 @@ class AttentionCase {
  public:
   // `placement` shuffles the blocks; every slot that no sequence owns holds NaN, and so does the output.
   AttentionCase(const Shape& shape, const std::vector<Sequence>& sequences, uint32_t placement = 1)
-      : shape_(shape), sequences_(sequences), blocks_(2 + count_blocks(shape, sequences)),
+      : shape_(shape),
+        sequences_(sequences),
+        blocks_(2 + count_blocks(shape, sequences)),
         k_cache({blocks_, shape.kv_heads, shape.block_size, shape.dim}, not_a_number<T>()),
         v_cache({blocks_, shape.kv_heads, shape.block_size, shape.dim}, not_a_number<T>()),
         q({count_rows(sequences), shape.heads, shape.dim}, T{}),
-        out({count_rows(sequences), shape.heads, shape.dim}, not_a_number<T>()), query_start(std::vector<int32_t>{}), seq_lens(std::vector<int32_t>{}),
-        kv_start(std::vector<int32_t>{}), kv_blocks(std::vector<int32_t>{}) {
+        out({count_rows(sequences), shape.heads, shape.dim}, not_a_number<T>()),
+        query_start(std::vector<int32_t>{}),
+        seq_lens(std::vector<int32_t>{}),
+        kv_start(std::vector<int32_t>{}),
+        kv_blocks(std::vector<int32_t>{}) {
     std::vector<int32_t> free(static_cast<size_t>(blocks_));
     std::iota(free.begin(), free.end(), 0);
     std::shuffle(free.begin(), free.end(), std::mt19937(placement));
@@ -51,11 +56,12 @@ class AttentionCase {
 
   PagedAttention args() {
     int64_t decodes = 0, longest = 0;
-    while (decodes < static_cast<int64_t>(sequences_.size()) && sequences_[static_cast<size_t>(decodes)].query_len == 1) ++decodes;
+    while (decodes < static_cast<int64_t>(sequences_.size()) && sequences_[static_cast<size_t>(decodes)].query_len == 1)
+      ++decodes;
     for (const Sequence& s : sequences_) longest = std::max<int64_t>(longest, s.query_len);
     const float scale = 1.0f / std::sqrt(static_cast<float>(shape_.dim));
-    return {out.view, q.view, k_cache.view, v_cache.view, query_start.view, seq_lens.view, kv_start.view, kv_blocks.view,
-            decodes,  longest, scale,       nullptr};
+    return {out.view,       q.view,  k_cache.view, v_cache.view, query_start.view, seq_lens.view, kv_start.view,
+            kv_blocks.view, decodes, longest,      scale,        nullptr};
   }
 
   // What the sequence's row for `position` should be, head by head.
@@ -76,7 +82,8 @@ class AttentionCase {
       for (double& x : p) total += x = std::exp(x - largest);
       for (int64_t t = 0; t <= position; ++t)
         for (int64_t d = 0; d < shape_.dim; ++d)
-          sums[static_cast<size_t>(d)] += p[static_cast<size_t>(t)] / total * double(float(cached(v_cache, sequence, h / group, t)[d]));
+          sums[static_cast<size_t>(d)] +=
+              p[static_cast<size_t>(t)] / total * double(float(cached(v_cache, sequence, h / group, t)[d]));
       result.insert(result.end(), sums.begin(), sums.end());
     }
     return result;
@@ -84,7 +91,8 @@ class AttentionCase {
 
   const T* cached(const OwnedTensor<T>& cache, size_t sequence, int64_t kv_head, int64_t t) const {
     const int32_t block = kv_blocks.data[static_cast<size_t>(kv_start.data[sequence] + t / shape_.block_size)];
-    return cache.data.data() + ((block * shape_.kv_heads + kv_head) * shape_.block_size + t % shape_.block_size) * shape_.dim;
+    return cache.data.data() +
+           ((block * shape_.kv_heads + kv_head) * shape_.block_size + t % shape_.block_size) * shape_.dim;
   }
   T* row(int64_t r) { return out.data.data() + r * shape_.heads * shape_.dim; }
   int64_t row_size() const { return shape_.heads * shape_.dim; }
@@ -106,8 +114,10 @@ class AttentionCase {
       const auto next = [&] { return static_cast<T>(static_cast<float>(random()) / 1073741824.0f - 1.0f); };
       for (int64_t h = 0; h < shape_.kv_heads; ++h)
         for (int64_t d = 0; d < shape_.dim; ++d) {
-          const int64_t at = ((table[t / shape_.block_size] * shape_.kv_heads + h) * shape_.block_size + t % shape_.block_size) *
-                                 shape_.dim + d;
+          const int64_t at =
+              ((table[t / shape_.block_size] * shape_.kv_heads + h) * shape_.block_size + t % shape_.block_size) *
+                  shape_.dim +
+              d;
           k_cache[at] = next();
           v_cache[at] = next();
         }

@@ -1,4 +1,5 @@
-// Paged attention against naive loops in double precision, and its promise: a row's bits depend on the row and its KV alone.
+// Paged attention against naive loops in double precision, and its promise: a row's bits depend on the row and its KV
+// alone.
 #include <gtest/gtest.h>
 
 #include "attention_case.h"
@@ -67,7 +68,8 @@ TEST_P(PagedAttentionTest, MatchesNaiveLoopsForRandomRaggedBatches) {
   for (int round = 0; round < 6; ++round) {
     std::vector<Sequence> sequences;
     const int decodes = static_cast<int>(random() % 5), prefills = static_cast<int>(random() % 3) + (decodes == 0);
-    for (int i = 0; i < decodes; ++i) sequences.push_back({static_cast<uint32_t>(random()), 1, 1 + static_cast<int32_t>(random() % 1200)});
+    for (int i = 0; i < decodes; ++i)
+      sequences.push_back({static_cast<uint32_t>(random()), 1, 1 + static_cast<int32_t>(random() % 1200)});
     for (int i = 0; i < prefills; ++i) {
       const int32_t rows = 1 + static_cast<int32_t>(random() % 90);
       sequences.push_back({static_cast<uint32_t>(random()), rows, rows + static_cast<int32_t>(random() % 600)});
@@ -91,7 +93,8 @@ std::vector<T> whole(const cpu::Kernels& isa, const Shape& shape, uint32_t seed,
 }
 
 template <class T>
-void expect_rows(AttentionCase<T>& c, int64_t row, const std::vector<T>& all, int32_t position, int32_t rows, const char* what) {
+void expect_rows(AttentionCase<T>& c, int64_t row, const std::vector<T>& all, int32_t position, int32_t rows,
+                 const char* what) {
   ASSERT_TRUE(same_bits(c.row(row), all.data() + position * c.row_size(), rows * c.row_size()))
       << what << ": rows of positions " << position << " to " << position + rows << " differ";
 }
@@ -100,7 +103,8 @@ template <class T>
 void expect_chunking_changes_no_bit(const cpu::Kernels& isa, const Shape& shape) {
   constexpr int32_t tokens = 1100;  // three chunks of KV
   const std::vector<T> all = whole<T>(isa, shape, 11, tokens);
-  for (const auto& ends : {std::vector<int32_t>{1, 64, 65, 511, 513, 1024, 1100}, {333, 700, 1100}, {600, 1099, 1100}}) {
+  for (const auto& ends :
+       {std::vector<int32_t>{1, 64, 65, 511, 513, 1024, 1100}, {333, 700, 1100}, {600, 1099, 1100}}) {
     int32_t done = 0;
     for (const int32_t end : ends) {
       AttentionCase<T> c(shape, {{11, end - done, end}}, 5);

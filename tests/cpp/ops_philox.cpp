@@ -1,9 +1,9 @@
 // Philox against the published vectors, and the noise made of it.
-#include "ops/philox.h"
-
 #include <gtest/gtest.h>
 
 #include <cmath>
+
+#include "ops/philox.h"
 
 namespace hybrid {
 namespace {
@@ -11,7 +11,8 @@ namespace {
 static_assert(philox(0, 0, 0, 0, 0) == PhiloxWords{0x6627e8d5u, 0xe169c58du, 0xbc57ac4cu, 0x9b00dbd8u});
 
 TEST(Philox, AgreesWithTheVectorsOfItsAuthors) {
-  EXPECT_EQ(philox(~0u, ~0u, ~0u, ~0u, ~uint64_t{0}), (PhiloxWords{0x408f276du, 0x41c83b0eu, 0xa20bc7c6u, 0x6d5451fdu}));
+  EXPECT_EQ(philox(~0u, ~0u, ~0u, ~0u, ~uint64_t{0}),
+            (PhiloxWords{0x408f276du, 0x41c83b0eu, 0xa20bc7c6u, 0x6d5451fdu}));
   EXPECT_EQ(philox(0x243f6a88u, 0x85a308d3u, 0x13198a2eu, 0x03707344u, 0x299f31d0a4093822u),
             (PhiloxWords{0xd16cfe09u, 0x94fdccebu, 0x5001e420u, 0x24126ea1u}));
 }
@@ -31,8 +32,8 @@ double exact_gumbel(uint32_t bits) {
 
 TEST(Philox, GumbelNoiseIsFiniteForEveryWordAndMatchesItsFormula) {
   float largest = -INFINITY, smallest = INFINITY;
-  for (const uint32_t bits : {0u, 1u, 2u, 255u, 256u, 65535u, 65536u, 0x7fffffffu, 0x80000000u, 0xfffffe00u, 0xffffff7fu,
-                              0xffffff80u, 0xfffffffeu, 0xffffffffu}) {
+  for (const uint32_t bits : {0u, 1u, 2u, 255u, 256u, 65535u, 65536u, 0x7fffffffu, 0x80000000u, 0xfffffe00u,
+                              0xffffff7fu, 0xffffff80u, 0xfffffffeu, 0xffffffffu}) {
     const float noise = gumbel(bits);
     ASSERT_TRUE(std::isfinite(noise)) << bits;
     EXPECT_NEAR(noise, exact_gumbel(bits), 2e-6) << bits;

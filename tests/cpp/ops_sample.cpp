@@ -96,15 +96,18 @@ TEST_P(SampleTest, DrawsTheTokenOfTheReferenceForRandomParameters) {
     r.seed = static_cast<int64_t>(random()) * -5000000000;
     r.position = static_cast<int32_t>(random() % 4096);
     for (int i = pick(0, 0, 3, 40); i > 0; --i)
-      r.adjustments.push_back({static_cast<int32_t>(random() % static_cast<uint32_t>(vocab)), pick(0.0f, 1.5f, -2.0f, -INFINITY), pick(0, 1)});
+      r.adjustments.push_back({static_cast<int32_t>(random() % static_cast<uint32_t>(vocab)),
+                               pick(0.0f, 1.5f, -2.0f, -INFINITY), pick(0, 1)});
     if (round % 5 == 0)
-      for (int i = 0; i < 30; ++i) r.adjustments.push_back({static_cast<int32_t>(random() % static_cast<uint32_t>(vocab)), 0.0f, pick(2, 3)});
+      for (int i = 0; i < 30; ++i)
+        r.adjustments.push_back({static_cast<int32_t>(random() % static_cast<uint32_t>(vocab)), 0.0f, pick(2, 3)});
     double margin = 0;
     const int32_t expected = expected_draw(r, &margin);
     if (!(margin > 1e-3)) continue;  // also where all candidates are banned
     ++compared;
-    ASSERT_EQ(token(r), expected) << "round " << round << " vocab " << vocab << " temperature " << r.temperature << " top_k "
-                                  << r.top_k << " top_p " << r.top_p << " min_p " << r.min_p << " margin " << margin;
+    ASSERT_EQ(token(r), expected) << "round " << round << " vocab " << vocab << " temperature " << r.temperature
+                                  << " top_k " << r.top_k << " top_p " << r.top_p << " min_p " << r.min_p << " margin "
+                                  << margin;
   }
   EXPECT_GT(compared, 120);
 }
@@ -124,8 +127,14 @@ TEST_P(SampleTest, TopKKeepsExactlyKWithTheLowestIdsOfATie) {
 TEST_P(SampleTest, TopPKeepsTheSmallestSetThatReachesP) {
   Request r{{}};
   for (const float p : {0.1f, 0.4f, 0.2f, 0.1f, 0.1f, 0.1f}) r.logits.push_back(std::log(p));
-  const std::vector<std::pair<float, std::set<int32_t>>> cases = {
-      {1e-9f, {1}}, {0.39f, {1}}, {0.41f, {1, 2}}, {0.59f, {1, 2}}, {0.65f, {0, 1, 2}}, {0.75f, {0, 1, 2, 3}}, {0.999f, {0, 1, 2, 3, 4, 5}}, {1.0f, {0, 1, 2, 3, 4, 5}}};
+  const std::vector<std::pair<float, std::set<int32_t>>> cases = {{1e-9f, {1}},
+                                                                  {0.39f, {1}},
+                                                                  {0.41f, {1, 2}},
+                                                                  {0.59f, {1, 2}},
+                                                                  {0.65f, {0, 1, 2}},
+                                                                  {0.75f, {0, 1, 2, 3}},
+                                                                  {0.999f, {0, 1, 2, 3, 4, 5}},
+                                                                  {1.0f, {0, 1, 2, 3, 4, 5}}};
   for (const auto& [p, expected] : cases) {
     r.top_p = p;
     EXPECT_EQ(drawn_ids(r, 500), expected) << p;
@@ -162,14 +171,19 @@ double chi_square(const std::map<int32_t, int>& counts, const std::map<int32_t, 
 TEST_P(SampleTest, DrawsFollowTheDistribution) {
   constexpr int n = 20000;
   Request r{{0.0f, 1.0f, 2.0f, -1.0f, 0.5f, 0.5f, 1.5f, -0.5f, 0.25f, 1.25f, -2.0f}};
-  for (const auto& [temperature, top_k, top_p, min_p] : {std::tuple{1.0f, 0, 1.0f, 0.0f}, {0.7f, 0, 1.0f, 0.0f}, {1.0f, 4, 1.0f, 0.0f},
-                                                        {1.3f, 0, 0.8f, 0.0f}, {1.0f, 8, 0.9f, 0.2f}, {5.0f, 0, 1.0f, 0.0f}}) {
+  for (const auto& [temperature, top_k, top_p, min_p] : {std::tuple{1.0f, 0, 1.0f, 0.0f},
+                                                         {0.7f, 0, 1.0f, 0.0f},
+                                                         {1.0f, 4, 1.0f, 0.0f},
+                                                         {1.3f, 0, 0.8f, 0.0f},
+                                                         {1.0f, 8, 0.9f, 0.2f},
+                                                         {5.0f, 0, 1.0f, 0.0f}}) {
     r.temperature = temperature, r.top_k = top_k, r.top_p = top_p, r.min_p = min_p;
     const auto expected = distribution(r);
     const auto counts = draws(r, n);
     for (const auto& [id, count] : counts) EXPECT_TRUE(expected.contains(id)) << id;
     const auto freedom = static_cast<double>(expected.size() - 1);
-    EXPECT_LT(chi_square(counts, expected, n), freedom + 4 * std::sqrt(2 * freedom) + 4) << temperature << " " << top_k << " " << top_p;
+    EXPECT_LT(chi_square(counts, expected, n), freedom + 4 * std::sqrt(2 * freedom) + 4)
+        << temperature << " " << top_k << " " << top_p;
   }
 }
 
@@ -226,7 +240,8 @@ TEST_P(SampleTest, LogprobsAreThoseOfTheRawLogits) {
   for (const float x : r.logits) total += std::exp(double(x));
   std::vector<int32_t> order(vocab);
   std::iota(order.begin(), order.end(), 0);
-  std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return r.logits[size_t(a)] > r.logits[size_t(b)]; });
+  std::stable_sort(order.begin(), order.end(),
+                   [&](int32_t a, int32_t b) { return r.logits[size_t(a)] > r.logits[size_t(b)]; });
   Request none = r, only_sampled = r;
   none.num_logprobs = -1, only_sampled.num_logprobs = 0;
   const auto sampled = sample_all(isa(), {r, none, only_sampled}, width);
@@ -236,7 +251,8 @@ TEST_P(SampleTest, LogprobsAreThoseOfTheRawLogits) {
     const float logit = r.logits[static_cast<size_t>(sampled[row].token)];
     EXPECT_EQ(sampled[row].logprob_ids[0], sampled[row].token);
     EXPECT_NEAR(sampled[row].logprobs[0], double(logit) - std::log(total), 2e-5);
-    EXPECT_EQ(sampled[row].rank, 1 + std::count_if(r.logits.begin(), r.logits.end(), [&](float x) { return x > logit; }));
+    EXPECT_EQ(sampled[row].rank,
+              1 + std::count_if(r.logits.begin(), r.logits.end(), [&](float x) { return x > logit; }));
   }
   for (size_t i = 0; i < 5; ++i) {
     EXPECT_EQ(sampled[0].logprob_ids[1 + i], order[i]);
@@ -314,7 +330,8 @@ TEST(SampleAcrossIsas, TheSameTokensAreDrawn) {
   const auto reference = sample_all(cpu::baseline_kernels, requests);
   for (const cpu::Kernels* isa : cpu::supported_kernels()) {
     const auto sampled = sample_all(*isa, requests);
-    for (size_t i = 0; i < requests.size(); ++i) EXPECT_EQ(sampled[i].token, reference[i].token) << isa->name << " " << i;
+    for (size_t i = 0; i < requests.size(); ++i)
+      EXPECT_EQ(sampled[i].token, reference[i].token) << isa->name << " " << i;
   }
 }
 

@@ -33,7 +33,8 @@ struct Sampled {
 };
 
 // Every output starts as a value that the kernel must not leave behind. width: of logprobs; 0: not asked for.
-inline std::vector<Sampled> sample_all(const cpu::Kernels& isa, const std::vector<Request>& requests, int64_t width = 0) {
+inline std::vector<Sampled> sample_all(const cpu::Kernels& isa, const std::vector<Request>& requests,
+                                       int64_t width = 0) {
   const auto rows = static_cast<int64_t>(requests.size()), vocab = static_cast<int64_t>(requests[0].logits.size());
   std::vector<float> logits, temperature, top_p, min_p, penalty, add;
   std::vector<int32_t> top_k, positions, num_logprobs, starts{0}, ids, flags;
@@ -48,7 +49,9 @@ inline std::vector<Sampled> sample_all(const cpu::Kernels& isa, const std::vecto
   }
   OwnedTensor<int32_t> tokens({rows}, -77), ranks({rows}, -77), logprob_ids({rows, std::max<int64_t>(1, width)}, -77);
   OwnedTensor<float> logprobs({rows, std::max<int64_t>(1, width)}, NAN);
-  const auto column = [](auto& v) { return view_of(v.data(), dtype_of<std::decay_t<decltype(v[0])>>(), {static_cast<int64_t>(v.size())}); };
+  const auto column = [](auto& v) {
+    return view_of(v.data(), dtype_of<std::decay_t<decltype(v[0])>>(), {static_cast<int64_t>(v.size())});
+  };
   Sample a;
   a.tokens = tokens.view;
   if (width > 0) a.logprobs = logprobs.view, a.logprob_ids = logprob_ids.view, a.ranks = ranks.view;
@@ -87,7 +90,8 @@ inline std::map<int32_t, double> adjusted(const Request& r) {
 // Tokens that may be picked with their probabilities, by sorting: temperature, then top-k, then top-p, then min-p.
 inline std::map<int32_t, double> distribution(const Request& r) {
   std::vector<std::pair<double, int32_t>> sorted;
-  for (const auto& [id, x] : adjusted(r)) sorted.push_back({-x / r.temperature, id});  // ascending: likely first, then low ids
+  for (const auto& [id, x] : adjusted(r))
+    sorted.push_back({-x / r.temperature, id});  // ascending: likely first, then low ids
   std::sort(sorted.begin(), sorted.end());
   if (r.top_k > 0 && r.top_k < static_cast<int32_t>(sorted.size())) sorted.resize(static_cast<size_t>(r.top_k));
   double total = 0, reached = 0;
@@ -110,9 +114,13 @@ inline int32_t expected_draw(const Request& r, double* margin) {
   double best = -INFINITY, second = -INFINITY;
   int32_t winner = -1;
   for (const auto& [id, p] : distribution(r)) {
-    const double score = std::log(p) + double(gumbel_of_token(static_cast<uint64_t>(r.seed), static_cast<uint32_t>(r.position), static_cast<uint32_t>(id)));
-    if (score > best) second = best, best = score, winner = id;
-    else second = std::max(second, score);
+    const double score =
+        std::log(p) + double(gumbel_of_token(static_cast<uint64_t>(r.seed), static_cast<uint32_t>(r.position),
+                                             static_cast<uint32_t>(id)));
+    if (score > best)
+      second = best, best = score, winner = id;
+    else
+      second = std::max(second, score);
   }
   *margin = best - second;
   return winner;

@@ -29,7 +29,8 @@ void AttentionPlan::build(const PagedAttention& a, int64_t tile_tokens, int thre
     // The last rows see most: hand them out first.
     for (int64_t tile_end = end; tile_end > begin; tile_end -= tile_tokens) {
       const int64_t row = std::max(begin, tile_end - tile_tokens);
-      tiles_.push_back({row, first_position + row - begin, static_cast<int32_t>(tile_end - row), static_cast<int32_t>(s), -1});
+      tiles_.push_back(
+          {row, first_position + row - begin, static_cast<int32_t>(tile_end - row), static_cast<int32_t>(s), -1});
       total += tiles_.back().end() * cost_per_token((tile_end - row) * group) * kv_heads;
     }
   }
@@ -41,7 +42,8 @@ void AttentionPlan::build(const PagedAttention& a, int64_t tile_tokens, int thre
     const int64_t chunk_cost = attention_chunk * cost_per_token(tile.tokens * group) * kv_heads;
     const int64_t per_span = threads == 1 ? chunks : std::clamp<int64_t>(limit / chunk_cost, 1, chunks);
     for (int64_t c = 0; c < chunks; c += per_span)
-      spans_.push_back({static_cast<int32_t>(i), static_cast<int32_t>(c), static_cast<int32_t>(std::min(chunks, c + per_span))});
+      spans_.push_back(
+          {static_cast<int32_t>(i), static_cast<int32_t>(c), static_cast<int32_t>(std::min(chunks, c + per_span))});
     if (per_span < chunks) {
       tile.partial = partial_rows_;
       partial_rows_ += chunks * tile.tokens * group;

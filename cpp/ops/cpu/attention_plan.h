@@ -14,7 +14,8 @@
 
 namespace hybrid::cpu {
 
-constexpr int64_t attention_chunk = 512;  // KV tokens whose sum is one partial result: fixed, so that rows are batch-invariant
+constexpr int64_t attention_chunk =
+    512;  // KV tokens whose sum is one partial result: fixed, so that rows are batch-invariant
 
 struct QueryTile {
   int64_t row;       // first query row

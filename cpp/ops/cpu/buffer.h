@@ -1,4 +1,5 @@
-// Buffer: memory that only grows, aligned for vector loads. Knows nothing of what lies in it: a growth loses the contents.
+// Buffer: memory that only grows, aligned for vector loads. Knows nothing of what lies in it: a growth loses the
+// contents.
 #pragma once
 
 #include <cstdint>

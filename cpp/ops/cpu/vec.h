@@ -24,6 +24,8 @@
 
 namespace hybrid::cpu::HYBRID_ISA {
 
+constexpr float minus_infinity = -std::numeric_limits<float>::infinity();
+
 #if defined(__AVX512F__)
 
 struct F32 {

@@ -3,11 +3,11 @@
 // Both products are the same small dense one, rows of A times a tile B whose columns are vector lanes:
 //   scores [rows, 64]  = q [rows, dim] . keys [dim, 64]      (the K tile is transposed once, in registers)
 //   out    [rows, dim] = p [rows, 64]  . values [64, dim]
-// Every element is one chain of multiply-adds in ascending order of the inner index, whatever rows share the call: that is
-// what makes decode, prefill and any chunking of a prompt agree bit for bit.
+// Every element is one chain of multiply-adds in ascending order of the inner index, whatever rows share the call: that
+// is what makes decode, prefill and any chunking of a prompt agree bit for bit.
 //
-// A "word" is what one lane multiplies at a time: an f32, or two bf16 where the machine has vdpbf16ps (p is then rounded
-// to bf16, and normalised by the sum of the rounded values).
+// A "word" is what one lane multiplies at a time: an f32, or two bf16 where the machine has vdpbf16ps (p is then
+// rounded to bf16, and normalised by the sum of the rounded values).
 #pragma once
 
 #include "ops/cpu/vec.h"
@@ -15,9 +15,8 @@
 namespace hybrid::cpu::HYBRID_ISA {
 
 constexpr int64_t kv_tile = 64;
-constexpr int64_t tile_rows = 6;                                         // query rows that share a pass over a tile
-constexpr int64_t tile_columns = F32::width == 16 ? 4 : 2;               // registers a row: 6 x 4 (x 2) accumulators
-constexpr float minus_infinity = -std::numeric_limits<float>::infinity();
+constexpr int64_t tile_rows = 6;                            // query rows that share a pass over a tile
+constexpr int64_t tile_columns = F32::width == 16 ? 4 : 2;  // registers a row: 6 x 4 (x 2) accumulators
 
 template <class T>
 struct TileMath {
@@ -37,8 +36,8 @@ struct TileMath<BFloat16> {
 
 // c[r][0 .. V * width) = c[r] * keep[r] + a[r] . b over `depth` words; without keep, c is only written.
 template <class Math, int R, int V>
-inline void multiply_block(float* c, int64_t c_stride, const float* a, int64_t a_stride, const float* b, int64_t b_stride,
-                           int64_t depth, const float* keep) {
+inline void multiply_block(float* c, int64_t c_stride, const float* a, int64_t a_stride, const float* b,
+                           int64_t b_stride, int64_t depth, const float* keep) {
   F32 sum[R][V];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
@@ -108,8 +107,10 @@ inline void transpose(F32 (&m)[F32::width]) {
 #if defined(__AVX512F__)
   transpose_lanes(m);
   for (int j = 0; j < 4; ++j) {
-    const __m512 a = _mm512_shuffle_f32x4(m[j].v, m[4 + j].v, 0x44), b = _mm512_shuffle_f32x4(m[8 + j].v, m[12 + j].v, 0x44);
-    const __m512 c = _mm512_shuffle_f32x4(m[j].v, m[4 + j].v, 0xee), d = _mm512_shuffle_f32x4(m[8 + j].v, m[12 + j].v, 0xee);
+    const __m512 a = _mm512_shuffle_f32x4(m[j].v, m[4 + j].v, 0x44),
+                 b = _mm512_shuffle_f32x4(m[8 + j].v, m[12 + j].v, 0x44);
+    const __m512 c = _mm512_shuffle_f32x4(m[j].v, m[4 + j].v, 0xee),
+                 d = _mm512_shuffle_f32x4(m[8 + j].v, m[12 + j].v, 0xee);
     m[j] = _mm512_shuffle_f32x4(a, b, 0x88);
     m[4 + j] = _mm512_shuffle_f32x4(a, b, 0xdd);
     m[8 + j] = _mm512_shuffle_f32x4(c, d, 0x88);
@@ -160,8 +161,8 @@ inline void prefetch(const T* row, int64_t dim) {
   for (int64_t j = 0; j < dim; j += static_cast<int64_t>(64 / sizeof(T))) __builtin_prefetch(row + j, 0, 2);
 }
 
-// tile[word][token] = the key words of rows.keys[0 .. count); zero from count to the end of its group of `width` tokens, and
-// those beyond are not written: their scores are masked.
+// tile[word][token] = the key words of rows.keys[0 .. count); zero from count to the end of its group of `width`
+// tokens, and those beyond are not written: their scores are masked.
 template <class T>
 inline void load_keys(float* tile, const TileRows<T>& rows, const TileRows<T>& next, int64_t dim) {
   const int64_t words = dim / TileMath<T>::pack;
@@ -203,8 +204,8 @@ inline void interleave(float* to, const BFloat16* first, const BFloat16* second,
 }
 #endif
 
-// tile[word][column] = the value words of rows.values[0 .. count): a word is one token's element, or two tokens' with pack 2.
-// `stride` >= dim is a multiple of the width; columns from dim on are zero.
+// tile[word][column] = the value words of rows.values[0 .. count): a word is one token's element, or two tokens' with
+// pack 2. `stride` >= dim is a multiple of the width; columns from dim on are zero.
 template <class T>
 inline void load_values(float* tile, const TileRows<T>& rows, const TileRows<T>& next, int64_t dim, int64_t stride) {
   constexpr int64_t pack = TileMath<T>::pack;
@@ -214,7 +215,8 @@ inline void load_values(float* tile, const TileRows<T>& rows, const TileRows<T>&
 #if defined(__AVX512BF16__)
     if constexpr (pack == 2) {
       const T* second = t + 1 < rows.count ? rows.values[t + 1] : nullptr;
-      for (int64_t j = 0; j < dim; j += 32) interleave(to + j, rows.values[t] + j, second != nullptr ? second + j : nullptr, dim - j);
+      for (int64_t j = 0; j < dim; j += 32)
+        interleave(to + j, rows.values[t] + j, second != nullptr ? second + j : nullptr, dim - j);
       continue;
     }
 #endif
@@ -264,11 +266,11 @@ inline float softmax_row(float* scores, int64_t valid, float scale, RowState& st
   return keep;
 }
 
-// sums[r] = sums[r] * keep[r] + p[r] . values for rows whose row r sees the first valid[r] tokens of the tile (ascending).
-// Beyond valid[r] no value is touched, even to be multiplied by zero: it may be another request's NaN.
+// sums[r] = sums[r] * keep[r] + p[r] . values for rows whose row r sees the first valid[r] tokens of the tile
+// (ascending). Beyond valid[r] no value is touched, even to be multiplied by zero: it may be another request's NaN.
 template <class T>
-inline void add_values(int64_t rows, float* sums, int64_t stride, const float* p, const float* values, const int64_t* valid,
-                       const float* keep) {
+inline void add_values(int64_t rows, float* sums, int64_t stride, const float* p, const float* values,
+                       const int64_t* valid, const float* keep) {
   using Math = TileMath<T>;
   const int64_t common = valid[0] / Math::pack;
   multiply<Math>(rows, stride, sums, stride, p, kv_tile, values, stride, common, keep);
@@ -276,13 +278,13 @@ inline void add_values(int64_t rows, float* sums, int64_t stride, const float* p
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t whole = valid[r] / Math::pack;
     if (whole > common)
-      multiply<Math>(1, stride, sums + r * stride, stride, p + r * kv_tile + common, kv_tile, values + common * stride, stride,
-                     whole - common, &one);
+      multiply<Math>(1, stride, sums + r * stride, stride, p + r * kv_tile + common, kv_tile, values + common * stride,
+                     stride, whole - common, &one);
 #if defined(__AVX512BF16__)
     if (valid[r] % Math::pack != 0) {  // half a word: the first token of a pair
       for (int64_t j = 0; j < stride; j += F32::width) {
-        const __m512i first = _mm512_and_si512(_mm512_castps_si512(F32::load(values + whole * stride + j).v),
-                                               _mm512_set1_epi32(0xffff));
+        const __m512i first =
+            _mm512_and_si512(_mm512_castps_si512(F32::load(values + whole * stride + j).v), _mm512_set1_epi32(0xffff));
         float* sum = sums + r * stride + j;
         Math::step(F32(p[r * kv_tile + whole]), _mm512_castsi512_ps(first), F32::load(sum)).store(sum);
       }

@@ -1,9 +1,9 @@
 // Paged attention: decode, prefill and mixed batches by one path.
 //
-// A row's KV is cut at multiples of 64 (tiles, online softmax in order) and of 512 tokens (chunks, merged left to right).
-// Both cuts are functions of the KV position only, so a row's bits depend on neither its batch, its chunk of the prompt
-// nor the threads. A piece of work is (run of query rows, KV head, chunks): each key and value is read once for all the
-// query heads that share it, and once for all rows of the run.
+// A row's KV is cut at multiples of 64 (tiles, online softmax in order) and of 512 tokens (chunks, merged left to
+// right). Both cuts are functions of the KV position only, so a row's bits depend on neither its batch, its chunk of
+// the prompt nor the threads. A piece of work is (run of query rows, KV head, chunks): each key and value is read once
+// for all the query heads that share it, and once for all rows of the run.
 #pragma once
 
 #include "ops/cpu/attention_plan.h"
@@ -35,8 +35,14 @@ template <class T>
 class Attention {
  public:
   Attention(const PagedAttention& a, const AttentionPlan& plan, float* partials)
-      : a_(a), plan_(plan), partials_(partials), kv_heads_(a.k_cache.shape[1]), block_size_(a.k_cache.shape[2]),
-        dim_(a.q.shape[2]), group_(a.q.shape[1] / kv_heads_), stride_((dim_ + F32::width - 1) / F32::width * F32::width) {}
+      : a_(a),
+        plan_(plan),
+        partials_(partials),
+        kv_heads_(a.k_cache.shape[1]),
+        block_size_(a.k_cache.shape[2]),
+        dim_(a.q.shape[2]),
+        group_(a.q.shape[1] / kv_heads_),
+        stride_((dim_ + F32::width - 1) / F32::width * F32::width) {}
 
   // Floats of one row's partial result.
   static int64_t partial_size(int64_t dim) { return (dim + F32::width - 1) / F32::width * F32::width + F32::width; }
@@ -58,7 +64,8 @@ class Attention {
   TileRows<T> find_rows(const QueryTile& tile, int64_t head, int64_t begin, int64_t end) const;
   void sum_chunk(const Scratch& s, const QueryTile& tile, int64_t head, int64_t chunk, const TileRows<T>& following,
                  RowState* state, float* out) const;
-  void sum_tile(const Scratch& s, const QueryTile& tile, int64_t begin, int64_t count, RowState* state, float* out) const;
+  void sum_tile(const Scratch& s, const QueryTile& tile, int64_t begin, int64_t count, RowState* state,
+                float* out) const;
   void write_out(const QueryTile& tile, int64_t head, int64_t r, RowSums sums) const;
   RowSums partial(const QueryTile& tile, int64_t head, int64_t chunk, int64_t r) const;
   // The first row of the tile that sees KV position `position`.
@@ -100,7 +107,8 @@ template <class T>
 void Attention<T>::load_query(float* to, const QueryTile& tile, int64_t head) const {
   const int64_t words = dim_ / Math::pack;
   for (int64_t r = 0; r < tile.tokens * group_; ++r) {
-    const T* from = a_.q.as<const T>() + (tile.row + r / group_) * a_.q.strides[0] + (head * group_ + r % group_) * a_.q.strides[1];
+    const T* from =
+        a_.q.as<const T>() + (tile.row + r / group_) * a_.q.strides[0] + (head * group_ + r % group_) * a_.q.strides[1];
     for (int64_t w = 0; w < words; w += F32::width) {
       const int n = static_cast<int>(std::min<int64_t>(F32::width, words - w));
       load_words(from + w * Math::pack, n).store(to + r * words + w, n);
@@ -114,7 +122,8 @@ TileRows<T> Attention<T>::find_rows(const QueryTile& tile, int64_t head, int64_t
   const int32_t* blocks = a_.kv_blocks.as<const int32_t>() + a_.kv_start.as<const int32_t>()[tile.sequence];
   TileRows<T> rows;
   for (int64_t t = begin; t < end;) {
-    const int64_t offset = t % block_size_, block = blocks[t / block_size_], n = std::min(end - t, block_size_ - offset);
+    const int64_t offset = t % block_size_, block = blocks[t / block_size_],
+                  n = std::min(end - t, block_size_ - offset);
     const T* key = a_.k_cache.as<const T>() + block * a_.k_cache.strides[0] + (head * block_size_ + offset) * dim_;
     const T* value = a_.v_cache.as<const T>() + block * a_.v_cache.strides[0] + (head * block_size_ + offset) * dim_;
     for (int64_t i = 0; i < n; ++i) {
@@ -155,7 +164,8 @@ void Attention<T>::sum_chunk(const Scratch& s, const QueryTile& tile, int64_t he
   }
   TileRows<T> rows = find_rows(tile, head, begin, std::min(end, begin + kv_tile));
   for (int64_t t = begin; t < end; t += kv_tile) {
-    const TileRows<T> next = t + kv_tile < end ? find_rows(tile, head, t + kv_tile, std::min(end, t + 2 * kv_tile)) : following;
+    const TileRows<T> next =
+        t + kv_tile < end ? find_rows(tile, head, t + kv_tile, std::min(end, t + 2 * kv_tile)) : following;
     load_keys(s.keys, rows, next, dim_);
     load_values(s.values, rows, next, dim_, stride_);
     sum_tile(s, tile, t, rows.count, state, out);
@@ -172,7 +182,8 @@ RowSums Attention<T>::partial(const QueryTile& tile, int64_t head, int64_t chunk
 
 template <class T>
 void Attention<T>::write_out(const QueryTile& tile, int64_t head, int64_t r, RowSums sums) const {
-  T* to = a_.out.as<T>() + (tile.row + r / group_) * a_.out.strides[0] + (head * group_ + r % group_) * a_.out.strides[1];
+  T* to =
+      a_.out.as<T>() + (tile.row + r / group_) * a_.out.strides[0] + (head * group_ + r % group_) * a_.out.strides[1];
   const F32 sum(sums.state->sum);
   for (int64_t j = 0; j < dim_; j += F32::width)
     (F32::load(sums.out + j) / sum).store(to + j, static_cast<int>(std::min<int64_t>(F32::width, dim_ - j)));
@@ -256,10 +267,14 @@ void paged_attention_of(const PagedAttention& a) {
 
 inline void paged_attention(const PagedAttention& a) {
   switch (a.q.dtype) {
-    case DType::f32: return paged_attention_of<float>(a);
-    case DType::bf16: return paged_attention_of<BFloat16>(a);
-    case DType::f16: return paged_attention_of<Float16>(a);
-    default: return;  // refused by hybrid::paged_attention
+    case DType::f32:
+      return paged_attention_of<float>(a);
+    case DType::bf16:
+      return paged_attention_of<BFloat16>(a);
+    case DType::f16:
+      return paged_attention_of<Float16>(a);
+    default:
+      return;  // refused by hybrid::paged_attention
   }
 }
 

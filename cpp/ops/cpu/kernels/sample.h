@@ -18,39 +18,54 @@ namespace hybrid::cpu::HYBRID_ISA {
 
 constexpr float greedy_below = 1e-5f;  // dividing by less overflows
 
-// noise[i] of candidates [begin, begin + 64) or fewer. Plain loops: the compiler makes vectors of them.
+// noise[i] of candidates begin + i, for up to 64 of them. Plain loops over arrays: the compiler makes vectors of them.
 inline void make_noise(float* noise, const Candidates& c, int64_t begin, uint64_t seed, uint32_t position) {
-  const int64_t count = std::min(candidate_block, c.size - begin);
   if (c.ids != nullptr) {
+    const int64_t count = std::min(candidate_block, c.size - begin);
     for (int64_t i = 0; i < count; ++i)
       noise[i] = gumbel_of_token(seed, position, static_cast<uint32_t>(c.ids[begin + i]));
     return;
   }
-  uint32_t words[4][candidate_block / 4];
-  for (uint32_t i = 0; i < candidate_block / 4; ++i) {
+  constexpr uint32_t counters = candidate_block / 4;
+  uint32_t words[4][counters];
+  for (uint32_t i = 0; i < counters; ++i) {
     const PhiloxWords w = philox(static_cast<uint32_t>(begin / 4) + i, position, 0, 0, seed);
-    for (int j = 0; j < 4; ++j) words[j][i] = w[static_cast<size_t>(j)];
+    words[0][i] = w[0];
+    words[1][i] = w[1];
+    words[2][i] = w[2];
+    words[3][i] = w[3];
   }
-  for (int64_t i = 0; i < candidate_block; ++i) noise[i] = gumbel(words[i % 4][i / 4]);
+  float by_word[4][counters];
+  for (int j = 0; j < 4; ++j)
+    for (uint32_t i = 0; i < counters; ++i) by_word[j][i] = gumbel(words[j][i]);
+  for (uint32_t i = 0; i < counters; ++i)
+    for (uint32_t j = 0; j < 4; ++j) noise[4 * i + j] = by_word[j][i];
 }
 
 // Index of the candidate with the largest noisy logit. At least one is above -inf.
 inline int64_t draw(const Candidates& c, float inverse_temperature, uint64_t seed, uint32_t position) {
+  const F32 largest(c.largest), scale(inverse_temperature);
   int64_t best = 0;
-  float best_score = -std::numeric_limits<float>::infinity();
+  float best_score = minus_infinity;
   for (int64_t i = 0; i < c.size; i += candidate_block) {
     float scores[candidate_block];
     make_noise(scores, c, i, seed, position);
     const int64_t count = std::min(candidate_block, c.size - i);
-    float top = best_score;
-    for (int64_t j = 0; j < count; ++j) {
-      scores[j] += (c.logits[i + j] - c.largest) * inverse_temperature;
-      top = scores[j] > top ? scores[j] : top;
-    }
-    if (!(top > best_score)) continue;
-    best_score = top;
+    F32 top(minus_infinity);
     int64_t j = 0;
-    while (scores[j] != top) ++j;
+    for (; j + F32::width <= count; j += F32::width) {
+      const F32 score = F32::load(scores + j) + (F32::load(c.logits + i + j) - largest) * scale;
+      score.store(scores + j);
+      top = max(top, score);
+    }
+    float block_best = top.largest();
+    for (; j < count; ++j) {
+      scores[j] += (c.logits[i + j] - c.largest) * inverse_temperature;
+      block_best = std::max(block_best, scores[j]);
+    }
+    if (!(block_best > best_score)) continue;
+    best_score = block_best;
+    for (j = 0; scores[j] != block_best;) ++j;
     best = i + j;
   }
   return best;
@@ -59,8 +74,12 @@ inline int64_t draw(const Candidates& c, float inverse_temperature, uint64_t see
 class SampleRow {
  public:
   SampleRow(const Sample& a, int64_t row)
-      : a_(a), row_(row), vocab_(a.logits.shape[1]), logits_(a.logits.as<float>() + row * a.logits.strides[0]),
-        begin_(a.adjust_start.as<const int32_t>()[row]), end_(a.adjust_start.as<const int32_t>()[row + 1]) {
+      : a_(a),
+        row_(row),
+        vocab_(a.logits.shape[1]),
+        logits_(a.logits.as<float>() + row * a.logits.strides[0]),
+        begin_(a.adjust_start.as<const int32_t>()[row]),
+        end_(a.adjust_start.as<const int32_t>()[row + 1]) {
     static thread_local Buffer buffer;
     const int64_t blocks = (vocab_ + candidate_block - 1) / candidate_block;
     float* p = buffer.floats(3 * vocab_ + 2 * blocks + (end_ - begin_));
@@ -87,7 +106,9 @@ class SampleRow {
 
  private:
   template <class T>
-  T value(const TensorView& column) const { return column.as<const T>()[row_]; }
+  T value(const TensorView& column) const {
+    return column.as<const T>()[row_];
+  }
   int64_t num_logprobs() const { return value<int32_t>(a_.num_logprobs); }
 
   Candidates everything() {
@@ -146,7 +167,7 @@ class SampleRow {
   int32_t pick() {
     Candidates c = candidates();
     const float temperature = value<float>(a_.temperature);
-    if (!(temperature >= greedy_below) || !(c.largest > -std::numeric_limits<float>::infinity())) return c.id(first_largest(c));
+    if (!(temperature >= greedy_below) || !(c.largest > minus_infinity)) return c.id(first_largest(c));
     const float inverse = 1.0f / temperature;
     c = keep_top_k(c, value<int32_t>(a_.top_k), buffers_);
     c = keep_top_p(c, value<float>(a_.top_p), inverse, buffers_);
@@ -183,7 +204,7 @@ class SampleRow {
 
   // 0 stands for a row without one finite logit: its log-probabilities are then -inf, not NaN.
   static double log_sum_of_exponentials(const Candidates& c) {
-    if (!(c.largest > -std::numeric_limits<float>::infinity())) return 0.0;
+    if (!(c.largest > minus_infinity)) return 0.0;
     const F32 largest(c.largest);
     double total = 0;
     for (int64_t i = 0; i < c.size; i += candidate_block) {
@@ -199,7 +220,7 @@ class SampleRow {
   }
   static F32 load_or_minus_infinity(const float* p, int n) {
     float lanes[F32::width];
-    for (int i = 0; i < F32::width; ++i) lanes[i] = i < n ? p[i] : -std::numeric_limits<float>::infinity();
+    for (int i = 0; i < F32::width; ++i) lanes[i] = i < n ? p[i] : minus_infinity;
     return F32::load(lanes);
   }
 

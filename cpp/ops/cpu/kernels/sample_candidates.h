@@ -1,9 +1,9 @@
 // Candidates: logits that may be picked, in ascending order of token id, and the filters that thin them out.
 //
 // Nothing is sorted: top-k and top-p are a search for the threshold, by bisection over the ordered bits of a float, of
-// "how many (or how much probability) is at least t". A question touches only blocks whose largest logit reaches t, hence
-// a few of a vocabulary's thousand. Filters compare the unscaled logits: a temperature keeps their order, and dividing
-// would round different ones together.
+// "how many (or how much probability) is at least t". A question touches only blocks whose largest logit reaches t,
+// hence a few of a vocabulary's thousand. Filters compare the unscaled logits: a temperature keeps their order, and
+// dividing would round different ones together.
 #pragma once
 
 #include "ops/cpu/vec.h"
@@ -27,15 +27,17 @@ inline uint32_t key_of(float x) {
   const uint32_t bits = std::bit_cast<uint32_t>(x);
   return (bits & 0x80000000u) != 0 ? ~bits : bits | 0x80000000u;
 }
-inline float float_of(uint32_t key) { return std::bit_cast<float>((key & 0x80000000u) != 0 ? key & 0x7fffffffu : ~key); }
+inline float float_of(uint32_t key) {
+  return std::bit_cast<float>((key & 0x80000000u) != 0 ? key & 0x7fffffffu : ~key);
+}
 
 // Fills block_largest and largest, taking NaN for -inf. True if something is not finite, for clean() to look at.
 inline bool find_largest(Candidates& c) {
   F32 odd(0.0f);
-  c.largest = -std::numeric_limits<float>::infinity();
+  c.largest = minus_infinity;
   for (int64_t i = 0; i < c.size; i += candidate_block) {
     const int64_t end = std::min(c.size, i + candidate_block);
-    F32 top(-std::numeric_limits<float>::infinity());
+    F32 top(minus_infinity);
     int64_t j = i;
     for (; j + F32::width <= end; j += F32::width) {
       const F32 x = F32::load(c.logits + j);
@@ -56,7 +58,7 @@ inline bool find_largest(Candidates& c) {
 
 // NaN becomes -inf, +inf the largest float.
 inline void clean(float* logits, int64_t size) {
-  const float low = -std::numeric_limits<float>::infinity(), high = std::numeric_limits<float>::max();
+  const float low = minus_infinity, high = std::numeric_limits<float>::max();
   for (int64_t i = 0; i < size; ++i) logits[i] = std::isnan(logits[i]) ? low : std::min(logits[i], high);
 }
 
@@ -84,10 +86,10 @@ struct Cut {
   int64_t ties;
 };
 
-// The smallest set of largest logits (ties: lowest ids) whose count, or sum of weights, reaches `target` > 0. All of them
-// must reach it.
+// The smallest set of largest logits (ties: lowest ids) whose count, or sum of weights, reaches `target` > 0. All of
+// them must reach it.
 inline Cut find_cut(const Candidates& c, const float* weights, double target) {
-  uint32_t low = key_of(-std::numeric_limits<float>::infinity()), high = key_of(c.largest) + 1;
+  uint32_t low = key_of(minus_infinity), high = key_of(c.largest) + 1;
   double above = 0;  // at_least(float_of(high))
   for (float reach = 1.0f; std::isfinite(c.largest - reach); reach *= 2.0f) {
     const float t = c.largest - reach;
@@ -150,7 +152,7 @@ inline Candidates keep_top_p(const Candidates& c, float p, float inverse_tempera
     const int n = static_cast<int>(std::min<int64_t>(F32::width, c.size - i));
     exp((F32::load(c.logits + i, n) - largest) * scale).store(buffers.weights + i, n);
   }
-  const double total = at_least(c, -std::numeric_limits<float>::infinity(), buffers.weights);
+  const double total = at_least(c, minus_infinity, buffers.weights);
   const double target = static_cast<double>(std::max(p, std::numeric_limits<float>::min())) * total;
   return keep(c, find_cut(c, buffers.weights, target), buffers);
 }
@@ -158,7 +160,8 @@ inline Candidates keep_top_p(const Candidates& c, float p, float inverse_tempera
 // Probability >= min_p times the largest.
 inline Candidates keep_min_p(const Candidates& c, float min_p, float temperature, const CandidateBuffers& buffers) {
   if (!(min_p > 0.0f)) return c;
-  const double value = static_cast<double>(c.largest) + static_cast<double>(temperature) * std::log(std::min(1.0, static_cast<double>(min_p)));
+  const double value = static_cast<double>(c.largest) +
+                       static_cast<double>(temperature) * std::log(std::min(1.0, static_cast<double>(min_p)));
   return keep(c, {static_cast<float>(value), c.size}, buffers);
 }
 
