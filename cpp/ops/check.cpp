@@ -126,7 +126,8 @@ void check(const RmsNorm& a) {
   call.tensor("x", a.x, a.x.dtype, {any, any});
   call.tensor("out", a.out, a.x.dtype, {a.x.shape[0], a.x.shape[1]});
   call.tensor("weight", a.weight, a.x.dtype, {a.x.shape[1]});
-  if (a.residual.defined()) call.tensor("residual", a.residual, a.x.dtype, {a.x.shape[0], a.x.shape[1]});
+  const DType sum = a.residual.dtype == DType::f32 ? DType::f32 : a.x.dtype;
+  if (a.residual.defined()) call.tensor("residual", a.residual, sum, {a.x.shape[0], a.x.shape[1]});
 }
 
 void check(const Rotary& a) {

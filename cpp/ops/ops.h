@@ -47,7 +47,7 @@ struct RmsNorm {
   TensorView out;       // T [rows, dim] (rows may be tokens x heads for the per-head norm of Qwen3); may alias x
   TensorView x;         // T [rows, dim]; row stride free
   TensorView weight;    // T [dim]
-  TensorView residual;  // T [rows, dim] or undefined; updated in place
+  TensorView residual;  // T or f32 [rows, dim], or undefined; updated in place. f32 keeps the sum of all layers exact.
   float eps;
   Stream stream;
 };

@@ -1,9 +1,12 @@
-"""The C++ scheduler: block pool, KV cache manager, requests, batches. No clock, thread, socket, device or Python inside."""
+"""The C++ scheduler: block pool, KV cache, requests, batches. No clock, thread, socket, device or Python inside."""
 
 from collections.abc import Sequence
+from typing import Any
 
-
+import numpy.typing as npt
 from typing_extensions import Buffer
+
+_Array = Buffer | npt.NDArray[Any]  # numpy's stubs declare the buffer protocol for Python >= 3.12 only
 
 class Config:
     """Capacities. Raises ValueError naming the field and its value if they cannot work together."""
@@ -51,6 +54,7 @@ class Batch:
     max_seq_len: int
     num_copies: int
     num_adjustments: int
+    padded_seqs: int
     bytes_used: int
 
 class Outputs:
@@ -78,13 +82,13 @@ class Stats:
     step_tokens: int
 
 class Scheduler:
-    def __init__(self, config: Config, arenas: Sequence[Buffer]) -> None:
+    def __init__(self, config: Config, arenas: Sequence[_Array]) -> None:
         """``arenas``: depth + 1 writable buffers of ``batch_layout(config)[0]`` bytes."""
 
     def add(
         self,
         id: int,
-        tokens: Buffer,  # i32
+        tokens: _Array,  # i32
         *,
         client: int = 0,
         n: int = 1,
@@ -108,13 +112,13 @@ class Scheduler:
     ) -> None:
         """Queues choices id .. id+n-1 of one prompt. Raises ValueError, with the numbers, for what can never run."""
 
-    def abort(self, ids: Buffer) -> int:
+    def abort(self, ids: _Array) -> int:
         """``ids``: u64. Unknown ones are ignored (the request may have just finished). Returns how many were live.
         An aborted request gives no further output."""
 
     def schedule(self) -> Batch | None: ...
-    def commit(self, step: int, tokens: Buffer) -> Outputs:
-        """``tokens``: i32, one per sampled row of that step. Steps are committed in order. Raises ValueError otherwise."""
+    def commit(self, step: int, tokens: _Array) -> Outputs:
+        """``tokens``: i32, one per sampled row of that step. Steps are committed in order, else ValueError."""
 
     @property
     def idle(self) -> bool:
@@ -124,4 +128,3 @@ class Scheduler:
     def forget_prefixes(self) -> bool: ...
     def check_invariants(self) -> None:
         """Every invariant; raises RuntimeError (InternalError) at the first that is broken. For tests."""
-

@@ -8,7 +8,8 @@ Knows no torch, no socket; every process of a server gets the same ``Config`` as
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass, field, fields
 from typing import Annotated, Literal
 
 import msgspec
@@ -41,12 +42,15 @@ class ModelConfig:
     tokenizer: Annotated[str, Option("folder or hub id of the tokenizer; default: the model's own")] = ""
     revision: Annotated[str, Option("hub branch, tag or commit")] = ""
     download_dir: Annotated[str, Option("where hub files are kept; default: the hub library's cache")] = ""
-    load_format: Annotated[LoadFormat, Option("auto: by the files found; dummy: random weights from config.json")] = "auto"
+    load_format: Annotated[LoadFormat, Option("auto: by the files found; dummy: random weights from config.json")] = (
+        "auto"
+    )
     dtype: Annotated[
         DTypeName, Option("type of weights and cache; auto: the checkpoint's, quantised ones in bfloat16", common=True)
     ] = "auto"
     max_model_len: Annotated[
-        int, Option("longest prompt + reply in tokens; 0: the model's own, or less if memory demands it", common=True)
+        int,
+        Option("longest prompt + reply in tokens; auto: the model's own or what memory allows", "N|auto", common=True),
     ] = 0
     seed: Annotated[int, Option("seed of dummy weights and of requests without one; -1: from the system")] = -1
     chat_template: Annotated[str, Option("Jinja file, or the template itself; default: the model's own")] = ""
@@ -94,8 +98,12 @@ class ServerConfig:
     root_path: Annotated[str, Option("path prefix that a proxy in front strips")] = ""
     max_request_bytes: Annotated[int, Option("largest request body, e.g. 16MiB", "SIZE")] = 16 * 2**20
     max_logprobs: Annotated[int, Option("largest top_logprobs a request may ask for")] = 20
-    strict_requests: Annotated[bool, Option("unknown or unused request fields are a 400, not a response header")] = False
-    sse_keep_alive_interval: Annotated[float, Option("seconds between comment lines on a silent stream; 0: none")] = 15.0
+    strict_requests: Annotated[bool, Option("unknown or unused request fields are a 400, not a response header")] = (
+        False
+    )
+    sse_keep_alive_interval: Annotated[float, Option("seconds between comment lines on a silent stream; 0: none")] = (
+        15.0
+    )
     shutdown_timeout: Annotated[float, Option("seconds that running requests get to finish after SIGTERM")] = 30.0
     log_level: Annotated[LogLevel, Option("least level that is logged")] = "info"
     metrics_prefix: Annotated[str, Option("prefix of the metrics that vLLM dashboards query")] = "vllm:"
@@ -121,3 +129,88 @@ class Config:
     def digest(self) -> str:
         """Equal in two processes exactly if they were started with the same configuration."""
         return hashlib.sha256(self.to_json()).hexdigest()[:16]
+
+
+_INT32_MAX = 2**31 - 1  # counts and lengths are int32 in the core
+# Of every number: least and largest value. JSON, YAML and flags bring the type, this brings the sense.
+_RANGES: dict[str, tuple[float, float]] = {
+    "max_model_len": (0, _INT32_MAX),
+    "seed": (-1, 2**63 - 1),
+    "num_gpu_blocks_override": (0, _INT32_MAX),
+    "kv_cache_memory_bytes": (0, 2**63 - 1),
+    "max_num_seqs": (1, _INT32_MAX),
+    "max_num_batched_tokens": (0, _INT32_MAX),
+    "max_num_queued_reqs": (0, _INT32_MAX),
+    "cpu_threads": (0, 4096),
+    "port": (0, 65535),
+    "max_request_bytes": (1024, 2**40),
+    "max_logprobs": (0, _INT32_MAX),
+    "sse_keep_alive_interval": (0, 86400),
+    "shutdown_timeout": (0, 86400),
+}
+
+
+def problems(config: Config) -> list[tuple[str, str]]:
+    """What no server could be started with, as (field, what is wrong with it); empty: nothing.
+
+    Knows values only. Whether the model exists or the port is free is found out by whoever opens it.
+    """
+    found: list[tuple[str, str]] = []
+    for group in fields(config):
+        for name, value in vars(getattr(config, group.name)).items():
+            low, high = _RANGES.get(name, (value, value))
+            # Written so that NaN, which compares false with everything, is outside.
+            if not isinstance(value, bool) and not low <= value <= high:
+                found.append((name, f"is {value}, must be {low} to {high}"))
+            texts = value if isinstance(value, tuple) else (value,)
+            if any(isinstance(text, str) and name != "chat_template" and not text.isprintable() for text in texts):
+                found.append((name, "has a control character or a line break in it"))
+    return found + _model_and_cache_problems(config) + _server_problems(config.server)
+
+
+def _model_and_cache_problems(config: Config) -> list[tuple[str, str]]:
+    found: list[tuple[str, str]] = []
+    if any(not name.strip() for name in config.model.served_model_name):
+        found.append(("served_model_name", "has an empty name"))
+    if config.cache.block_size not in (16, 32, 64):
+        found.append(("block_size", f"is {config.cache.block_size}, must be 16, 32 or 64"))
+    if config.cache.num_gpu_blocks_override and config.cache.kv_cache_memory_bytes:
+        found.append(("num_gpu_blocks_override", "and kv_cache_memory_bytes both set the size of the cache, give one"))
+    return found
+
+
+def _server_problems(server: ServerConfig) -> list[tuple[str, str]]:
+    found: list[tuple[str, str]] = []
+    # The key itself must not appear in the message: it would end in a log. An empty key is often an unset variable.
+    if any(not key.strip() for key in server.api_key):
+        found.append(("api_key", "has an empty key, which would let everyone in"))
+    elif any(not key.isascii() or any(char.isspace() for char in key) for key in server.api_key):
+        found.append(("api_key", "has a key with a space or a non-ASCII character, which no HTTP header can carry"))
+    if not server.host:
+        found.append(("host", "is empty, use 127.0.0.1 for this machine only or 0.0.0.0 for all addresses"))
+    elif not is_loopback(server.host) and not server.api_key and not server.insecure_no_auth:
+        found.append(("host", f"{server.host} is open to other machines: set api_key, or insecure_no_auth to allow it"))
+    if server.root_path and (not server.root_path.startswith("/") or server.root_path.endswith("/")):
+        found.append(("root_path", f"is {server.root_path!r}, must begin with / and not end with it"))
+    if not re.fullmatch(r"([a-zA-Z_:][a-zA-Z0-9_:]*)?", server.metrics_prefix):
+        found.append(("metrics_prefix", f"is {server.metrics_prefix!r}, must be letters, digits, _ and : only"))
+    return found
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach what is bound to ``host``. Looks no name up: only localhost is known."""
+    from ipaddress import ip_address
+
+    if host == "localhost":
+        return True
+    try:
+        return ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def validate(config: Config) -> Config:
+    """The configuration itself. Raises ValueError that names every problem."""
+    if found := problems(config):
+        raise ValueError("; ".join(f"{name} {wrong}" for name, wrong in found))
+    return config

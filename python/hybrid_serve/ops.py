@@ -2,7 +2,7 @@
 
 Tensors cross by DLPack, so a kernel runs on the tensor's device; nothing here asks which one that is. A decode step
 makes some ten calls a layer, hence the cheapest way to allocate: empty_like and new_empty(*sizes) take half the time of
-torch.empty with keywords.
+torch.empty with keywords; and ``out``, for callers that give the same memory to every layer.
 """
 
 from __future__ import annotations
@@ -39,9 +39,16 @@ def embedding(ids: Tensor, table: PackedWeight) -> Tensor:
     return out
 
 
-def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
+def linear(
+    x: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
     """x: T [rows, k] -> [rows, n], of type T or, for logits, float32."""
-    out = x.new_empty(x.shape[0], weight.n) if dtype is None else x.new_empty((x.shape[0], weight.n), dtype=dtype)
+    if out is None:
+        out = x.new_empty(x.shape[0], weight.n) if dtype is None else x.new_empty((x.shape[0], weight.n), dtype=dtype)
     _kernels.linear(out, x, weight.data, bias, weight.n, weight.k)
     return out
 
@@ -53,9 +60,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return out
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """residual += x, in place; returns norm(residual)."""
-    out = torch.empty_like(x)
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
+    """residual (T or f32) += x, in place; returns norm(residual), of type T."""
+    if out is None:
+        out = torch.empty_like(x)
     _kernels.rms_norm(out, x, weight, residual, eps)
     return out
 
@@ -65,9 +73,10 @@ def rotary(q: Tensor, k: Tensor, cos_sin: Tensor, positions: Tensor) -> None:
     _kernels.rotary(q, k, cos_sin, positions)
 
 
-def silu_mul(x: Tensor) -> Tensor:
+def silu_mul(x: Tensor, out: Tensor | None = None) -> Tensor:
     """x: T [rows, 2 * dim] -> T [rows, dim]."""
-    out = x.new_empty(x.shape[0], x.shape[1] // 2)
+    if out is None:
+        out = x.new_empty(x.shape[0], x.shape[1] // 2)
     _kernels.silu_mul(out, x)
     return out
 
@@ -88,9 +97,11 @@ def paged_attention(
     num_decodes: int,
     max_query_len: int,
     scale: float,
+    out: Tensor | None = None,
 ) -> Tensor:
     """q: T [rows, heads, dim] -> the same shape; see cpp/ops/ops.h for the ragged columns."""
-    out = torch.empty_like(q)
+    if out is None:
+        out = torch.empty_like(q)
     _kernels.paged_attention(
         out, q, k_cache, v_cache, query_start, seq_lens, kv_start, kv_blocks, num_decodes, max_query_len, scale
     )

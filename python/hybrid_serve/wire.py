@@ -4,7 +4,7 @@ A message is a list of ZMQ frames: ``[kind, header, array, ...]``. ``kind`` is o
 Struct, arrays are raw little-endian bytes (so token ids never become Python objects on the way).
 
 Topology: the supervisor binds one ROUTER (control: HELLO, STATUS), each engine binds one ROUTER (data); engines and API
-servers connect DEALERs. Request ids are unique in a server: ``api_index << 48 | counter``, one id per choice, consecutive.
+servers connect DEALERs. Request ids are unique in a server: ``api_index << 48 | counter``, one id per choice.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Kind:
     HELLO = b"\x21"  # Hello
     STATUS = b"\x22"  # Status
     FAILED = b"\x23"  # StartupFailure
-    SHUTDOWN = b"\x24"  # Empty
+    SHUTDOWN = b"\x24"  # Empty; to an API server: finish what runs, and when it comes a second time: end now
 
 
 class FinishReason(IntEnum):
@@ -112,7 +112,7 @@ class Reject(msgspec.Struct, array_like=True, frozen=True):
 
 
 class EngineStats(msgspec.Struct, array_like=True, frozen=True):
-    """Gauges and running totals of one engine; sent to every API server at most four times a second, and on change to idle."""
+    """Gauges and running totals of an engine; sent to API servers at most four times a second, and on becoming idle."""
 
     num_running: int = 0
     num_waiting: int = 0
@@ -146,7 +146,7 @@ class EngineFacts(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Status(msgspec.Struct, array_like=True, frozen=True):
-    """Engine -> supervisor -> every API server. ``phase``: starting, loading_weights, allocating, ready, draining, dead."""
+    """Engine -> supervisor -> API servers. ``phase``: starting, loading_weights, allocating, ready, draining, dead."""
 
     phase: str
     progress: float = 0.0  # of the phase, 0 to 1
@@ -163,6 +163,15 @@ class StartupFailure(msgspec.Struct, array_like=True, frozen=True):
     why: str
     fix: str
     exit_code: int = 1
+
+
+def api_identity(api_index: int) -> bytes:
+    """By which an API server's DEALERs are known to the ROUTERs."""
+    return b"api-%d" % api_index
+
+
+def engine_identity(engine_index: int) -> bytes:
+    return b"engine-%d" % engine_index
 
 
 T = TypeVar("T", bound=msgspec.Struct)

@@ -67,6 +67,30 @@ TEST(RmsNorm, with_a_residual_adds_in_place_and_norms_what_it_stored) {
   });
 }
 
+TEST(RmsNorm, keeps_a_float_residual_of_16_bit_rows_unrounded) {
+  std::mt19937 generator(2);
+  for_every_kernel([&](const cpu::Kernels& kernels, DType dtype) {
+    constexpr int64_t dim = 577;
+    const StridedTensor x = StridedTensor::random(dtype, {4, dim}, generator);
+    const StridedTensor weight = StridedTensor::random(dtype, {dim}, generator);
+    const StridedTensor before = StridedTensor::random(DType::f32, {4, dim}, generator, dim + 2);
+    StridedTensor residual = before, out(dtype, {4, dim});
+    kernels.rms_norm({out, x, weight, residual, 1e-6f, nullptr});
+    for (int64_t row = 0; row < 4; ++row) {
+      double sum = 0.0;
+      for (int64_t i = 0; i < dim; ++i) {
+        ASSERT_EQ(residual.at(row, i), before.at(row, i) + x.at(row, i));
+        sum += double{residual.at(row, i)} * residual.at(row, i);
+      }
+      const double scale = 1.0 / std::sqrt(sum / dim + 1e-6);
+      for (int64_t i = 0; i < dim; ++i) {
+        const double expected = residual.at(row, i) * scale * weight.at(i);
+        ASSERT_NEAR(out.at(row, i), expected, tolerance(dtype) * std::abs(expected) + 1e-7);
+      }
+    }
+  });
+}
+
 TEST(RmsNorm, may_write_over_its_input) {
   std::mt19937 generator(3);
   for_every_kernel([&](const cpu::Kernels& kernels, DType dtype) {

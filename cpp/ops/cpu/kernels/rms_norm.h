@@ -9,8 +9,8 @@
 namespace hybrid::cpu::HYBRID_ISA {
 
 // residual += x; the norm is taken of what was stored, so that it equals a norm of the residual read back later.
-template <class T>
-void add_row(T* residual, const T* x, int64_t dim) {
+template <class R, class T>
+void add_row(R* residual, const T* x, int64_t dim) {
   int64_t i = 0;
   for (; i + F32::width <= dim; i += F32::width) (F32::load(residual + i) + F32::load(x + i)).store(residual + i);
   if (const int tail = static_cast<int>(dim - i); tail > 0)
@@ -33,8 +33,8 @@ float sum_of_squares(const T* x, int64_t dim) {
   return ((sum[0] + sum[1]) + (sum[2] + sum[3])).sum();
 }
 
-template <class T>
-void scale_row(T* out, const T* x, const T* weight, float scale, int64_t dim) {
+template <class T, class X>
+void scale_row(T* out, const X* x, const T* weight, float scale, int64_t dim) {
   const F32 factor(scale);
   int64_t i = 0;
   for (; i + F32::width <= dim; i += F32::width) (F32::load(x + i) * factor * F32::load(weight + i)).store(out + i);
@@ -42,20 +42,32 @@ void scale_row(T* out, const T* x, const T* weight, float scale, int64_t dim) {
     (F32::load(x + i, tail) * factor * F32::load(weight + i, tail)).store(out + i, tail);
 }
 
-inline void rms_norm(const RmsNorm& args) {
+template <class T, class X>
+void norm_row(const RmsNorm& args, int64_t row, const X* x) {
   const int64_t dim = args.x.shape[1];
+  const float mean = sum_of_squares(x, dim) / static_cast<float>(dim);
+  scale_row(args.out.as<T>() + row * args.out.strides[0], x, args.weight.as<T>(), 1.0f / std::sqrt(mean + args.eps),
+            dim);
+}
+
+template <class T, class R>
+void add_and_norm_row(const RmsNorm& args, int64_t row, const T* x) {
+  R* residual = args.residual.as<R>() + row * args.residual.strides[0];
+  add_row(residual, x, args.x.shape[1]);
+  norm_row<T>(args, row, residual);
+}
+
+inline void rms_norm(const RmsNorm& args) {
   by_dtype(args.x.dtype, [&]<class T>() {
-    pool().parallel_for(args.x.shape[0], rows_per_piece(dim), [&](int64_t begin, int64_t end) {
+    pool().parallel_for(args.x.shape[0], rows_per_piece(args.x.shape[1]), [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
         const T* x = args.x.as<T>() + row * args.x.strides[0];
-        if (args.residual.defined()) {
-          T* residual = args.residual.as<T>() + row * args.residual.strides[0];
-          add_row(residual, x, dim);
-          x = residual;
-        }
-        const float mean = sum_of_squares(x, dim) / static_cast<float>(dim);
-        const float scale = 1.0f / std::sqrt(mean + args.eps);
-        scale_row(args.out.as<T>() + row * args.out.strides[0], x, args.weight.as<T>(), scale, dim);
+        if (!args.residual.defined())
+          norm_row<T>(args, row, x);
+        else if (args.residual.dtype == DType::f32)
+          add_and_norm_row<T, float>(args, row, x);
+        else
+          add_and_norm_row<T, T>(args, row, x);
       }
     });
   });

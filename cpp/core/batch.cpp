@@ -1,0 +1,158 @@
+#include "core/batch.h"
+
+#include <algorithm>
+#include <bit>
+#include <cstring>
+
+#include "common/check.h"
+
+namespace hybrid {
+
+BatchLayout::BatchLayout(const Config& config) {
+  invariant(config.max_adjustments > 0, "the configuration was not validated");
+  const int64_t tokens = config.max_num_batched_tokens, seqs = config.max_num_seqs;
+  const int64_t blocks = seqs * config.max_blocks_per_seq(), adjustments = config.max_adjustments;
+  columns_ = {
+      {"header", "int64", 8, header_size, 0},
+      {"token_ids", "int32", 4, tokens, 0},
+      {"positions", "int32", 4, tokens, 0},
+      {"slots", "int64", 8, tokens, 0},
+      {"query_start", "int32", 4, seqs + 1, 0},
+      {"seq_lens", "int32", 4, seqs, 0},
+      {"sample_rows", "int32", 4, seqs, 0},
+      {"temperature", "float32", 4, seqs, 0},
+      {"top_p", "float32", 4, seqs, 0},
+      {"min_p", "float32", 4, seqs, 0},
+      {"repetition_penalty", "float32", 4, seqs, 0},
+      {"top_k", "int32", 4, seqs, 0},
+      {"num_logprobs", "int32", 4, seqs, 0},
+      {"seeds", "int64", 8, seqs, 0},
+      {"sample_positions", "int32", 4, seqs, 0},
+      {"adjust_start", "int32", 4, seqs + 1, 0},
+      {"copy_src", "int32", 4, seqs, 0},
+      {"copy_dst", "int32", 4, seqs, 0},
+      {"kv_start", "int32", 4, seqs + 1, 0},
+      {"kv_blocks", "int32", 4, blocks, 0},
+      {"adjust_ids", "int32", 4, adjustments, 0},
+      {"adjust_add", "float32", 4, adjustments, 0},
+      {"adjust_flags", "int32", 4, adjustments, 0},
+  };
+  for (Column& column : columns_) {
+    column.offset = bytes_;
+    bytes_ += (column.item_bytes * column.capacity + alignment - 1) / alignment * alignment;
+  }
+}
+
+BatchWriter::BatchWriter(const Config& config, const BatchLayout& layout, std::span<std::byte* const> arenas)
+    : config_(config), layout_(layout) {
+  for (std::byte* base : arenas) {
+    const auto column = [&]<class T>(Col which, T*& out) { out = reinterpret_cast<T*>(base + layout_[which].offset); };
+    Arena a{};
+    column(Col::header, a.header);
+    column(Col::token_ids, a.token_ids);
+    column(Col::positions, a.positions);
+    column(Col::slots, a.slots);
+    column(Col::query_start, a.query_start);
+    column(Col::seq_lens, a.seq_lens);
+    column(Col::sample_rows, a.sample_rows);
+    column(Col::temperature, a.temperature);
+    column(Col::top_p, a.top_p);
+    column(Col::min_p, a.min_p);
+    column(Col::repetition_penalty, a.repetition_penalty);
+    column(Col::top_k, a.top_k);
+    column(Col::num_logprobs, a.num_logprobs);
+    column(Col::seeds, a.seeds);
+    column(Col::sample_positions, a.sample_positions);
+    column(Col::adjust_start, a.adjust_start);
+    column(Col::copy_src, a.copy_src);
+    column(Col::copy_dst, a.copy_dst);
+    column(Col::kv_start, a.kv_start);
+    column(Col::kv_blocks, a.kv_blocks);
+    column(Col::adjust_ids, a.adjust_ids);
+    column(Col::adjust_add, a.adjust_add);
+    column(Col::adjust_flags, a.adjust_flags);
+    arenas_.push_back(a);
+  }
+}
+
+void BatchWriter::begin(int64_t step) {
+  batch_ = Batch{.step = step, .arena = step % static_cast<int64_t>(arenas_.size())};
+  at_ = arenas_[static_cast<size_t>(batch_.arena)];
+  at_.query_start[0] = at_.kv_start[0] = at_.adjust_start[0] = 0;
+}
+
+int32_t BatchWriter::add(const Request& request, int64_t num_new) {
+  const int64_t seq = batch_.num_seqs++;
+  const int64_t length = request.num_computed + num_new;
+  invariant(num_new == 1 || batch_.max_query_len != 1 || batch_.num_decodes == seq, "a decode behind a prefill");
+  add_tokens(request, num_new);
+  batch_.num_decodes += num_new == 1;
+  batch_.max_query_len = std::max(batch_.max_query_len, num_new);
+  batch_.max_seq_len = std::max(batch_.max_seq_len, length);
+  at_.query_start[seq + 1] = static_cast<int32_t>(batch_.num_tokens);
+  at_.seq_lens[seq] = static_cast<int32_t>(length);
+
+  const auto blocks = request.kv.blocks().first(static_cast<size_t>(config_.blocks_for(length)));
+  const int32_t kv_start = at_.kv_start[seq];
+  std::ranges::copy(blocks, at_.kv_blocks + kv_start);
+  at_.kv_start[seq + 1] = kv_start + static_cast<int32_t>(blocks.size());
+  if (length < request.num_tokens()) return -1;
+  add_sample(request, length);
+  return static_cast<int32_t>(batch_.num_sampled++);
+}
+
+void BatchWriter::add_tokens(const Request& request, int64_t num_new) {
+  const int64_t block_size = config_.block_size;
+  const auto blocks = request.kv.blocks();
+  const auto num_known = static_cast<int64_t>(request.tokens.size());
+  int64_t row = batch_.num_tokens;
+  batch_.num_tokens += num_new;
+  invariant(batch_.num_tokens <= config_.max_num_batched_tokens, "S1: more tokens than the budget");
+  for (int64_t position = request.num_computed; position < request.num_computed + num_new; ++position, ++row) {
+    at_.token_ids[row] =
+        position < num_known ? request.tokens[static_cast<size_t>(position)] : -(request.sampled_row + 1);
+    at_.positions[row] = static_cast<int32_t>(position);
+    const int64_t block = blocks[static_cast<size_t>(position / block_size)];
+    at_.slots[row] = block * block_size + position % block_size;
+  }
+}
+
+void BatchWriter::add_sample(const Request& request, int64_t position) {
+  const int64_t row = batch_.num_sampled;
+  const SamplingRow& sampling = request.sampling;
+  at_.sample_rows[row] = static_cast<int32_t>(batch_.num_tokens - 1);
+  at_.temperature[row] = static_cast<float>(sampling.temperature);
+  at_.top_p[row] = static_cast<float>(sampling.top_p);
+  at_.min_p[row] = static_cast<float>(sampling.min_p);
+  at_.repetition_penalty[row] = static_cast<float>(sampling.repetition_penalty);
+  at_.top_k[row] = static_cast<int32_t>(std::min(sampling.top_k, config_.vocab_size));
+  at_.num_logprobs[row] = static_cast<int32_t>(sampling.num_logprobs);
+  at_.seeds[row] = std::bit_cast<int64_t>(sampling.seed);
+  at_.sample_positions[row] = static_cast<int32_t>(position);
+  if (!request.adjustments.empty()) {
+    const int64_t n = batch_.num_adjustments;
+    batch_.num_adjustments += request.adjustments.write(request.num_generated(),
+                                                        {at_.adjust_ids + n, at_.adjust_add + n, at_.adjust_flags + n});
+  }
+  at_.adjust_start[row + 1] = static_cast<int32_t>(batch_.num_adjustments);
+}
+
+const Batch& BatchWriter::finish(const CopyList& copies) {
+  invariant(copies.size() <= static_cast<size_t>(config_.max_num_seqs), "more copies than sequences");
+  for (const auto& [source, destination] : copies) {
+    at_.copy_src[batch_.num_copies] = source;
+    at_.copy_dst[batch_.num_copies++] = destination;
+  }
+  batch_.padded_seqs = batch_.num_seqs;
+  const Column& last = layout_[batch_.num_adjustments > 0 ? Col::adjust_flags : Col::kv_blocks];
+  batch_.bytes_used = last.offset + last.item_bytes * (batch_.num_adjustments > 0 ? batch_.num_adjustments
+                                                                                  : at_.kv_start[batch_.num_seqs]);
+  const int64_t header[BatchLayout::header_size] = {batch_.step,        batch_.num_tokens,  batch_.num_seqs,
+                                                    batch_.num_decodes, batch_.num_sampled, batch_.max_query_len,
+                                                    batch_.max_seq_len, batch_.num_copies,  batch_.num_adjustments,
+                                                    batch_.padded_seqs, batch_.bytes_used};
+  std::memcpy(at_.header, header, sizeof header);
+  return batch_;
+}
+
+}  // namespace hybrid

@@ -1,0 +1,106 @@
+// Batch: one step's work, one contiguous range of bytes that every reader understands by BatchLayout alone. Knows
+// columns and offsets; decides nothing.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "core/config.h"
+#include "core/kv_cache.h"
+#include "core/request.h"
+
+namespace hybrid {
+
+struct Column {
+  const char* name;
+  const char* dtype;  // numpy's name
+  int64_t item_bytes, capacity, offset;
+};
+
+// Order of the columns. The ragged ones come last, hence the used range of most batches is one prefix of the arena.
+enum class Col : uint8_t {
+  header,
+  token_ids,
+  positions,
+  slots,
+  query_start,
+  seq_lens,
+  sample_rows,
+  temperature,
+  top_p,
+  min_p,
+  repetition_penalty,
+  top_k,
+  num_logprobs,
+  seeds,
+  sample_positions,
+  adjust_start,
+  copy_src,
+  copy_dst,
+  kv_start,
+  kv_blocks,
+  adjust_ids,
+  adjust_add,
+  adjust_flags
+};
+
+// Where each column lies; a function of the configuration.
+class BatchLayout {
+ public:
+  static constexpr int64_t alignment = 64, header_size = 16;
+
+  explicit BatchLayout(const Config& config);
+
+  int64_t bytes() const { return bytes_; }
+  std::span<const Column> columns() const { return columns_; }
+  const Column& operator[](Col column) const { return columns_[static_cast<size_t>(column)]; }
+
+ private:
+  std::vector<Column> columns_;
+  int64_t bytes_ = 0;
+};
+
+// The first entries of the header column, in this order.
+struct Batch {
+  int64_t step = 0, num_tokens = 0, num_seqs = 0, num_decodes = 0, num_sampled = 0;
+  int64_t max_query_len = 0, max_seq_len = 0, num_copies = 0, num_adjustments = 0, padded_seqs = 0, bytes_used = 0;
+  int64_t arena = 0;  // not in the header: which of the scheduler's arenas holds it
+};
+
+class BatchWriter {
+ public:
+  // `arenas`: memory that others own, layout.bytes() each, 8-byte aligned.
+  BatchWriter(const Config& config, const BatchLayout& layout, std::span<std::byte* const> arenas);
+
+  void begin(int64_t step);
+  // A sequence with its next `num_new` tokens, for which its KV has room. Those with one token come first.
+  // Returns the row of the token that is picked for it, -1 if tokens remain to be computed.
+  int32_t add(const Request& request, int64_t num_new);
+  const Batch& finish(const CopyList& copies);
+
+ private:
+  struct Arena {
+    int64_t* header;
+    int32_t *token_ids, *positions;
+    int64_t* slots;
+    int32_t *query_start, *seq_lens, *sample_rows;
+    float *temperature, *top_p, *min_p, *repetition_penalty;
+    int32_t *top_k, *num_logprobs;
+    int64_t* seeds;
+    int32_t *sample_positions, *adjust_start, *copy_src, *copy_dst, *kv_start, *kv_blocks, *adjust_ids;
+    float* adjust_add;
+    int32_t* adjust_flags;
+  };
+  void add_tokens(const Request& request, int64_t num_new);
+  void add_sample(const Request& request, int64_t position);
+
+  const Config config_;
+  const BatchLayout layout_;
+  std::vector<Arena> arenas_;
+  Arena at_{};  // the arena being written
+  Batch batch_;
+};
+
+}  // namespace hybrid

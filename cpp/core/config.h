@@ -1,0 +1,32 @@
+// Config: the capacities that the core is built for. Plain numbers; knows no model, device or memory size.
+#pragma once
+
+#include <cstdint>
+
+#include "common/siphash.h"
+
+namespace hybrid {
+
+struct Config {
+  int64_t num_blocks = 0;
+  int64_t block_size = 0;  // tokens
+  int64_t max_num_seqs = 0;
+  int64_t max_num_batched_tokens = 0;  // token budget of a step
+  int64_t max_model_len = 0;           // prompt + output tokens
+  int64_t vocab_size = 0;
+  int64_t num_clients = 1;
+  int64_t depth = 1;  // batches in flight
+  bool enable_prefix_caching = true;
+  int64_t max_adjustments = 0;  // of one batch; 0: validate() makes it 4 * vocab_size
+  SipHash128::Key hash_key{};
+
+  // Fills in defaults; throws std::invalid_argument naming the field and its value if the capacities cannot work
+  // together.
+  void validate();
+
+  int64_t pool_tokens() const { return num_blocks * block_size; }
+  int64_t blocks_for(int64_t num_tokens) const { return (num_tokens + block_size - 1) / block_size; }
+  int64_t max_blocks_per_seq() const;
+};
+
+}  // namespace hybrid

@@ -1,0 +1,48 @@
+// KVCacheManager: tokens to blocks. Knows which blocks a request needs, shares and publishes; not who may run.
+#pragma once
+
+#include <utility>
+#include <vector>
+
+#include "core/block_pool.h"
+#include "core/config.h"
+#include "core/request.h"
+
+namespace hybrid {
+
+// (source, destination) of the copies that a batch makes before it writes any KV.
+using CopyList = std::vector<std::pair<BlockId, BlockId>>;
+
+class KVCacheManager {
+ public:
+  explicit KVCacheManager(const Config& config);
+
+  // Lets a request without blocks begin with what is there already: all the prompt's blocks of its leader, if they are
+  // computed, else its longest published prefix, at most all tokens but the last. Sets num_computed. False, and nothing
+  // changed, unless the rest of its tokens would fit too and leave `headroom` free blocks.
+  bool admit(Request& request, int64_t headroom);
+  // Room for the next `num_new` tokens; a block among those written that others share is copied first. False: nothing
+  // changed.
+  bool grow(Request& request, int64_t num_new, CopyList& copies);
+  // Publishes the blocks that the first `num_computed` tokens fill.
+  void publish(Request& request, int64_t num_computed);
+  void release(Request& request);
+  void forget_hashes() { pool_.forget_hashes(); }
+
+  BlockPool& pool() { return pool_; }
+  const BlockPool& pool() const { return pool_; }
+  // The hash of full block i of the request's tokens, given the hash of the block before it (or the root).
+  Hash128 chained_hash(const Request& request, int64_t i, const Hash128& parent) const;
+
+ private:
+  const Hash128& hash(Request& request, int64_t i) const;  // computed once
+  bool may_fork(const Request& request) const;
+  void find_prefix(Request& request);
+
+  const Config config_;
+  BlockPool pool_;
+  std::vector<BlockId> found_;  // by find_prefix
+  std::vector<BlockId> fresh_;
+};
+
+}  // namespace hybrid

@@ -1,0 +1,30 @@
+// Outputs: what one step gave, as columns grouped by client. Valid until the next commit.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "common/types.h"
+
+namespace hybrid {
+
+struct Outputs {
+  int64_t step = -1;
+  int64_t num_rows = 0;               // of every column but client_start
+  std::vector<int32_t> client_start;  // client c owns rows [client_start[c], client_start[c + 1])
+  std::vector<RequestId> ids;
+  std::vector<Token> tokens;
+  std::vector<FinishReason> finish;
+  std::vector<int32_t> cached_tokens;  // prompt tokens found in the cache, on a choice's first row; -1 after
+  std::vector<int32_t> rows;           // sampled row of the batch that a row came from
+
+  Outputs(int64_t num_clients, int64_t max_rows)
+      : client_start(static_cast<size_t>(num_clients) + 1),
+        ids(static_cast<size_t>(max_rows)),
+        tokens(ids.size()),
+        finish(ids.size()),
+        cached_tokens(ids.size()),
+        rows(ids.size()) {}
+};
+
+}  // namespace hybrid

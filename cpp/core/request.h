@@ -1,0 +1,98 @@
+// RequestSpec: what a client asks for. Request: what one sequence is and how far it got; knows neither queues nor
+// batches.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "common/siphash.h"
+#include "common/types.h"
+#include "core/adjustments.h"
+#include "core/config.h"
+#include "core/kv_allocation.h"
+
+namespace hybrid {
+
+// How a token is picked, as the batch carries it.
+struct SamplingRow {
+  double temperature = 1, top_p = 1, min_p = 0, repetition_penalty = 1;
+  int64_t top_k = 0;          // 0 or -1: off
+  int64_t num_logprobs = -1;  // -1: none
+  uint64_t seed = 0;
+};
+
+// `= {}` lets a caller name some fields only, without a warning.
+struct RequestSpec {
+  RequestId id = 0;  // of the first choice; the others follow
+  std::span<const Token> tokens = {};
+  int64_t client = 0;
+  int64_t n = 1;
+  int64_t priority = 0;  // lower runs first
+  int64_t max_tokens = 16;
+  int64_t min_tokens = 0;
+  std::vector<Token> stop_token_ids = {};
+  SamplingRow sampling = {};
+  double frequency_penalty = 0, presence_penalty = 0;
+  std::vector<std::pair<Token, double>> logit_bias = {};
+  std::vector<Token> allowed_token_ids = {};  // empty: all
+  std::vector<Token> banned_token_ids = {};
+  std::string_view cache_salt = {};
+
+  // Throws std::invalid_argument, with the numbers, for what can never run.
+  void validate(const Config& config) const;
+};
+
+// The seed of choice i of a request: its own for i = 0, else the i-th output of SplitMix64 started there.
+uint64_t seed_of_choice(uint64_t seed, int64_t i);
+
+class Request {
+ public:
+  // held: a further choice that waits until the first one's prompt is computed, then shares its blocks.
+  enum class State : uint8_t { held, waiting, running, finished };
+
+  // Choice `choice` of a valid spec. `arrival` orders requests of one priority.
+  Request(const RequestSpec& spec, int64_t choice, int64_t arrival, const Config& config, BlockPool& pool);
+
+  // Tokens known or picked by a batch in flight; and those of them that no batch has computed yet.
+  int64_t num_tokens() const { return static_cast<int64_t>(tokens.size()) + num_unknown; }
+  int64_t num_missing() const { return num_tokens() - num_computed; }
+  int64_t num_generated() const { return num_tokens() - num_prompt; }
+  // False while what comes next depends on a token that is still in flight.
+  bool ready() const { return num_unknown == 0 || (num_tokens() < length_limit && !adjustments.needs_tokens()); }
+
+  void move_to(State next);  // throws InternalError for a transition that does not exist
+  FinishReason append(Token token);
+
+  const RequestId id;
+  const int32_t client;
+  const int64_t priority, arrival;
+  const int64_t num_prompt;
+  const int64_t length_limit;  // tokens, prompt included: max_tokens, max_model_len and the pool allow no more
+  const int64_t min_tokens;
+  const std::vector<Token> stop_token_ids;  // sorted
+  const SamplingRow sampling;
+
+  State state = State::waiting;
+  std::vector<Token> tokens;
+  Adjustments adjustments;
+  int64_t num_computed = 0;  // tokens whose KV is in `kv`, by the end of the last batch scheduled
+  int32_t num_unknown = 0;   // tokens picked by a batch in flight
+  int32_t in_flight = 0;     // batches in flight that hold a row of it
+  int32_t sampled_row = -1;  // in the last batch that picked a token of it
+  int64_t num_preemptions = 0;
+  int64_t cached_tokens = -1;  // found in the cache when it first ran; -1 before that and once told
+
+  KVAllocation kv;
+  int64_t num_published = 0;        // blocks of kv whose hash the pool was told
+  bool may_publish = true;          // false for KV computed before forget_prefixes()
+  Hash128 root_hash;                // parent of the first block's hash
+  std::vector<Hash128> hashes;      // of the blocks that tokens fill, as far as they were needed
+  Request* leader = nullptr;        // the first choice, while it lives and this one has not started
+  std::vector<Request*> followers;  // the further choices that have not started
+};
+
+}  // namespace hybrid

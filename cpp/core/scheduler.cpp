@@ -1,0 +1,108 @@
+#include "core/scheduler.h"
+
+#include <algorithm>
+
+#include "common/check.h"
+
+namespace hybrid {
+
+const Batch* Scheduler::schedule() {
+  if (num_in_flight_ == config_.depth) return nullptr;
+  plan_.clear();
+  copies_.clear();
+  tokens_left_ = config_.max_num_batched_tokens;
+  adjustments_left_ = config_.max_adjustments;
+  short_of_blocks_ = false;
+  continue_running();
+  if (!short_of_blocks_) admit_waiting();
+  invariant(!plan_.empty() || num_in_flight_ > 0 || idle(), "S6: nothing is in flight and nothing can run");
+  return plan_.empty() ? nullptr : write_batch();
+}
+
+// Every running request that lacks one token gets it; the others share what is left of the budget, in order.
+void Scheduler::continue_running() {
+  const auto decodes = std::ranges::count_if(running_, [](const Request* r) { return r->num_missing() == 1; });
+  int64_t prefill_left = tokens_left_ - decodes;
+  for (size_t i = 0; i < running_.size(); ++i) {  // shrinks from its end while we preempt
+    Request& request = *running_[i];
+    const int64_t missing = request.num_missing();
+    const int64_t num_new = missing == 1 ? 1 : std::min(missing, prefill_left);
+    if (num_new == 0 || !request.ready()) continue;
+    if (num_new == missing && request.adjustments.size() > adjustments_left_) continue;
+    if (!make_room(request, num_new)) break;
+    if (missing > 1) prefill_left -= num_new;
+    plan(request, num_new);
+  }
+}
+
+// A request that cannot grow preempts the last one running. The last one itself waits for blocks to come free.
+bool Scheduler::make_room(Request& request, int64_t num_new) {
+  while (!kv_.grow(request, num_new, copies_)) {
+    short_of_blocks_ = true;
+    if (running_.back() == &request) return false;
+    preempt(*running_.back());
+  }
+  return true;
+}
+
+// It keeps its tokens and computes them again later, except those whose blocks are still in the cache by then. A batch
+// in flight may still write its blocks: batches run in order, so whoever gets them next writes after that.
+void Scheduler::preempt(Request& request) {
+  kv_.release(request);
+  running_.pop_back();
+  request.move_to(Request::State::waiting);
+  waiting_.push(request);
+  ++request.num_preemptions;
+  ++totals_.num_preemptions;
+}
+
+// In order; a head that does not fit stops everyone behind it, so that nobody starves. Each running request could still
+// take a block afterwards, lest the newcomer is preempted at once.
+void Scheduler::admit_waiting() {
+  while (!waiting_.empty() && tokens_left_ > 0 && std::ssize(running_) < config_.max_num_seqs) {
+    Request& head = waiting_.head();
+    if (!head.ready() || head.adjustments.size() > adjustments_left_) return;
+    if (!kv_.admit(head, std::ssize(running_))) return;
+    waiting_.remove(head);
+    head.move_to(Request::State::running);
+    running_.insert(std::ranges::upper_bound(running_, &head, ServedBefore{}), &head);
+    start(head);
+    const int64_t num_new = std::min(head.num_missing(), tokens_left_);
+    invariant(kv_.grow(head, num_new, copies_), "an admitted request does not fit");
+    plan(head, num_new);
+  }
+}
+
+void Scheduler::plan(Request& request, int64_t num_new) {
+  tokens_left_ -= num_new;
+  if (num_new == request.num_missing()) adjustments_left_ -= request.adjustments.size();
+  plan_.push_back({&request, num_new});
+}
+
+const Batch* Scheduler::write_batch() {
+  InFlight& in_flight = batch_of(next_step_);
+  in_flight.rows.clear();
+  writer_.begin(next_step_);
+  for (const bool decodes : {true, false}) {
+    for (const auto& [request, num_new] : plan_) {
+      if ((num_new == 1) != decodes) continue;
+      const int32_t sampled_row = writer_.add(*request, num_new);
+      request->num_computed += num_new;
+      ++request->in_flight;
+      if (sampled_row >= 0) {
+        request->sampled_row = sampled_row;
+        ++request->num_unknown;
+      }
+      in_flight.rows.push_back({request, request->num_computed, request->num_preemptions, sampled_row});
+    }
+  }
+  const Batch& batch = writer_.finish(copies_);
+  in_flight.num_sampled = batch.num_sampled;
+  ++next_step_;
+  ++num_in_flight_;
+  ++totals_.steps;
+  totals_.step_tokens += batch.num_tokens;
+  return &batch;
+}
+
+}  // namespace hybrid

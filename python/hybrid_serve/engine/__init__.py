@@ -1,0 +1,1 @@
+"""The engine process: requests in, steps, columns out."""

@@ -1,0 +1,119 @@
+"""Executor: what the loop asks of whatever computes the steps.
+
+``InlineExecutor`` runs the model in the engine's own process; others (ranks in processes of their own) come behind the
+same two names, ``submit`` and ``Pending``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from typing_extensions import Buffer
+
+from ..config import Config
+
+if TYPE_CHECKING:
+    from .._core import Batch
+    from ..runner.model_runner import ModelRunner
+
+Layout = Mapping[str, tuple[int, str, int]]  # column -> (byte offset, numpy type, capacity)
+Report = Callable[[str, float], None]  # phase, share done
+Load = Callable[[Config, Report], "Executor"]
+
+
+class StepResult(Protocol):
+    """One row per sampled row of the batch. ``width`` is 1 + the most log-probabilities that any row asked for; without
+    any, logprobs, logprob_ids and ranks are None."""
+
+    @property
+    def tokens(self) -> Any: ...  # a buffer of i32 [rows]
+    @property
+    def logprobs(self) -> NDArray[np.float32] | None: ...  # [rows, width], the sampled token's first
+    @property
+    def logprob_ids(self) -> NDArray[np.int32] | None: ...  # [rows, width]; -1 where a row asked for fewer
+    @property
+    def ranks(self) -> NDArray[np.int32] | None: ...  # [rows], 1 is the most likely
+
+
+class Pending(Protocol):
+    """A step under way."""
+
+    def result(self) -> StepResult:
+        """Waits for it. Called once, in the order of ``submit``."""
+        ...
+
+
+class ExecutorFacts(NamedTuple):
+    """What the scheduler and the clients must know of the model. ``max_model_len``: what the cache can hold, too."""
+
+    vocab_size: int
+    max_model_len: int
+    num_blocks: int
+    max_batched_tokens: int  # the device's default
+    dtype: str
+    device: str
+    notes: tuple[str, ...] = ()  # on how the cache was sized, for people
+
+
+class Executor(Protocol):
+    """``allocate``, then ``bind``, then ``submit`` for every batch; at most ``depth`` are under way at once."""
+
+    depth: int
+
+    def allocate(self) -> ExecutorFacts:
+        """Makes the KV cache. Raises StartupError if it does not fit."""
+        ...
+
+    def bind(self, arenas: Sequence[Buffer], layout: Layout) -> None:
+        """``arenas``: the buffers that the scheduler writes batches to."""
+        ...
+
+    def submit(self, batch: Batch) -> Pending: ...
+
+
+class Done(NamedTuple):
+    """A step that was over before ``submit`` returned."""
+
+    value: Any
+
+    def result(self) -> StepResult:
+        return self.value  # type: ignore[no-any-return]
+
+
+class InlineExecutor:
+    """Runs each step to its end inside ``submit``; knows one ModelRunner and no other process."""
+
+    depth = 1
+
+    def __init__(self, config: Config, runner: ModelRunner) -> None:
+        self._config, self._runner = config, runner
+
+    def allocate(self) -> ExecutorFacts:
+        plan, facts = self._runner.plan_blocks(), self._runner.facts
+        self._runner.allocate(plan.num_blocks)
+        return ExecutorFacts(
+            vocab_size=facts.vocab_size,
+            max_model_len=plan.max_model_len,
+            num_blocks=plan.num_blocks,
+            max_batched_tokens=self._runner.device.default_batched_tokens,
+            dtype=facts.dtype,
+            device=facts.device,
+            notes=plan.notes,
+        )
+
+    def bind(self, arenas: Sequence[Buffer], layout: Layout) -> None:
+        self._runner.bind(arenas, layout)
+
+    def submit(self, batch: Batch) -> Done:
+        return Done(self._runner.step(batch))
+
+
+def load_inline(config: Config, report: Report) -> InlineExecutor:
+    """Finds and loads the model. Raises StartupError."""
+    from ..checkpoint.hub import resolve
+    from ..runner.model_runner import ModelRunner
+
+    return InlineExecutor(config, ModelRunner.load(config, resolve(config.model), report))

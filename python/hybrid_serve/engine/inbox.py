@@ -1,0 +1,171 @@
+"""Inbox: what API servers and the supervisor send the engine."""
+
+from __future__ import annotations
+
+import logging
+from array import array
+from typing import TYPE_CHECKING
+
+import msgspec
+import zmq
+
+from ..sockets import readable
+from ..wire import API_INDEX_SHIFT, AddRequest, Join, Kind, Reject, pack, unpack
+from .peers import Peers
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+    from .._core import Scheduler
+
+log = logging.getLogger(__name__)
+MESSAGES_A_STEP = 256  # then the running requests get their step, whoever floods the socket
+
+
+class BadMessage(Exception):
+    """Not a message of an API server that this engine knows; dropped and counted."""
+
+
+class Inbox:
+    """Checks messages and turns them into calls of the scheduler; every refused request is answered. Knows no step."""
+
+    def __init__(
+        self,
+        peers: Peers,
+        control: zmq.Socket[bytes],
+        *,
+        longest_prompt: int,
+        max_num_seqs: int,
+        max_num_queued_reqs: int,
+    ) -> None:
+        self.peers, self.control = peers, control
+        self.stopping = False
+        self.num_dropped = 0
+        self._longest_prompt = longest_prompt
+        # Counted together with the running ones: between two steps it is not known yet which of the new ones will wait.
+        self._max_open = max_num_seqs + max_num_queued_reqs if max_num_queued_reqs else 0
+        self._poller = zmq.Poller()
+        self._poller.register(peers.socket, zmq.POLLIN)
+        self._poller.register(control, zmq.POLLIN)
+
+    def drain(self, core: Scheduler, wait: bool) -> None:
+        """Takes in what has arrived; ``wait``: sleeps until something does."""
+        if wait:
+            self._poller.poll()
+        while readable(self.control):
+            self._take_control(self.control.recv_multipart())
+        for _ in range(MESSAGES_A_STEP):
+            if not readable(self.peers.socket):
+                break
+            frames = self.peers.socket.recv_multipart()
+            try:
+                self._take(core, frames)
+            except (BadMessage, msgspec.DecodeError) as error:
+                self._drop(frames, error)
+        if lost := self.peers.take_lost():
+            core.abort(array("Q", lost))
+
+    def _take_control(self, frames: list[bytes]) -> None:
+        if frames[0] == Kind.SHUTDOWN:
+            self.stopping = True
+        else:
+            self._drop(frames, BadMessage(f"kind {frames[0]!r} from the supervisor"))
+
+    def _take(self, core: Scheduler, frames: list[bytes]) -> None:
+        if len(frames) < 3:
+            raise BadMessage(f"{len(frames)} frames")
+        identity, kind, header, *arrays = frames
+        if kind == Kind.JOIN:
+            index = unpack(header, Join).api_index
+            if arrays or not self.peers.join(identity, index):
+                raise BadMessage(f"JOIN as API server {index}")
+            return
+        client = self.peers.index_of(identity)
+        if client is None:
+            raise BadMessage("the sender has not joined")
+        if len(arrays) != 1:
+            raise BadMessage(f"{len(arrays)} arrays instead of one")
+        if kind == Kind.ADD:
+            self._add(core, client, unpack(header, AddRequest), arrays[0])
+        elif kind == Kind.ABORT:
+            self._abort(core, client, arrays[0])
+        else:
+            raise BadMessage(f"unknown kind {kind!r}")
+
+    def _add(self, core: Scheduler, client: int, request: AddRequest, tokens: bytes) -> None:
+        last = request.id + request.n - 1
+        if request.n < 1 or request.id >> API_INDEX_SHIFT != client or last >> API_INDEX_SHIFT != client:
+            raise BadMessage(f"choices {request.id:#x} to {last:#x} are not those of API server {client}")
+        if len(tokens) % 4:
+            raise BadMessage(f"{len(tokens)} bytes are not token ids")
+        if reject := self._full(core, request):
+            self.peers.send(client, pack(Kind.REJECT, reject))
+            return
+        try:
+            add(core, client, request, tokens)
+        except (ValueError, TypeError) as error:  # TypeError: a number that no C++ integer holds
+            self.peers.send(client, pack(Kind.REJECT, self._refusal(request, len(tokens) // 4, error)))
+            return
+        self.peers.live[client].update(range(request.id, last + 1))
+
+    def _full(self, core: Scheduler, request: AddRequest) -> Reject | None:
+        if not self._max_open:
+            return None
+        stats = core.stats()
+        num_open = stats.num_running + stats.num_waiting
+        if num_open + request.n <= self._max_open:
+            return None
+        text = f"The engine is full: {num_open} requests run or wait, {self._max_open} may. Try again later."
+        return Reject(request.id, request.n, 503, text, "overloaded")
+
+    def _refusal(self, request: AddRequest, num_prompt: int, error: Exception) -> Reject:
+        if isinstance(error, TypeError):
+            log.info("request %#x refused: %s", request.id, error)
+            return Reject(request.id, request.n, 400, "A number in the request is out of range.", "invalid_value")
+        code = "context_length_exceeded" if num_prompt > self._longest_prompt else "invalid_value"
+        return Reject(request.id, request.n, 400, str(error), code)
+
+    def _abort(self, core: Scheduler, client: int, ids: bytes) -> None:
+        if len(ids) % 8:
+            raise BadMessage(f"{len(ids)} bytes are not request ids")
+        numbers = memoryview(ids).cast("Q").tolist()
+        if any(number >> API_INDEX_SHIFT != client for number in numbers):
+            raise BadMessage(f"ABORT by API server {client} of a request of another")
+        core.abort(memoryview(ids).cast("Q"))
+        self.peers.live[client].difference_update(numbers)
+
+    def _drop(self, frames: list[bytes], error: Exception) -> None:
+        self.num_dropped += 1
+        if self.num_dropped & (self.num_dropped - 1) == 0:  # 1, 2, 4, 8 ...: a flood must not flood the log
+            sizes = [len(frame) for frame in frames[:8]]
+            log.warning("message %d dropped (frames of %s bytes): %s", self.num_dropped, sizes, error)
+
+
+def add(core: Scheduler, client: int, request: AddRequest, tokens: Buffer) -> None:
+    """Queues the request; ``tokens``: bytes of i32. Raises what ``Scheduler.add`` does; ValueError without a seed."""
+    params = request.params
+    if params.seed is None:
+        raise ValueError("seed is missing: whoever sends the request draws one, so that a replay is exact")
+    core.add(
+        request.id,
+        memoryview(tokens).cast("B").cast("i"),
+        client=client,
+        n=request.n,
+        priority=request.priority,
+        max_tokens=params.max_tokens,
+        min_tokens=params.min_tokens,
+        stop_token_ids=params.stop_token_ids if params.ignore_eos else params.stop_token_ids + request.eos_token_ids,
+        temperature=params.temperature,
+        top_p=params.top_p,
+        top_k=params.top_k,
+        min_p=params.min_p,
+        repetition_penalty=params.repetition_penalty,
+        frequency_penalty=params.frequency_penalty,
+        presence_penalty=params.presence_penalty,
+        seed=params.seed,
+        num_logprobs=params.logprobs,
+        logit_bias=list(params.logit_bias.items()),
+        allowed_token_ids=params.allowed_token_ids,
+        banned_token_ids=params.banned_token_ids,
+        cache_salt=request.cache_salt,
+    )

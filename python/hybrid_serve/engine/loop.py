@@ -1,0 +1,50 @@
+"""The engine's loop: one rule for plain, overlapped and pipelined execution, which differ in their depth only."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING, Protocol
+
+from .executor import Executor, Pending, StepResult
+
+if TYPE_CHECKING:
+    from .._core import Batch, Outputs, Scheduler
+
+
+class Source(Protocol):
+    """Where requests come from: the ``Inbox``, or in one process with its user, the ``LLM``."""
+
+    stopping: bool
+
+    def drain(self, core: Scheduler, wait: bool) -> None: ...
+
+
+class Sink(Protocol):
+    """Where outputs go."""
+
+    def send(self, outputs: Outputs, result: StepResult) -> None: ...
+    def send_stats(self, core: Scheduler, idle: bool) -> None: ...
+
+
+class EngineLoop:
+    """Messages in, steps, columns out; sleeps while there is nothing to do. Knows no model and no socket."""
+
+    def __init__(self, core: Scheduler, executor: Executor, inbox: Source, outbox: Sink) -> None:
+        self.core, self.executor, self.inbox, self.outbox = core, executor, inbox, outbox
+
+    def run(self) -> None:
+        """Until the supervisor says stop."""
+        core, inbox, outbox, depth = self.core, self.inbox, self.outbox, self.executor.depth
+        in_flight: deque[tuple[Batch, Pending]] = deque()
+        while not inbox.stopping:
+            idle = not in_flight and core.idle
+            outbox.send_stats(core, idle)
+            inbox.drain(core, wait=idle)
+            while len(in_flight) < depth and (batch := core.schedule()) is not None:
+                in_flight.append((batch, self.executor.submit(batch)))
+            if in_flight:
+                batch, pending = in_flight.popleft()
+                result = pending.result()
+                outbox.send(core.commit(batch.step, result.tokens), result)
+            elif not core.idle:
+                raise RuntimeError("the scheduler has work, nothing is in flight, and it gives no batch")

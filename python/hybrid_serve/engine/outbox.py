@@ -1,0 +1,93 @@
+"""Outbox: one message per API server and step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..wire import EngineStats, Kind, StepHeader, pack
+from .executor import StepResult
+from .peers import Peers
+
+if TYPE_CHECKING:
+    from .._core import Outputs, Scheduler
+
+STATS_INTERVAL = 0.25  # seconds; also how soon an API server that went away is noticed while others' requests run
+
+
+class Outbox:
+    """Cuts the columns of a step by API server and sends them; knows no request, makes no object per token."""
+
+    def __init__(self, peers: Peers, clock: Callable[[], float] = time.monotonic) -> None:
+        self._peers, self._clock = peers, clock
+        self._next_stats = 0.0
+        self._said: tuple[int, int] | None = None  # (steps, joins) at the last statistics of an idle engine
+
+    def send(self, outputs: Outputs, result: StepResult) -> None:
+        """Everything in ``outputs`` and ``result`` is read before this returns."""
+        starts = outputs.client_start.tolist()
+        for client, live in enumerate(self._peers.live):
+            start, end = starts[client], starts[client + 1]
+            if start == end:
+                continue
+            header, columns = step_columns(outputs, result, start, end)
+            self._peers.send(client, pack(Kind.STEP, header, *columns))
+            ended = bytes(columns[2])
+            if ended.count(0) != len(ended):
+                ids = columns[0]
+                live.difference_update([ids[row] for row, reason in enumerate(ended) if reason])
+
+    def send_stats(self, core: Scheduler, idle: bool) -> None:
+        """At most four times a second; on becoming idle at once, and then once for every API server that joins."""
+        now = self._clock()
+        if not idle and now < self._next_stats:
+            return
+        stats = core.stats()
+        state = (stats.steps, self._peers.num_joins)
+        if idle and state == self._said:
+            return
+        self._said = state if idle else None
+        self._next_stats = now + STATS_INTERVAL
+        message = EngineStats(
+            num_running=stats.num_running,
+            num_waiting=stats.num_waiting,
+            kv_blocks_used=stats.blocks_used,
+            kv_blocks_total=stats.blocks_total,
+            num_preemptions=stats.num_preemptions,
+            prefix_queries=stats.prefix_queries,
+            prefix_hits=stats.prefix_hits,
+            steps=stats.steps,
+            step_tokens=stats.step_tokens,
+        )
+        self._peers.send_to_all(pack(Kind.STATS, message))
+
+
+def step_columns(outputs: Outputs, result: StepResult, start: int, end: int) -> tuple[StepHeader, list[Any]]:
+    """Rows [start, end) as a STEP message has them, without a copy where none is needed."""
+    columns: list[Any] = [
+        outputs.ids[start:end],
+        outputs.tokens[start:end],
+        outputs.finish[start:end],
+        outputs.cached_tokens[start:end],
+    ]
+    width = 0
+    if result.logprobs is not None:
+        width, extra = _logprobs(result, np.asarray(outputs.rows[start:end]))
+        columns += extra
+    return StepHeader(outputs.step, end - start, width), columns
+
+
+def _logprobs(result: StepResult, rows: NDArray[np.int32]) -> tuple[int, list[NDArray[Any]]]:
+    """(width, columns) of these sampled rows; nothing if none of them asked."""
+    if result.logprobs is None or result.logprob_ids is None or result.ranks is None:
+        return 0, []
+    ids = result.logprob_ids[rows]
+    asked = int((ids >= 0).sum(axis=1).max(initial=0))  # another client's row may have asked for more
+    if asked == 0:
+        return 0, []
+    columns = [result.logprobs[rows, :asked], ids[:, :asked], result.ranks[rows]]
+    return asked, [np.ascontiguousarray(column) for column in columns]

@@ -1,0 +1,139 @@
+"""The engine process: loads the model, joins the server, runs the loop. Knows the order of a start-up, no step."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import logging
+import mmap
+import os
+import secrets
+import signal
+import sys
+import time
+from importlib import import_module
+from typing import Any
+
+import zmq
+
+from .. import __version__, _core
+from ..config import Config
+from ..errors import StartupError
+from ..sockets import bind_router, connect_dealer
+from ..wire import PROTOCOL_VERSION, EngineFacts, Hello, Kind, Status, engine_identity, pack
+from .executor import Executor, ExecutorFacts
+from .inbox import Inbox
+from .loop import EngineLoop
+from .outbox import Outbox
+from .peers import Peers
+
+log = logging.getLogger(__name__)
+PROGRESS_INTERVAL = 0.1  # seconds
+PR_SET_PDEATHSIG = 1
+
+
+def main(config: Config, *, index: int, num_clients: int, control_address: str, data_address: str, load: str) -> None:
+    """Returns when the supervisor says stop. ``load``: "module:function", an ``executor.Load``. Raises StartupError."""
+    die_with_parent()
+    context = zmq.Context()
+    try:
+        control = connect_dealer(context, control_address, engine_identity(index))
+        control.send_multipart(
+            pack(Kind.HELLO, Hello("engine", index, os.getpid(), PROTOCOL_VERSION, __version__, config.digest()))
+        )
+        # Bound before the model is loaded: API servers connect meanwhile, and what they send waits.
+        peers = Peers(bind_router(context, data_address), num_clients)
+        progress = Progress(control)
+        module, _, function = load.partition(":")
+        executor: Executor = getattr(import_module(module), function)(config, progress)
+        progress("allocating", 0.0)
+        facts = executor.allocate()
+        core = make_core(config, executor, facts, num_clients)
+        inbox = Inbox(
+            peers,
+            control,
+            longest_prompt=min(facts.max_model_len, facts.num_blocks * config.cache.block_size) - 1,
+            max_num_seqs=config.scheduler.max_num_seqs,
+            max_num_queued_reqs=config.scheduler.max_num_queued_reqs,
+        )
+        progress.ready(engine_facts(config, facts), facts.notes)
+        collect_garbage_rarely()
+        EngineLoop(core, executor, inbox, Outbox(peers)).run()
+    finally:
+        context.destroy(linger=0)
+
+
+def make_core(config: Config, executor: Executor, facts: ExecutorFacts, num_clients: int = 1) -> _core.Scheduler:
+    """The scheduler and the arenas it shares with the executor. Raises StartupError if the capacities contradict."""
+    try:
+        core_config = _core.Config(
+            num_blocks=facts.num_blocks,
+            block_size=config.cache.block_size,
+            max_num_seqs=config.scheduler.max_num_seqs,
+            max_num_batched_tokens=config.scheduler.max_num_batched_tokens or facts.max_batched_tokens,
+            max_model_len=facts.max_model_len,
+            vocab_size=facts.vocab_size,
+            num_clients=num_clients,
+            depth=executor.depth,
+            enable_prefix_caching=config.cache.enable_prefix_caching,
+            hash_key=secrets.token_bytes(16),  # nobody can construct prompts whose blocks collide
+        )
+    except ValueError as error:
+        raise StartupError(
+            "HS-E027", "the capacities do not work together", str(error), "change that option", exit_code=2
+        ) from error
+    num_bytes, layout = _core.batch_layout(core_config)
+    # Pages of a map are taken when first written: capacity that no batch uses costs nothing.
+    arenas = [mmap.mmap(-1, num_bytes) for _ in range(executor.depth + 1)]
+    executor.bind(arenas, layout)
+    return _core.Scheduler(core_config, arenas)
+
+
+def engine_facts(config: Config, facts: ExecutorFacts) -> EngineFacts:
+    return EngineFacts(
+        facts.vocab_size,
+        facts.max_model_len,
+        config.cache.block_size,
+        facts.num_blocks,
+        facts.dtype,
+        facts.device,
+    )
+
+
+class Progress:
+    """Start-up phases as STATUS frames; knows the clock and the supervisor's socket only."""
+
+    def __init__(self, control: zmq.Socket[bytes]) -> None:
+        self._control = control
+        self._phase, self._began, self._next = "", 0.0, 0.0
+
+    def __call__(self, phase: str, share: float) -> None:
+        now = time.monotonic()
+        if phase != self._phase:
+            self._phase, self._began, self._next = phase, now, now
+        if now >= self._next or share >= 1:
+            self._next = now + PROGRESS_INTERVAL
+            self._send(Status(phase, share, seconds=now - self._began))
+
+    def ready(self, facts: EngineFacts, notes: tuple[str, ...]) -> None:
+        seconds = time.monotonic() - self._began
+        self._send(Status("ready", 1.0, "; ".join(notes), seconds, facts))
+
+    def _send(self, status: Status) -> None:
+        self._control.send_multipart(pack(Kind.STATUS, status))
+
+
+def die_with_parent() -> None:
+    """Linux: the kernel kills this process when the one that started it dies, whatever this one is doing then."""
+    if not sys.platform.startswith("linux"):
+        return  # the end of the pipe to the parent, which every child watches, says the same a little later
+    libc: Any = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        log.warning("PR_SET_PDEATHSIG failed: %s", os.strerror(ctypes.get_errno()))
+
+
+def collect_garbage_rarely() -> None:
+    """What start-up made stays out of every later collection; a step makes no cycles, so the rest can wait."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)

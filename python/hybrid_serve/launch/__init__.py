@@ -1,0 +1,1 @@
+"""Processes: which ones a server has, how they start, meet, and end."""

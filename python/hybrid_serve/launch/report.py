@@ -1,0 +1,93 @@
+"""What a person sees of a start: phases with seconds, then the URLs."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Protocol, TextIO
+
+from ..config import Config
+from ..wire import EngineFacts, Status
+
+NUM_PHASES = 4
+
+
+class Reporter(Protocol):
+    """What the supervisor tells while it starts and stops a server; in this order."""
+
+    def bound(self, url: str) -> None: ...
+    def status(self, status: Status) -> None:
+        """The engine's, as it comes."""
+        ...
+
+    def ready(self) -> None: ...
+    def draining(self, timeout: float) -> None: ...
+
+
+class PlainReporter:
+    """Lines of text; on a terminal also a share that is redrawn. Knows no process. Nobody need listen."""
+
+    def __init__(self, config: Config, stream: TextIO | None = None) -> None:
+        self._config, self._stream = config, stream or sys.stdout
+        self._began = self._phase_began = time.monotonic()
+        self._phase, self._url, self._is_share_drawn = "", "", False
+        self._facts: EngineFacts | None = None
+
+    def bound(self, url: str) -> None:
+        self._url = url
+        self._phase_line(1, "config", f"ok, {url} is bound")
+
+    def status(self, status: Status) -> None:
+        if status.phase == "loading_weights":
+            self._draw_share(status.progress)
+        elif status.phase == "allocating" and self._phase != "allocating":
+            self._phase_line(2, "load", Path(self._config.model.model).name)
+        elif status.phase == "ready" and status.facts is not None:
+            self._facts = facts = status.facts
+            tokens = facts.num_blocks * facts.block_size
+            requests = f"{tokens // facts.max_model_len} requests of {facts.max_model_len}"
+            self._phase_line(3, "memory", f"KV cache of {tokens} tokens = {requests}, {facts.dtype}, {facts.device}")
+            if status.message:
+                self._print(f"      note     {status.message}")
+        self._phase = status.phase
+
+    def ready(self) -> None:
+        server = self._config.server
+        self._phase_line(4, "server", "ok")
+        names = self._config.model.served_model_name or (self._config.model.model,)
+        access = "with an API key" if server.api_key else "no key needed"
+        self._print(f"  API      {self._url}{server.root_path}/v1   model name: {', '.join(names)}")
+        self._print(f"  Health   {self._url}/ready   Metrics {self._url}/metrics   ({access})")
+        self._print(f"ready in {self._seconds(self._began)}. Ctrl-C = finish running requests, twice = stop now.")
+
+    def draining(self, timeout: float) -> None:
+        self._print(f"stopping: running requests have {timeout:g} s to finish. Ctrl-C = stop now.")
+
+    def _phase_line(self, number: int, name: str, text: str) -> None:
+        self._print(f"[{number}/{NUM_PHASES}] {name:<8} {text}   {self._seconds(self._phase_began)}")
+        self._phase_began = time.monotonic()
+
+    def _draw_share(self, share: float) -> None:
+        if self._stream.isatty():
+            self._write(f"\r[2/{NUM_PHASES}] load     {share:4.0%}")
+            self._is_share_drawn = True
+
+    def _print(self, line: str) -> None:
+        if self._is_share_drawn:
+            line = f"\r\x1b[K{line}"
+            self._is_share_drawn = False
+        self._write(line + "\n")
+
+    def _write(self, text: str) -> None:
+        try:
+            self._stream.write(text)
+            self._stream.flush()
+        except BrokenPipeError:  # `serve | head`: the server goes on, and has nothing left to flush when it ends
+            with open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), self._stream.fileno())
+
+    @staticmethod
+    def _seconds(since: float) -> str:
+        return f"{time.monotonic() - since:.1f} s"

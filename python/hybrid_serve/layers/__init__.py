@@ -1,0 +1,1 @@
+"""Building blocks of models over ``ops``: each takes tensors and the batch as arguments; they know no model."""

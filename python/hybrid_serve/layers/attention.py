@@ -1,0 +1,90 @@
+"""Attention: projections, rotary embedding, KV cache and attention of one layer; knows no residual around it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from .batch import BatchView
+from .linear import Linear
+
+
+class HeadShape(NamedTuple):
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+
+class HeadNorm(NamedTuple):
+    """RMS norms of each query and key head (Qwen3). Weights: T [head_dim]."""
+
+    q_weight: Tensor
+    k_weight: Tensor
+    eps: float
+
+    def __call__(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """q, k: T [rows, heads, dim], strided -> new tensors of these shapes."""
+        dim = q.shape[2]
+        q_normed = ops.rms_norm(q.reshape(-1, dim), self.q_weight, self.eps).view(q.shape)
+        return q_normed, ops.rms_norm(k.reshape(-1, dim), self.k_weight, self.eps).view(k.shape)
+
+
+class AttentionScratch(NamedTuple):
+    """Memory that every layer of a step writes its intermediate results to; q, k and v are views of qkv."""
+
+    qkv: Tensor  # T [rows, (heads + 2 * kv_heads) * dim]
+    q: Tensor  # T [rows, heads, dim]
+    k: Tensor  # T [rows, kv_heads, dim]
+    v: Tensor
+    mixed: Tensor  # T [rows, heads, dim]
+    mixed_rows: Tensor  # the same memory, T [rows, heads * dim]
+    out: Tensor  # T [rows, hidden]
+
+
+class Attention:
+    def __init__(
+        self, qkv: Linear, output: Linear, shape: HeadShape, cos_sin: Tensor, head_norm: HeadNorm | None = None
+    ) -> None:
+        """``qkv`` yields q, k and v side by side; ``cos_sin`` is the table of ``layers.rotary``."""
+        self.qkv, self.output, self.shape, self.cos_sin, self.head_norm = qkv, output, shape, cos_sin, head_norm
+        self.scale = shape.head_dim**-0.5
+        self.k_cache = self.v_cache = torch.empty(0)
+
+    def bind_cache(self, k_cache: Tensor, v_cache: Tensor) -> None:
+        """This layer's views of the cache, T [blocks, kv_heads, block_size, head_dim]."""
+        self.k_cache, self.v_cache = k_cache, v_cache
+
+    def scratch(self, x: Tensor) -> AttentionScratch:
+        """For inputs of the shape of ``x``."""
+        heads, kv_heads, dim = self.shape
+        rows = x.shape[0]
+        qkv = x.new_empty((rows, (heads + 2 * kv_heads) * dim))
+        q, k, v = torch.split(qkv.view(rows, heads + 2 * kv_heads, dim), [heads, kv_heads, kv_heads], dim=1)
+        mixed = x.new_empty((rows, heads, dim))
+        return AttentionScratch(qkv, q, k, v, mixed, mixed.view(rows, heads * dim), x.new_empty(x.shape))
+
+    def __call__(self, x: Tensor, batch: BatchView, scratch: AttentionScratch) -> Tensor:
+        """x: T [rows, hidden] -> ``scratch.out``."""
+        self.qkv(x, scratch.qkv)
+        q, k = scratch.q, scratch.k
+        if self.head_norm is not None:
+            q, k = self.head_norm(q, k)
+        ops.rotary(q, k, self.cos_sin, batch.positions)
+        ops.store_kv(self.k_cache, self.v_cache, k, scratch.v, batch.slots)
+        ops.paged_attention(
+            q,
+            self.k_cache,
+            self.v_cache,
+            batch.query_start,
+            batch.seq_lens,
+            batch.kv_start,
+            batch.kv_blocks,
+            batch.num_decodes,
+            batch.max_query_len,
+            self.scale,
+            scratch.mixed,
+        )
+        return self.output(scratch.mixed_rows, scratch.out)

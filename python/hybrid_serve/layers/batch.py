@@ -1,0 +1,23 @@
+"""BatchView: one step's columns as tensors, as the layers need them; owns nothing."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class BatchView(NamedTuple):
+    """T tokens of S sequences, R of them sampled. Sequence s owns query rows [query_start[s], query_start[s + 1]) and
+    cache blocks kv_blocks[kv_start[s] .. kv_start[s + 1]); the first ``num_decodes`` sequences have one row each."""
+
+    token_ids: Tensor  # i32 [T]
+    positions: Tensor  # i32 [T]
+    slots: Tensor  # i64 [T], where the tokens' keys and values go
+    query_start: Tensor  # i32 [S + 1]
+    seq_lens: Tensor  # i32 [S], these tokens included
+    kv_start: Tensor  # i32 [S + 1]
+    kv_blocks: Tensor  # i32
+    sample_rows: Tensor  # i32 [R], rows of T
+    num_decodes: int
+    max_query_len: int

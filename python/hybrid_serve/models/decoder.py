@@ -1,0 +1,128 @@
+"""Decoder: the decoder-only transformer, once for all families. Knows layers and their order; not files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..checkpoint.model_spec import ModelSpec
+from ..layers.attention import Attention, AttentionScratch, HeadNorm, HeadShape
+from ..layers.batch import BatchView
+from ..layers.linear import Linear
+from ..layers.mlp import GatedMlp, MlpScratch
+from ..layers.rotary import cos_sin_table
+from . import family_of
+from .family import Family
+from .names import EMBEDDING, FINAL_NORM, LM_HEAD, PackedLinear, names_of_layer
+from .weights import Weights, pack, vector
+
+LOADING_THREADS = 4
+
+
+class LayerScratch(NamedTuple):
+    """Memory for one layer's intermediate results, reused by all layers of a step: it stays in the caches."""
+
+    normed: Tensor
+    attention: AttentionScratch
+    mlp: MlpScratch
+
+
+class DecoderLayer:
+    """The residual stream through one layer. Norms fold in the addition before them, so each layer begins with the sum
+    that the previous one left open."""
+
+    def __init__(self, attention: Attention, mlp: GatedMlp, input_norm: Tensor, mlp_norm: Tensor, eps: float) -> None:
+        self.attention, self.mlp = attention, mlp
+        self.input_norm, self.mlp_norm, self.eps = input_norm, mlp_norm, eps
+
+    def scratch(self, residual: Tensor) -> LayerScratch:
+        return LayerScratch(torch.empty_like(residual), self.attention.scratch(residual), self.mlp.scratch(residual))
+
+    def __call__(self, x: Tensor, residual: Tensor, batch: BatchView, scratch: LayerScratch) -> Tensor:
+        """``residual += x`` first; returns what is still to be added to ``residual``."""
+        normed = ops.add_rms_norm(x, residual, self.input_norm, self.eps, scratch.normed)
+        x = self.attention(normed, batch, scratch.attention)
+        return self.mlp(ops.add_rms_norm(x, residual, self.mlp_norm, self.eps, normed), scratch.mlp)
+
+
+class Decoder:
+    def __init__(
+        self,
+        embedding: ops.PackedWeight,
+        layers: list[DecoderLayer],
+        norm: Tensor,
+        lm_head: Linear,
+        eps: float,
+    ) -> None:
+        self.embedding, self.layers, self.norm, self.lm_head, self.eps = embedding, layers, norm, lm_head, eps
+
+    def bind_cache(self, cache: Tensor) -> None:
+        """cache: T [blocks, layers, 2, kv_heads, block_size, head_dim]; kept as views, one pair a layer."""
+        for index, layer in enumerate(self.layers):
+            layer.attention.bind_cache(cache[:, index, 0], cache[:, index, 1])
+
+    def __call__(self, batch: BatchView) -> Tensor:
+        """Logits, f32 [R, vocab], of the sampled rows; keys and values of all tokens go to the cache."""
+        x = ops.embedding(batch.token_ids, self.embedding)
+        # The sum of all layers is kept in f32, so that a 16-bit model rounds each layer's input and output only. The
+        # first layer adds the embedding to nothing.
+        residual = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+        scratch = self.layers[0].scratch(x)
+        for layer in self.layers:
+            x = layer(x, residual, batch, scratch)
+        rows = batch.sample_rows
+        if rows.shape[0] != x.shape[0]:
+            x, residual = x.index_select(0, rows), residual.index_select(0, rows)
+        return self.lm_head(ops.add_rms_norm(x, residual, self.norm, self.eps))
+
+
+def build_decoder(
+    spec: ModelSpec, weights: Weights, dtype: torch.dtype, max_positions: int, report: Callable[[float], None]
+) -> Decoder:
+    """Loads layer by layer, several at once; ``report`` gets the share done, from this thread."""
+    family = family_of(spec)
+    cos_sin = cos_sin_table(spec.rope, spec.head_dim, max_positions)
+    workers = min(LOADING_THREADS, len(os.sched_getaffinity(0)))
+    layers: list[DecoderLayer] = []
+    with ThreadPoolExecutor(workers) as pool:
+        for layer in pool.map(
+            lambda index: _build_layer(spec, family, weights, dtype, cos_sin, index), range(spec.num_layers)
+        ):
+            layers.append(layer)
+            report(len(layers) / (spec.num_layers + 1))
+    embedding = _table(weights, EMBEDDING, spec, dtype)
+    lm_head = embedding if spec.tie_embeddings else _table(weights, LM_HEAD, spec, dtype)
+    norm = vector(weights, FINAL_NORM, spec.hidden_size, dtype)
+    report(1.0)
+    return Decoder(embedding, layers, norm, Linear(lm_head, dtype=torch.float32), spec.rms_norm_eps)
+
+
+def _build_layer(
+    spec: ModelSpec, family: Family, weights: Weights, dtype: torch.dtype, cos_sin: Tensor, index: int
+) -> DecoderLayer:
+    names = names_of_layer(spec, family, index)
+    qkv, output, gate_up, down = (Linear(*pack(weights, linear, dtype)) for linear in names.linears)
+    head_norm = None
+    if family.head_norm:
+        q_norm = vector(weights, names.q_norm, spec.head_dim, dtype)
+        k_norm = vector(weights, names.k_norm, spec.head_dim, dtype)
+        head_norm = HeadNorm(q_norm, k_norm, spec.rms_norm_eps)
+    shape = HeadShape(spec.num_heads, spec.num_kv_heads, spec.head_dim)
+    return DecoderLayer(
+        Attention(qkv, output, shape, cos_sin, head_norm),
+        GatedMlp(gate_up, down),
+        vector(weights, names.input_norm, spec.hidden_size, dtype),
+        vector(weights, names.mlp_norm, spec.hidden_size, dtype),
+        spec.rms_norm_eps,
+    )
+
+
+def _table(weights: Weights, name: str, spec: ModelSpec, dtype: torch.dtype) -> ops.PackedWeight:
+    part = PackedLinear(((name.removesuffix(".weight"), spec.vocab_size),), spec.hidden_size, bias=False)
+    return pack(weights, part, dtype)[0]

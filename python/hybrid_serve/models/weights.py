@@ -1,0 +1,99 @@
+"""WeightReader and DummyWeights: tensors by checkpoint name, as torch tensors of the model's type; know no layer.
+
+Weights are packed one by one, so that beside the packed copy only one unpacked matrix (per loading thread) exists.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import zlib
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..checkpoint.failures import corrupt
+from ..checkpoint.model_spec import ModelSpec
+from ..checkpoint.tensors import FloatName, TensorSource
+from .family import Family
+from .names import PackedLinear, expected_tensors
+
+DTYPES: dict[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+class Weights(Protocol):
+    def fill(self, out: Tensor, name: str) -> None:
+        """Writes the tensor ``name`` into ``out``, which has its shape."""
+        ...
+
+
+class WeightReader:
+    """From a checkpoint."""
+
+    def __init__(self, source: TensorSource, dtype: FloatName) -> None:
+        self._source, self._dtype = source, dtype
+
+    def fill(self, out: Tensor, name: str) -> None:
+        values = self._source.read(name, self._dtype)
+        # torch knows no read-only tensors and warns of them; numpy writes through a view of `out` instead.
+        target = out.view(torch.uint16) if out.dtype == torch.bfloat16 else out
+        target.numpy()[...] = values
+
+
+class DummyWeights:
+    """Random values, N(0, 0.02), norms 1: the same for the same seed, whatever the order of reading."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed = max(seed, 0)
+
+    def fill(self, out: Tensor, name: str) -> None:
+        if out.dim() == 1 and name.endswith("norm.weight"):
+            out.fill_(1.0)
+            return
+        # torch's CPU generator uses 32 bits of its seed, so both go through one hash.
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{self._seed} {name}".encode()))
+        out.normal_(0.0, 0.02, generator=generator)
+
+
+_packing = threading.Lock()  # the kernels' thread pool serves one caller at a time
+
+
+def pack(weights: Weights, linear: PackedLinear, dtype: torch.dtype) -> tuple[ops.PackedWeight, Tensor | None]:
+    """The stacked parts of ``linear`` as one packed weight, and their biases as one."""
+    rows = sum(count for _, count in linear.parts)
+    stacked = torch.empty((rows, linear.k), dtype=dtype)
+    bias = torch.empty(rows, dtype=dtype) if linear.bias else None
+    start = 0
+    for name, count in linear.parts:
+        weights.fill(stacked[start : start + count], f"{name}.weight")
+        if bias is not None:
+            weights.fill(bias[start : start + count], f"{name}.bias")
+        start += count
+    with _packing:
+        return ops.pack_weight(stacked), bias
+
+
+def vector(weights: Weights, name: str, size: int, dtype: torch.dtype) -> Tensor:
+    out = torch.empty(size, dtype=dtype)
+    weights.fill(out, name)
+    return out
+
+
+def check_tensors(spec: ModelSpec, family: Family, source: TensorSource) -> None:
+    """Every tensor is there in the right shape, else StartupError (HS-E022) naming the first that is not."""
+    for name, shape in expected_tensors(spec, family):
+        info = source.describe(name)
+        if info is None:
+            raise corrupt(source.label, f"tensor {name!r} is missing")
+        if info.shape != shape:
+            raise corrupt(source.label, f"tensor {name!r} has shape {list(info.shape)}, the model needs {list(shape)}")
+
+
+def weight_bytes(spec: ModelSpec, family: Family, dtype: torch.dtype) -> int:
+    return sum(math.prod(shape) for _, shape in expected_tensors(spec, family)) * dtype.itemsize

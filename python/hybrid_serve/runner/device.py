@@ -1,0 +1,53 @@
+"""The device as an object: what the runner asks of the machine, so that nothing else asks which one it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor
+
+from .. import _kernels
+from ..config import EngineConfig
+from ..errors import StartupError
+
+
+class CpuDevice:
+    """Plain memory and the kernels' own threads."""
+
+    name = "cpu"
+    # More would lengthen every running stream's next step; fewer would starve prefill.
+    default_batched_tokens = 2048
+
+    def __init__(self, num_threads: int) -> None:
+        """``num_threads``: of the kernels; 0: one per usable core."""
+        _kernels.set_num_threads(num_threads)
+
+    def describe(self) -> str:
+        return f"cpu ({_kernels.isa()}, {_kernels.num_threads()} threads)"
+
+    def free_bytes(self) -> int:
+        """Memory that can be taken without swapping, within the limit of the control group if there is one."""
+        available = psutil.virtual_memory().available
+        limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+        if limit.exists() and used.exists() and (text := limit.read_text().strip()).isdigit():
+            available = min(available, max(int(text) - int(used.read_text()), 0))
+        return available
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Not initialised; the system provides pages as they are first written."""
+        return torch.empty(shape, dtype=dtype)
+
+
+def open_device(config: EngineConfig) -> CpuDevice:
+    """Raises StartupError (HS-E025) for a device that this build or machine does not have."""
+    if config.device == "cuda":
+        raise StartupError(
+            "HS-E025",
+            "device cuda is not available",
+            "this version runs models on the CPU only",
+            "leave --device out, or use --device cpu",
+            exit_code=2,
+        )
+    return CpuDevice(config.cpu_threads)

@@ -1,0 +1,1 @@
+"""The HTTP side of a server: requests in, answers and event streams out. No torch, no socket to the engine."""

@@ -1,0 +1,108 @@
+"""What every endpoint is given: one server's model names, engine client, text side, metrics and lifecycle."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import secrets
+import time
+from array import array
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from ..client import EngineClient
+from ..config import Config
+from ..text.chat_template import ChatTemplate
+from ..text.tokenizer import Tokenizer
+from ..wire import EngineFacts
+from .errors import ApiError
+from .lifecycle import Lifecycle
+from .metrics import Metrics
+
+# Above this many characters work on a text leaves the event loop (some 5 ms of tokenising).
+_INLINE_CHARS = 16_384
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class TextModel:
+    """The two halves of the text side."""
+
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
+
+
+@dataclass
+class ServerContext:
+    """One API server; knows no route."""
+
+    config: Config
+    client: EngineClient
+    api_index: int = 0
+    text_model: TextModel | None = None
+    started: int = field(default_factory=lambda: int(time.time()))
+
+    def __post_init__(self) -> None:
+        self.lifecycle = Lifecycle(self.client)
+        self.model_names = self.config.model.served_model_name or (self.config.model.model,)
+        self.metrics = Metrics(self.client, self.config.server.metrics_prefix, self.model_names[0])
+        self.fingerprint = f"fp_{self.config.digest()[:12]}"
+        self._threads = ThreadPoolExecutor(2, thread_name_prefix="text")
+        seed = self.config.model.seed
+        self._seeds = random.Random(seed + self.api_index) if seed >= 0 else None
+
+    def set_text_model(self, text_model: TextModel) -> None:
+        self.text_model = text_model
+        self.lifecycle.text_is_loaded = True
+
+    @property
+    def text(self) -> TextModel:
+        """Raises ``ApiError`` while it is being loaded."""
+        if self.text_model is None:
+            raise ApiError("model_loading", "The tokenizer is still loading.")
+        return self.text_model
+
+    @property
+    def facts(self) -> EngineFacts:
+        """Raises ``ApiError`` while the engine is not ready."""
+        facts = self.client.facts
+        if facts is None:
+            raise ApiError("model_loading", "The model is still loading.")
+        return facts
+
+    def check_model(self, name: str | None) -> str:
+        """The name to answer with. Raises ``ApiError`` (404) that lists the names."""
+        if name is None or name == "":
+            return self.model_names[0]
+        if name in self.model_names:
+            return name
+        served = ", ".join(self.model_names)
+        raise ApiError("model_not_found", f"The model '{name[:256]}' does not exist. Served here: {served}.", "model")
+
+    def seed(self) -> int:
+        """For a request that brings none: 63 bits, from the system or in the sequence that ``--seed`` begins."""
+        return secrets.randbits(63) if self._seeds is None else self._seeds.getrandbits(63)
+
+    async def off_loop(self, size: int, work: Callable[[], T]) -> T:
+        """Runs ``work`` here if ``size`` characters are few, else in a thread, so that other streams go on."""
+        if size <= _INLINE_CHARS:
+            return work()
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+    async def encode(self, text: str, add_special_tokens: bool, param: str) -> array[int]:
+        """Token ids of a prompt that can fit. Raises ``ApiError`` without tokenising a text that is far too long."""
+        tokenizer, limit = self.text.tokenizer, self.facts.max_model_len
+        least = -(-len(text) // tokenizer.longest_token)
+        if least > limit:
+            raise context_length_exceeded(limit, f"at least {least}", param)
+        return await self.off_loop(len(text), lambda: tokenizer.encode(text, add_special_tokens))
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+def context_length_exceeded(limit: int, length: int | str, param: str) -> ApiError:
+    message = f"This model's maximum context length is {limit} tokens. However, your prompt has {length} tokens."
+    return ApiError("context_length_exceeded", f"{message} At least one more is needed for the reply.", param)

@@ -1,0 +1,1 @@
+"""One module a family of routes: parse, prompt, ``client.generate``, format."""

@@ -1,0 +1,36 @@
+"""GET /live, /ready, /health, /version, /metrics and /."""
+
+from __future__ import annotations
+
+from ... import __version__
+from ..answers import Alive, Ready, Version
+from ..context import ServerContext
+
+
+def live() -> Alive:
+    """The process answers."""
+    return Alive()
+
+
+def ready(context: ServerContext) -> tuple[int, Ready]:
+    """The HTTP status and what the server is doing: 200 only if a request would be taken now."""
+    phase = context.lifecycle.phase()
+    status = context.client.status
+    return (200 if phase == "ready" else 503), Ready(phase, status.progress, status.message, status.seconds)
+
+
+def version() -> Version:
+    return Version(__version__)
+
+
+def links() -> dict[str, str]:
+    """For whoever opens the bare address."""
+    return {
+        "server": f"hybrid-serve {__version__}",
+        "chat": "/v1/chat/completions",
+        "completions": "/v1/completions",
+        "models": "/v1/models",
+        "openapi": "/openapi.json",
+        "health": "/ready",
+        "metrics": "/metrics",
+    }

@@ -1,0 +1,125 @@
+"""The closed list of errors that a client can be given, and their one shape on the wire.
+
+``{"error": {"message", "type", "param", "code", "hs_code", "request_id"}}``. Nothing of an exception's own text reaches
+a client unless it was written for one.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from typing import Any
+
+import msgspec
+
+from ..client import EngineDead, EngineRejected
+
+log = logging.getLogger(__name__)
+
+_INVALID, _AUTH, _SERVER, _UNAVAILABLE = (
+    "invalid_request_error",
+    "authentication_error",
+    "server_error",
+    "service_unavailable",
+)
+
+# code -> (HTTP status, type, our number)
+CATALOGUE: dict[str, tuple[int, str, str]] = {
+    "invalid_json": (400, _INVALID, "HS-E101"),
+    "invalid_type": (400, _INVALID, "HS-E102"),
+    "invalid_value": (400, _INVALID, "HS-E103"),
+    "missing_required_parameter": (400, _INVALID, "HS-E104"),
+    "unknown_parameter": (400, _INVALID, "HS-E105"),
+    "unsupported_parameter": (400, _INVALID, "HS-E106"),
+    "context_length_exceeded": (400, _INVALID, "HS-E107"),
+    "no_chat_template": (400, _INVALID, "HS-E108"),
+    "chat_template_failed": (400, _INVALID, "HS-E109"),
+    "invalid_api_key": (401, _AUTH, "HS-E110"),
+    "host_not_allowed": (403, _AUTH, "HS-E111"),
+    "not_found": (404, _INVALID, "HS-E112"),
+    "model_not_found": (404, _INVALID, "HS-E113"),
+    "method_not_allowed": (405, _INVALID, "HS-E114"),
+    "request_too_large": (413, _INVALID, "HS-E115"),
+    "unsupported_media_type": (415, _INVALID, "HS-E116"),
+    "request_timeout": (408, _INVALID, "HS-E117"),
+    "invalid_http": (400, _INVALID, "HS-E119"),
+    "headers_too_large": (431, _INVALID, "HS-E118"),
+    "internal_error": (500, _SERVER, "HS-E150"),
+    "model_loading": (503, _UNAVAILABLE, "HS-E151"),
+    "engine_dead": (503, _UNAVAILABLE, "HS-E152"),
+    "draining": (503, _UNAVAILABLE, "HS-E153"),
+}
+_INTERNAL_MESSAGE = "The server had an error while processing your request."
+_RETRY_SECONDS = {"model_loading": 2, "engine_dead": 5, "draining": 5}
+
+
+class ApiError(Exception):
+    """An entry of the catalogue with its message; ``param`` names the field, as ``messages[0].content``."""
+
+    def __init__(self, code: str, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.type, self.hs_code = CATALOGUE[code]
+        self.code, self.message, self.param = code, message, param
+
+    @property
+    def retry_after(self) -> int | None:
+        return _RETRY_SECONDS.get(self.code, 1 if self.status in (429, 503) else None)
+
+    def body(self, request_id: str | None) -> bytes:
+        fields: dict[str, Any] = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
+        if self.hs_code:
+            fields["hs_code"] = self.hs_code
+        if request_id is not None:
+            fields["request_id"] = request_id
+        return msgspec.json.encode({"error": fields})
+
+
+def invalid(param: str, message: str) -> ApiError:
+    """A value out of bounds."""
+    return ApiError("invalid_value", message, param)
+
+
+def not_supported(param: str, what: str | None = None) -> ApiError:
+    """Something that exists elsewhere and not here yet: refused, never ignored."""
+    return ApiError("unsupported_parameter", f"not supported yet: {what or param}", param)
+
+
+def as_api_error(error: BaseException) -> ApiError:
+    """What a client is told about any exception; the unexpected ones are logged with their traceback."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, EngineRejected):
+        return _from_engine(error)
+    if isinstance(error, EngineDead):
+        return ApiError("engine_dead", "The engine stopped while it worked on the request. Try again shortly.")
+    log.error("unexpected error", exc_info=error)
+    return ApiError("internal_error", _INTERNAL_MESSAGE)
+
+
+def _from_engine(rejected: EngineRejected) -> ApiError:
+    error = ApiError("internal_error", rejected.message, rejected.param)
+    kind = _INVALID if rejected.status < 500 else _SERVER if rejected.status == 500 else _UNAVAILABLE
+    kind = "rate_limit_error" if rejected.status == 429 else kind
+    known = CATALOGUE.get(rejected.code)
+    error.status, error.type, error.code = rejected.status, kind, rejected.code
+    error.hs_code = known[2] if known else ""
+    return error
+
+
+_WHERE = re.compile(r" - at `(?:key in )?\$(.*?)`$")
+_MISSING = re.compile(r"missing required field `(.*)`")
+
+
+def from_validation(error: msgspec.ValidationError) -> ApiError:
+    """msgspec's message and path as ours: ``Expected `int`, got `str` - at `$.n``` -> invalid_type, param ``n``."""
+    text = str(error)
+    where = _WHERE.search(text)
+    param = where.group(1).lstrip(".") if where else ""
+    message = text[: where.start()] if where else text
+    missing = _MISSING.search(message)
+    if missing:
+        path = f"{param}.{missing.group(1)}" if param else missing.group(1)
+        return ApiError("missing_required_parameter", f"'{path}' is required", path)
+    # "Expected `int`, got `str`" is a type; "Expected `int` >= 1" and "Number out of range" are bounds.
+    code = "invalid_type" if ", got `" in message else "invalid_value"
+    return ApiError(code, f"'{param}': {message}" if param else message, param or None)

@@ -1,0 +1,80 @@
+"""Whether requests are taken: loading, ready, draining; and how open ones are ended. Knows no route and no socket."""
+
+from __future__ import annotations
+
+import asyncio
+
+from ..client import EngineClient
+from .errors import ApiError
+
+
+class Lifecycle:
+    """The phases of one API server:
+
+    loading -> ready -> draining (no new requests, open ones run on) -> cut (open ones get an error, now)
+    """
+
+    def __init__(self, client: EngineClient) -> None:
+        self._client = client
+        self.text_is_loaded = False
+        self.draining = False
+        self.num_open = 0
+        self._cut: asyncio.Future[None] | None = None
+        self._idle: asyncio.Event | None = None
+
+    def phase(self) -> str:
+        """What ``/ready`` says: ``ready``, ``draining``, or the engine's phase while it is not ready."""
+        if self.draining:
+            return "draining"
+        phase = self._client.status.phase
+        if phase == "ready" and not (self.text_is_loaded and self._client.facts):
+            return "starting"
+        return phase
+
+    def check(self) -> None:
+        """Raises the ``ApiError`` that a new request gets now, if any."""
+        phase = self.phase()
+        if phase == "ready":
+            return
+        if phase == "draining":
+            raise ApiError("draining", "The server is shutting down and takes no new requests.")
+        if phase == "dead":
+            raise ApiError("engine_dead", "The engine is not running.")
+        status = self._client.status
+        percent = f" ({status.progress:.0%})" if status.progress else ""
+        raise ApiError("model_loading", f"The model is still loading: {phase.replace('_', ' ')}{percent}.")
+
+    @property
+    def cut(self) -> asyncio.Future[None]:
+        """Done when open requests must end at once."""
+        if self._cut is None:
+            self._cut = asyncio.get_running_loop().create_future()
+        return self._cut
+
+    def opened(self) -> None:
+        self.num_open += 1
+
+    def closed(self) -> None:
+        self.num_open -= 1
+        if self.num_open == 0 and self._idle is not None:
+            self._idle.set()
+
+    def begin_drain(self) -> None:
+        self.draining = True
+
+    def cut_now(self) -> None:
+        self.draining = True
+        if not self.cut.done():
+            self.cut.set_result(None)
+
+    async def drained(self, timeout: float) -> bool:
+        """Waits until no request is open; after ``timeout`` seconds cuts what is left and returns False."""
+        self._idle = asyncio.Event()
+        if self.num_open == 0:
+            return True
+        try:
+            await asyncio.wait_for(self._idle.wait(), timeout)
+        except asyncio.TimeoutError:
+            self.cut_now()
+            return False
+        return True

@@ -1,0 +1,156 @@
+"""What every request passes before a route sees it. Pure ASGI; outermost first: RequestId, Errors, then Authentication
+(where keys are set) or HostCheck (on a loopback address without one)."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import ipaddress
+import re
+from collections.abc import Iterable
+from uuid import uuid4
+
+from starlette.datastructures import MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from .errors import ApiError, as_api_error
+from .sse import ClientDisconnected
+
+PUBLIC_PATHS = frozenset(("/", "/live", "/ready", "/health"))
+_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+
+
+def header_values(scope: Scope, name: bytes) -> list[bytes]:
+    return [value for key, value in scope["headers"] if key == name]
+
+
+class RequestId:
+    """Gives every request an id: the client's ``X-Request-Id`` if it is printable and short, else a new one."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        given = header_values(scope, b"x-request-id")
+        request_id = given[0].decode("latin-1") if len(given) == 1 else ""
+        if not _REQUEST_ID.fullmatch(request_id):
+            request_id = uuid4().hex
+        scope.setdefault("state", {})["request_id"] = request_id
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
+            await send(message)
+
+        await self.app(scope, receive, send_with_id)
+
+
+class Errors:
+    """Turns whatever was raised before the response started into the one error shape."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = False
+
+        async def send_noting_start(message: Message) -> None:
+            nonlocal started
+            started = started or message["type"] == "http.response.start"
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_noting_start)
+        except ClientDisconnected:
+            return
+        except Exception as error:
+            if started:
+                raise
+            await send_error(scope, send, from_http(error, scope))
+
+
+def from_http(error: Exception, scope: Scope) -> ApiError:
+    if isinstance(error, HTTPException) and error.status_code == 404:
+        return ApiError("not_found", "There is no such route.")
+    if isinstance(error, HTTPException) and error.status_code == 405:
+        return ApiError("method_not_allowed", f"This route does not answer {scope['method'][:16]}.")
+    return as_api_error(error)
+
+
+async def send_error(scope: Scope, send: Send, error: ApiError) -> None:
+    body = error.body(scope.get("state", {}).get("request_id"))
+    headers = MutableHeaders(
+        {"content-type": "application/json", "content-length": str(len(body)), "cache-control": "no-store"}
+    )
+    if error.retry_after is not None:
+        headers["retry-after"] = str(error.retry_after)
+    if error.code == "draining":
+        headers["connection"] = "close"
+    if error.status == 401:
+        headers["www-authenticate"] = "Bearer"
+    await send({"type": "http.response.start", "status": error.status, "headers": headers.raw})
+    await send({"type": "http.response.body", "body": body})
+
+
+class Authentication:
+    """Default deny: every path but the health ones needs a key, as a bearer token or in ``x-api-key``.
+
+    Keys are kept and compared as SHA-256 digests, all of them every time, so that time tells nothing.
+    """
+
+    def __init__(self, app: ASGIApp, keys: Iterable[str]) -> None:
+        self.app = app
+        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        if path not in PUBLIC_PATHS and not self._is_known(scope):
+            raise ApiError("invalid_api_key", "A valid API key is needed: Authorization: Bearer KEY.")
+        await self.app(scope, receive, send)
+
+    def _is_known(self, scope: Scope) -> bool:
+        tokens = header_values(scope, b"authorization")
+        keys = header_values(scope, b"x-api-key")
+        if len(tokens) > 1 or len(keys) > 1:
+            return False
+        candidates = list(keys)
+        for token in tokens:
+            scheme, _, value = token.partition(b" ")
+            if scheme.lower() == b"bearer":
+                candidates.append(value.strip())
+        known = False
+        for candidate in candidates:
+            digest = hashlib.sha256(candidate).digest()
+            for expected in self._digests:
+                known |= hmac.compare_digest(digest, expected)
+        return known
+
+
+class HostCheck:
+    """On a loopback address without a key, ``Host`` must name this machine: else any web page could drive the server
+    through a name that it makes resolve to 127.0.0.1."""
+
+    def __init__(self, app: ASGIApp, names: Iterable[str]) -> None:
+        self.app = app
+        self._names = frozenset(("localhost", *(name.lower() for name in names)))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and not self._is_local(header_values(scope, b"host")):
+            raise ApiError("host_not_allowed", "The Host header does not name this machine.")
+        await self.app(scope, receive, send)
+
+    def _is_local(self, values: list[bytes]) -> bool:
+        if len(values) != 1:
+            return not values  # HTTP/1.0 has none
+        host = values[0].decode("latin-1").lower()
+        name = host[1 : host.find("]")] if host.startswith("[") else host.rsplit(":", 1)[0] if ":" in host else host
+        if name in self._names:
+            return True
+        try:
+            return ipaddress.ip_address(name).is_loopback
+        except ValueError:
+            return False

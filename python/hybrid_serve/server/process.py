@@ -1,0 +1,152 @@
+"""The API server's process: serves from the first moment, loads its text side meanwhile, drains when told to."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import logging
+import socket
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar, cast
+
+import uvicorn
+import uvloop
+
+from ..checkpoint.hub import resolve
+from ..client.engine_client import ZmqEngineClient
+from ..config import Config
+from ..text.loading import load_chat_template, load_tokenizer, locate_tokenizer
+from .app import create_app
+from .connection import BoundedProtocol
+from .context import ServerContext, TextModel
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+_KEEP_ALIVE_SECONDS = 15
+_LAST_WRITES_SECONDS = 2
+
+
+class HttpServer(uvicorn.Server):
+    """uvicorn on a socket that is bound already; signals are the supervisor's."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def http_server(context: ServerContext) -> HttpServer:
+    server = context.config.server
+    config = uvicorn.Config(
+        create_app(context),
+        http=BoundedProtocol,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        root_path=server.root_path,
+        timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=_LAST_WRITES_SECONDS,
+    )
+    return HttpServer(config)
+
+
+def main(config: Config, api_index: int, listen_fd: int, control_address: str, data_addresses: Sequence[str]) -> None:
+    """Returns when the server was told to shut down and has. Raises ``StartupError``."""
+    uvloop.run(_serve(config, api_index, socket.socket(fileno=listen_fd), control_address, data_addresses))
+
+
+async def _serve(
+    config: Config, api_index: int, listener: socket.socket, control_address: str, data_addresses: Sequence[str]
+) -> None:
+    client = ZmqEngineClient(config, api_index, control_address, data_addresses)
+    context = ServerContext(config, client, api_index)
+    server = http_server(context)
+    stopping = Stopping(context, server)
+    client.on_shutdown = stopping.begin
+    client.start()
+    serving = asyncio.ensure_future(server.serve(sockets=[listener]))
+    loading = _in_daemon_thread(lambda: load_text_model(config))
+    try:
+        ends: set[asyncio.Future[Any]] = {serving, loading}
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        if loading.done():
+            context.set_text_model(loading.result())
+            log.debug("tokenizer and chat template are loaded")
+            # What was loaded stays: keeping it out of collections makes their pauses short.
+            gc.collect()
+            gc.freeze()
+        await serving
+    finally:
+        server.should_exit = True
+        loading.cancel()
+        await asyncio.wait({serving})
+        client.close()
+        context.close()
+
+
+def load_text_model(config: Config) -> TextModel:
+    """The tokenizer and template of the configured model. Raises ``StartupError``."""
+    given = config.model.tokenizer
+    path = locate_tokenizer(given, config.model) if given else resolve(config.model).path
+    tokenizer = load_tokenizer(path)
+    return TextModel(tokenizer, load_chat_template(tokenizer, config.model.chat_template))
+
+
+def _in_daemon_thread(work: Callable[[], T]) -> asyncio.Future[T]:
+    """A thread that a shutdown need not wait for: it may be downloading."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[T] = loop.create_future()
+
+    def settle(result: T | None, error: BaseException | None) -> None:
+        if future.cancelled():
+            return
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(cast(T, result))
+
+    def run() -> None:
+        result: T | None = None
+        failure: BaseException | None = None
+        try:
+            result = work()
+        except BaseException as error:
+            failure = error
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(settle, result, failure)
+
+    threading.Thread(target=run, daemon=True, name="load-text").start()
+    return future
+
+
+class Stopping:
+    """From the first word of a shutdown to the last byte; knows phases, not requests."""
+
+    def __init__(self, context: ServerContext, server: uvicorn.Server) -> None:
+        self._context, self._server = context, server
+        self._task: asyncio.Task[None] | None = None
+
+    def begin(self, now: bool) -> None:
+        """``now``: running requests get an error instead of time. The socket stays open meanwhile: who comes late is
+        told so (503, ``draining``) instead of being refused a connection."""
+        lifecycle = self._context.lifecycle
+        if now:
+            lifecycle.cut_now()
+        else:
+            lifecycle.begin_drain()
+        if self._task is None:
+            self._task = asyncio.ensure_future(self._drain())
+
+    async def _drain(self) -> None:
+        lifecycle = self._context.lifecycle
+        try:
+            if not await lifecycle.drained(self._context.config.server.shutdown_timeout):
+                log.warning("%d requests were cut by the shutdown", lifecycle.num_open)
+                await lifecycle.drained(_LAST_WRITES_SECONDS)
+        finally:
+            self._server.should_exit = True

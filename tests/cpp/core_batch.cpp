@@ -1,0 +1,100 @@
+// The bytes of a batch.
+#include <cstring>
+
+#include "core_harness.h"
+
+namespace hybrid::test {
+namespace {
+
+TEST(BatchLayout, columns_are_aligned_and_do_not_overlap) {
+  const BatchLayout layout([] {
+    Config config = small_config();
+    config.validate();
+    return config;
+  }());
+  int64_t end = 0;
+  for (const Column& column : layout.columns()) {
+    EXPECT_EQ(column.offset % 64, 0) << column.name;
+    EXPECT_GE(column.offset, end) << column.name;
+    EXPECT_GT(column.capacity, 0) << column.name;
+    end = column.offset + column.item_bytes * column.capacity;
+  }
+  EXPECT_LE(end, layout.bytes());
+  EXPECT_STREQ(layout[Col::header].name, "header");
+  EXPECT_STREQ(layout[Col::kv_blocks].name, "kv_blocks");
+  EXPECT_STREQ(layout[Col::adjust_flags].name, "adjust_flags");
+  EXPECT_EQ(layout[Col::header].offset, 0);
+  EXPECT_EQ(layout[Col::slots].item_bytes, 8);
+}
+
+TEST(BatchWriter, writes_every_column_of_a_prefill) {
+  Machine m(small_config());
+  const auto prompt = counting(6);
+  RequestSpec spec{.id = 1, .tokens = prompt, .max_tokens = 3, .banned_token_ids = {4}};
+  spec.sampling = {.temperature = 0.5,
+                   .top_p = 0.25,
+                   .min_p = 0.125,
+                   .repetition_penalty = 2,
+                   .top_k = 99,
+                   .num_logprobs = 3,
+                   .seed = ~uint64_t{0}};
+  m.add(spec);
+  const Batch batch = *m.schedule();
+  EXPECT_EQ(m.column<int32_t>(batch, Col::token_ids, 6), (std::vector<int32_t>{0, 1, 2, 3, 4, 5}));
+  EXPECT_EQ(m.column<int32_t>(batch, Col::positions, 6), (std::vector<int32_t>{0, 1, 2, 3, 4, 5}));
+  EXPECT_EQ(m.column<int64_t>(batch, Col::slots, 6), (std::vector<int64_t>{0, 1, 2, 3, 4, 5}));
+  EXPECT_EQ(m.column<int32_t>(batch, Col::query_start, 2), (std::vector<int32_t>{0, 6}));
+  EXPECT_EQ(m.column<int32_t>(batch, Col::kv_start, 2), (std::vector<int32_t>{0, 2}));
+  EXPECT_EQ(m.column<int32_t>(batch, Col::kv_blocks, 2), (std::vector<int32_t>{0, 1}));
+  EXPECT_EQ(m.column<int32_t>(batch, Col::sample_rows, 1), std::vector<int32_t>{5});
+  EXPECT_EQ(m.column<int32_t>(batch, Col::sample_positions, 1), std::vector<int32_t>{6});
+  EXPECT_EQ(m.column<float>(batch, Col::temperature, 1), std::vector<float>{0.5});
+  EXPECT_EQ(m.column<float>(batch, Col::top_p, 1), std::vector<float>{0.25});
+  EXPECT_EQ(m.column<float>(batch, Col::min_p, 1), std::vector<float>{0.125});
+  EXPECT_EQ(m.column<float>(batch, Col::repetition_penalty, 1), std::vector<float>{2});
+  EXPECT_EQ(m.column<int32_t>(batch, Col::top_k, 1), std::vector<int32_t>{32}) << "cut to the vocabulary";
+  EXPECT_EQ(m.column<int32_t>(batch, Col::num_logprobs, 1), std::vector<int32_t>{3});
+  EXPECT_EQ(m.column<int64_t>(batch, Col::seeds, 1), std::vector<int64_t>{-1});
+  EXPECT_EQ(m.column<int32_t>(batch, Col::adjust_start, 2), (std::vector<int32_t>{0, 6}));
+  EXPECT_EQ(m.column<int32_t>(batch, Col::adjust_flags, 6), (std::vector<int32_t>{1, 1, 1, 1, 1, 1}));
+  EXPECT_EQ(batch.max_query_len, 6);
+  EXPECT_EQ(batch.max_seq_len, 6);
+}
+
+TEST(BatchWriter, the_used_bytes_alone_carry_the_batch) {
+  for (const bool adjusted : {false, true}) {
+    Config config = small_config();
+    Machine m(config);
+    const auto prompt = counting(6);
+    RequestSpec spec{.id = 1, .tokens = prompt, .max_tokens = 3};
+    if (adjusted) spec.banned_token_ids = {4, 7};
+    m.add(spec);
+    const Batch batch = *m.schedule();
+    config.validate();
+    const BatchLayout layout(config);
+    const Column& last = layout[adjusted ? Col::adjust_flags : Col::kv_blocks];
+    EXPECT_EQ(batch.bytes_used, last.offset + 2 * 4);
+    Arenas copy(config);  // as a device or another rank gets it
+    std::memcpy(copy.pointers()[0], m.arenas.pointers()[0], static_cast<size_t>(batch.bytes_used));
+    FakeExecutor remote(config, copy);
+    EXPECT_EQ(remote.run(batch), m.executor.run(batch));
+  }
+}
+
+TEST(BatchWriter, a_batch_in_flight_is_never_overwritten) {
+  Config config = small_config();
+  config.depth = 2;
+  Machine m(config);
+  const auto prompt = counting(6);
+  m.add(1, prompt, 20);
+  m.schedule();
+  for (int i = 0; i < 6; ++i) {
+    m.schedule();
+    EXPECT_NE(m.in_flight[0].arena, m.in_flight[1].arena);
+    EXPECT_EQ(m.column<int64_t>(m.in_flight[0], Col::header, 1)[0], m.in_flight[0].step);
+    m.commit();
+  }
+}
+
+}  // namespace
+}  // namespace hybrid::test

@@ -1,0 +1,256 @@
+"""The client against hand-made frames: what an engine could send, also what it should not."""
+
+from __future__ import annotations
+
+import asyncio
+from array import array
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zmq
+
+from engine_harness import ids, params, until
+from hybrid_serve.client import ChoiceOutput, EngineDead, EngineRejected, TokenLogprobs
+from hybrid_serve.client.engine_client import ZmqEngineClient
+from hybrid_serve.client.steps import outputs_of_step
+from hybrid_serve.config import Config
+from hybrid_serve.sockets import bind_router
+from hybrid_serve.wire import (
+    AddRequest,
+    Empty,
+    EngineFacts,
+    EngineStats,
+    FinishReason,
+    Hello,
+    Kind,
+    Reject,
+    Status,
+    StepHeader,
+    api_identity,
+    pack,
+    unpack,
+)
+
+API = api_identity(3)
+FIRST_ID = 3 << 48
+
+
+class FakeServer:
+    """The other ends of a client's sockets; engine and supervisor are whatever the test makes of them."""
+
+    def __init__(self, directory: Path, num_engines: int = 1) -> None:
+        self.context = zmq.Context()
+        self.control_address = f"ipc://{directory}/control"
+        self.data_addresses = [f"ipc://{directory}/engine-{index}" for index in range(num_engines)]
+        self.control = bind_router(self.context, self.control_address)
+        self.engines = [bind_router(self.context, address) for address in self.data_addresses]
+        self.client = ZmqEngineClient(Config(), 3, self.control_address, self.data_addresses)
+
+    async def receive(self, socket: zmq.Socket[bytes]) -> list[bytes]:
+        await until(lambda: bool(socket.poll(0)), "the client sent nothing")
+        return socket.recv_multipart()
+
+    def send(self, message: list[Any], engine: int = 0) -> None:
+        self.engines[engine].send_multipart([API, *message])
+
+    def tell(self, message: list[Any]) -> None:
+        self.control.send_multipart([API, *message])
+
+    def step(self, rows: list[tuple[int, int, FinishReason]]) -> None:
+        """(choice, token, reason) by row."""
+        self.send(
+            pack(
+                Kind.STEP,
+                StepHeader(1, len(rows), 0),
+                array("Q", [FIRST_ID + choice for choice, _, _ in rows]),
+                array("i", [token for _, token, _ in rows]),
+                bytes(reason for _, _, reason in rows),
+                array("i", [-1] * len(rows)),
+            )
+        )
+
+
+def with_server(tmp_path: Path, test: Callable[[FakeServer], Awaitable[None]], num_engines: int = 1) -> None:
+    async def main() -> None:
+        server = FakeServer(tmp_path, num_engines)
+        server.client.start()
+        try:
+            hello = await server.receive(server.control)
+            assert hello[:2] == [API, Kind.HELLO]
+            assert unpack(hello[2], Hello).config_digest == Config().digest()
+            for engine in server.engines:
+                assert (await server.receive(engine))[:2] == [API, Kind.JOIN]
+            await asyncio.wait_for(test(server), 10)
+        finally:
+            server.client.close()
+            server.context.destroy(linger=0)
+
+    asyncio.run(main())
+
+
+def test_outputs_of_several_messages_arrive_in_order_and_a_slow_reader_gets_them_at_once(tmp_path: Path) -> None:
+    async def test(server: FakeServer) -> None:
+        async with server.client.generate(ids([1]), params(), n=2) as stream:
+            added = await server.receive(server.engines[0])
+            assert (unpack(added[2], AddRequest).id, added[3]) == (FIRST_ID, ids([1]))
+            server.step([(0, 10, FinishReason.NONE), (1, 20, FinishReason.NONE)])
+            server.step([(0, 11, FinishReason.STOP), (1, 21, FinishReason.NONE)])
+            server.step([(1, 22, FinishReason.LENGTH)])
+            server.send(pack(Kind.STATS, EngineStats(num_running=9)))
+            await until(lambda: server.client.stats.num_running == 9)
+            assert [turn async for turn in stream] == [
+                [
+                    ChoiceOutput(0, [10]),
+                    ChoiceOutput(1, [20]),
+                    ChoiceOutput(0, [11], FinishReason.STOP),
+                    ChoiceOutput(1, [21]),
+                    ChoiceOutput(1, [22], FinishReason.LENGTH),
+                ]
+            ]
+        assert not server.engines[0].poll(50)  # nothing runs: no ABORT
+
+    with_server(tmp_path, test)
+
+
+def test_only_the_choices_that_still_run_are_aborted_and_late_outputs_are_dropped(tmp_path: Path) -> None:
+    async def test(server: FakeServer) -> None:
+        async with server.client.generate(ids([1]), params(), n=3) as stream:
+            await server.receive(server.engines[0])
+            server.step([(0, 1, FinishReason.STOP), (1, 2, FinishReason.NONE), (2, 3, FinishReason.NONE)])
+            assert len(await anext(stream)) == 3
+            stream.abort(1)
+            aborted = await server.receive(server.engines[0])
+            assert aborted[1:] == [Kind.ABORT, pack(Kind.ABORT, Empty())[1], array("Q", [FIRST_ID + 1]).tobytes()]
+            server.step([(1, 9, FinishReason.NONE), (2, 4, FinishReason.NONE)])
+            assert await anext(stream) == [ChoiceOutput(2, [4])]
+        aborted = await server.receive(server.engines[0])
+        assert aborted[3] == array("Q", [FIRST_ID + 2]).tobytes()
+
+    with_server(tmp_path, test)
+
+
+def test_a_reject_is_raised_to_its_stream_alone(tmp_path: Path) -> None:
+    async def test(server: FakeServer) -> None:
+        refused = server.client.generate(ids([1]), params(), n=2)
+        taken = server.client.generate(ids([2]), params())
+        async with refused, taken:
+            server.send(pack(Kind.REJECT, Reject(FIRST_ID, 2, 400, "too long", "context_length_exceeded", "prompt")))
+            server.step([(2, 5, FinishReason.STOP)])
+            with pytest.raises(EngineRejected, match="too long") as caught:
+                await anext(refused)
+            assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "prompt")
+            assert [turn async for turn in taken] == [[ChoiceOutput(0, [5], FinishReason.STOP)]]
+
+    with_server(tmp_path, test)
+
+
+def test_a_dead_engine_fails_the_open_streams_after_what_has_arrived_and_every_new_one(tmp_path: Path) -> None:
+    async def test(server: FakeServer) -> None:
+        async with server.client.generate(ids([1]), params()) as stream:
+            server.step([(0, 5, FinishReason.NONE)])
+            server.send(pack(Kind.STATS, EngineStats(steps=1)))
+            await until(lambda: server.client.stats.steps == 1)
+            server.tell(pack(Kind.STATUS, Status("dead", message="engine 0 died")))
+            await until(lambda: server.client.status.phase == "dead")
+            assert await anext(stream) == [ChoiceOutput(0, [5])]
+            with pytest.raises(EngineDead, match="engine 0 died"):
+                await anext(stream)
+        async with server.client.generate(ids([1]), params()) as late:
+            with pytest.raises(EngineDead, match="engine 0 died"):
+                await anext(late)
+
+    with_server(tmp_path, test)
+
+
+def test_a_reader_that_waits_is_woken_when_the_client_closes(tmp_path: Path) -> None:
+    async def test(server: FakeServer) -> None:
+        stream = await server.client.generate(ids([1]), params()).__aenter__()
+        waiting = asyncio.ensure_future(anext(stream))
+        await server.receive(server.engines[0])
+        server.client._fail_all(EngineDead("the client was closed"))
+        with pytest.raises(EngineDead):
+            await waiting
+
+    with_server(tmp_path, test)
+
+
+def test_status_facts_and_shutdowns_are_passed_on(tmp_path: Path) -> None:
+    async def test(server: FakeServer) -> None:
+        phases: list[str] = []
+        shutdowns: list[bool] = []
+        server.client.on_status = lambda status: phases.append(status.phase)
+        server.client.on_shutdown = shutdowns.append
+        assert server.client.facts is None
+        facts = EngineFacts(100, 200, 16, 300, "bfloat16", "cpu")
+        server.tell(pack(Kind.STATUS, Status("loading_weights", 0.5)))
+        server.tell(pack(Kind.STATUS, Status("ready", facts=facts)))
+        server.tell(pack(Kind.STATUS, Status("draining")))
+        server.tell(pack(Kind.SHUTDOWN, Empty()))
+        server.tell(pack(Kind.SHUTDOWN, Empty()))
+        await until(lambda: len(shutdowns) == 2)
+        assert phases == ["loading_weights", "ready", "draining"]
+        assert server.client.facts == facts
+        assert shutdowns == [False, True]
+
+    with_server(tmp_path, test)
+
+
+def test_broken_frames_from_the_engine_end_nothing(tmp_path: Path) -> None:
+    async def test(server: FakeServer) -> None:
+        async with server.client.generate(ids([1]), params()) as stream:
+            await server.receive(server.engines[0])
+            server.send([b"\x77", b""])
+            server.send([Kind.STEP])
+            server.send([Kind.STEP, b"\xc1"])
+            server.send(pack(Kind.STEP, StepHeader(1, 2, 0), b"12345678", b"1234", b"0", b"1234"))
+            server.step([(0, 5, FinishReason.STOP)])
+            assert [turn async for turn in stream] == [[ChoiceOutput(0, [5], FinishReason.STOP)]]
+
+    with_server(tmp_path, test)
+
+
+def test_two_engines_share_the_requests_and_their_statistics_add_up(tmp_path: Path) -> None:
+    async def test(server: FakeServer) -> None:
+        first, second = (server.client.generate(ids([1]), params()) for _ in range(2))
+        async with first, second:
+            for engine in server.engines:
+                assert (await server.receive(engine))[1] == Kind.ADD
+            server.send(pack(Kind.STATS, EngineStats(num_running=1, steps=10)), engine=0)
+            server.send(pack(Kind.STATS, EngineStats(num_running=2, steps=20)), engine=1)
+            await until(lambda: server.client.stats == EngineStats(num_running=3, steps=30))
+
+    with_server(tmp_path, test, num_engines=2)
+
+
+def test_log_probabilities_are_cut_by_row() -> None:
+    columns = [
+        array("Q", [7, 8, 9]).tobytes(),
+        array("i", [70, 80, 90]).tobytes(),
+        bytes([0, 0, 1]),
+        array("i", [-1, 4, -1]).tobytes(),
+        array("f", [-0.5, -0.5, -1.0, 0, 0, 0, -2.0, 0, 0]).tobytes(),
+        array("i", [70, 70, 71, -1, -1, -1, 90, -1, -1]).tobytes(),
+        array("i", [1, 0, 5]).tobytes(),
+    ]
+    found = list(outputs_of_step(StepHeader(1, 3, 3), columns))
+    assert [id for id, _ in found] == [7, 8, 9]
+    assert found[0][1].logprobs == [TokenLogprobs(-0.5, 1, [(70, -0.5), (71, -1.0)])]
+    assert found[1][1] == ChoiceOutput(0, [80], FinishReason.NONE, 4)
+    assert found[2][1].logprobs == [TokenLogprobs(-2.0, 5, [])]
+
+
+def test_a_seed_is_needed_and_a_prompt_that_no_frame_holds_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hybrid_serve.client.engine_client.MAX_FRAME_BYTES", 8)
+
+    async def test(server: FakeServer) -> None:
+        with pytest.raises(ValueError, match="seed"):
+            server.client.generate(ids([1]), params(seed=None))  # type: ignore[arg-type]
+        async with server.client.generate(ids([1, 2, 3]), params()) as stream:
+            with pytest.raises(EngineRejected, match="3 tokens"):
+                await anext(stream)
+
+    with_server(tmp_path, test)

@@ -1,0 +1,110 @@
+"""What dies takes nothing with it that it should not (F-06, F-08, F-12, F-16, S11)."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import threading
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from .server import Server, free_port, serving, wait_until
+
+
+@pytest.mark.parametrize("victim", ["supervisor", "engine", "api"])
+def test_kill_9_of_any_process_leaves_no_orphan(demo_gguf: Path, victim: str) -> None:
+    with serving(str(demo_gguf), "--max-model-len", "512") as server:
+        tree = server.tree()
+        assert len(tree) >= 3
+        target = tree[0] if victim == "supervisor" else server.child(f"hybrid-serve: {victim}")
+        target.kill()
+        server.process.wait(10)
+
+        def gone() -> bool:
+            return not [p for p in tree if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+        wait_until(gone, f"all processes are gone after kill -9 of the {victim}", timeout=5)
+        assert server.process.returncode != 0
+        with socket.socket() as s:
+            s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            s.bind(("127.0.0.1", server.port))
+
+
+def test_sigterm_lets_the_running_stream_finish(demo_gguf: Path) -> None:
+    with serving(str(demo_gguf), "--max-model-len", "1024") as server:
+        lines: list[str] = []
+        started = threading.Event()
+
+        def read() -> None:
+            body = {"prompt": "Count:", "max_tokens": 200, "temperature": 0, "ignore_eos": True, "stream": True}
+            with httpx.stream("POST", server.url + "/v1/completions", json=body, timeout=60) as response:
+                for line in response.iter_lines():
+                    lines.append(line)
+                    started.set()
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        assert started.wait(30)
+        server.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: httpx.get(server.url + "/ready").status_code == 503, "/ready says draining", timeout=5)
+        refused = httpx.post(server.url + "/v1/completions", json={"prompt": "x", "max_tokens": 1})
+        assert refused.status_code == 503
+        assert "retry-after" in refused.headers
+        reader.join(60)
+        assert server.process.wait(30) == 0, server.log()
+        events = [line for line in lines if line.startswith("data: ")]
+        assert events[-1] == "data: [DONE]"
+        assert json.loads(events[-2][6:])["choices"][0]["finish_reason"] == "length"
+
+
+def run_serve(*args: str) -> subprocess.CompletedProcess[str]:
+    from .server import command
+
+    return subprocess.run(command("serve", *args), capture_output=True, text=True, timeout=5)
+
+
+def last_lines(result: subprocess.CompletedProcess[str]) -> str:
+    assert "Traceback" not in result.stderr, result.stderr
+    return "\n".join(result.stderr.strip().splitlines()[-6:])
+
+
+def test_a_busy_port_is_named_before_the_model_loads(server: Server, demo_gguf: Path) -> None:
+    result = run_serve(str(demo_gguf), "--port", str(server.port))
+    assert result.returncode == 13
+    assert str(server.port) in last_lines(result)
+    assert str(server.process.pid) in last_lines(result)
+
+
+def test_a_mistyped_path_suggests_the_right_one(tmp_path: Path) -> None:
+    (tmp_path / "my-model").mkdir()
+    result = run_serve(str(tmp_path / "my-modle"), "--port", str(free_port()))
+    assert result.returncode == 10
+    assert "my-model" in last_lines(result)
+
+
+def test_a_truncated_gguf_is_one_clear_error(tmp_path: Path, demo_gguf: Path) -> None:
+    """F-53."""
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(demo_gguf.read_bytes()[: 40 * 2**20])
+    result = run_serve(str(broken), "--port", str(free_port()))
+    assert result.returncode == 11, result.stderr
+    assert "broken.gguf" in last_lines(result)
+
+
+def test_a_corrupt_safetensors_is_one_clear_error(tmp_path: Path) -> None:
+    """F-52."""
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 128, "vocab_size": 512,
+        "max_position_embeddings": 256, "rms_norm_eps": 1e-5,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").write_bytes((2**62).to_bytes(8, "little") + b"{}")
+    result = run_serve(str(tmp_path), "--port", str(free_port()))
+    assert result.returncode == 11, result.stderr
+    assert "model.safetensors" in last_lines(result)

@@ -1,0 +1,168 @@
+"""What strangers and broken peers send: dropped, counted, and nobody else notices."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from array import array
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+import zmq
+
+from engine_harness import EngineThread, collect, ids, params, tokens_of, wait_until
+from fake_executor import FakeExecutor, expected
+from hybrid_serve.sockets import connect_dealer
+from hybrid_serve.wire import AddRequest, Empty, EngineStats, Join, Kind, Reject, api_identity, pack, unpack
+
+Send = Callable[..., None]
+
+
+class RawPeer:
+    """A socket that sends what it is told to."""
+
+    def __init__(self, engine: EngineThread, identity: bytes) -> None:
+        self.context = zmq.Context()
+        self.socket = connect_dealer(self.context, engine.data_address, identity)
+
+    def send(self, *frames: bytes) -> None:
+        self.socket.send_multipart(list(frames))
+
+    def close(self) -> None:
+        self.context.destroy(linger=1000)
+
+
+ADD = AddRequest(0, 1, 0, params())
+BAD_MESSAGES: dict[str, list[bytes]] = {
+    "nothing": [b""],
+    "a stranger's kind": [b"\x99", b"\x90", b""],
+    "two frames": [Kind.ADD, b"\x90"],
+    "no array": [Kind.ADD, msgspec.msgpack.encode(ADD)],
+    "two arrays": [Kind.ADD, msgspec.msgpack.encode(ADD), b"", b""],
+    "a header of garbage": [Kind.ADD, b"\xc1\xff\x00", ids([1])],
+    "a header of another type": [Kind.ADD, msgspec.msgpack.encode({"id": 0}), ids([1])],
+    "a header that is cut": [Kind.ADD, msgspec.msgpack.encode(ADD)[:-3], ids([1])],
+    "a pickle": [Kind.ADD, b"\x80\x04\x95\x1a\x00\x00\x00\x8c\x05posix\x8c\x06system\x93\x94.", b""],
+    "three bytes of ids": [Kind.ADD, msgspec.msgpack.encode(ADD), b"abc"],
+    "another server's id": [Kind.ADD, msgspec.msgpack.encode(AddRequest(1 << 48, 1, 0, params())), ids([1])],
+    "a negative id": [Kind.ADD, msgspec.msgpack.encode(AddRequest(-1, 1, 0, params())), ids([1])],
+    "no choices": [Kind.ADD, msgspec.msgpack.encode(AddRequest(0, 0, 0, params())), ids([1])],
+    "choices beyond the server's ids": [
+        Kind.ADD,
+        msgspec.msgpack.encode(AddRequest((1 << 48) - 1, 2, 0, params())),
+        ids([1]),
+    ],
+    "an abort of half an id": [Kind.ABORT, msgspec.msgpack.encode(Empty()), b"1234"],
+    "an abort of another's request": [Kind.ABORT, msgspec.msgpack.encode(Empty()), array("Q", [1 << 48]).tobytes()],
+    "a JOIN as somebody else": [Kind.JOIN, msgspec.msgpack.encode(Join(1))],
+    "a JOIN beyond the plan": [Kind.JOIN, msgspec.msgpack.encode(Join(-1))],
+}
+
+
+def test_every_bad_message_is_dropped_and_counted_while_a_stream_runs(tmp_path: Path) -> None:
+    """F-49, ADV-04."""
+
+    async def main(engine: EngineThread) -> None:
+        async with engine.client(1) as client:
+            going = asyncio.create_task(collect(client, [1, 2, 3], max_tokens=200))
+            await asyncio.sleep(0)
+            bad = RawPeer(engine, api_identity(0))
+            bad.send(*pack(Kind.JOIN, Join(0)))
+            for message in BAD_MESSAGES.values():
+                bad.send(*message)
+            stranger = RawPeer(engine, b"stranger")
+            stranger.send(*pack(Kind.ADD, ADD, ids([1])))
+            stranger.send(*pack(Kind.JOIN, Join(0)))
+            generator = random.Random(3)
+            for _ in range(200):
+                stranger.send(*(generator.randbytes(generator.randrange(40)) for _ in range(generator.randrange(1, 6))))
+            assert tokens_of(await going) == expected([1, 2, 3], 1, 200)
+            wait_until(lambda: engine.inbox.num_dropped == len(BAD_MESSAGES) + 202)
+            wait_until(lambda: engine.peers.live == [set(), set()])
+            bad.close()
+            stranger.close()
+
+    with EngineThread(tmp_path, FakeExecutor(delay=0.001), num_clients=2) as engine:
+        asyncio.run(main(engine))
+
+
+def test_a_frame_above_the_limit_costs_its_sender_the_connection_and_nobody_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """F-49: 1 GB frame; here against a smaller limit."""
+    monkeypatch.setattr("hybrid_serve.sockets.MAX_FRAME_BYTES", 1 << 20)
+
+    async def main(engine: EngineThread) -> None:
+        async with engine.client(1) as client:
+            bad = RawPeer(engine, api_identity(0))
+            bad.send(*pack(Kind.JOIN, Join(0)))
+            wait_until(lambda: engine.peers.num_joins == 2)
+            bad.send(*pack(Kind.ADD, ADD, bytes(1 << 21)))
+            assert tokens_of(await collect(client, [4], max_tokens=20)) == expected([4], 1, 20)
+            wait_until(lambda: engine.peers.live == [set(), set()])
+            bad.close()
+
+    with EngineThread(tmp_path, num_clients=2) as engine:
+        asyncio.run(main(engine))
+
+
+def test_a_request_without_a_seed_or_with_an_id_in_use_is_refused_with_an_answer(tmp_path: Path) -> None:
+    with EngineThread(tmp_path, FakeExecutor(delay=0.005)) as engine:
+        peer = RawPeer(engine, api_identity(0))
+        peer.send(*pack(Kind.JOIN, Join(0)))
+        no_seed = msgspec.structs.replace(params(), seed=None)
+        peer.send(*pack(Kind.ADD, AddRequest(7, 2, 0, no_seed), ids([1])))
+        peer.send(*pack(Kind.ADD, AddRequest(9, 1, 0, params(4000)), ids([1])))
+        peer.send(*pack(Kind.ADD, AddRequest(9, 1, 0, params()), ids([1])))
+        rejects: list[Reject] = []
+        while len(rejects) < 2:
+            assert peer.socket.poll(5000)
+            kind, header, *_ = peer.socket.recv_multipart()
+            if kind == Kind.REJECT:
+                rejects.append(unpack(header, Reject))
+        assert [(reject.id, reject.n, reject.status) for reject in rejects] == [(7, 2, 400), (9, 1, 400)]
+        assert "seed" in rejects[0].message
+        assert "in use" in rejects[1].message
+        assert engine.peers.live == [{9}]
+        peer.close()
+
+
+def test_an_api_server_that_joins_again_starts_from_nothing(tmp_path: Path) -> None:
+    """A new process under the same index: what its predecessor ran is aborted (F-07)."""
+    with EngineThread(tmp_path, FakeExecutor(delay=0.005)) as engine:
+        first = RawPeer(engine, api_identity(0))
+        first.send(*pack(Kind.JOIN, Join(0)))
+        first.send(*pack(Kind.ADD, AddRequest(1, 1, 0, params(4000)), ids([1])))
+        wait_until(lambda: engine.peers.live == [{1}])
+        first.close()
+        second = RawPeer(engine, api_identity(0))
+        second.send(*pack(Kind.JOIN, Join(0)))
+        wait_until(lambda: engine.peers.live == [set()])
+        second.send(*pack(Kind.ADD, AddRequest(1, 1, 0, params(3)), ids([1])))
+        kinds: list[bytes] = []
+        while kinds.count(Kind.STEP) < 3:
+            assert second.socket.poll(5000)
+            kinds.append(second.socket.recv_multipart()[0])
+        second.close()
+
+
+def test_statistics_come_on_joining_and_on_becoming_idle_and_not_in_every_step(tmp_path: Path) -> None:
+    with EngineThread(tmp_path) as engine:
+        peer = RawPeer(engine, api_identity(0))
+        peer.send(*pack(Kind.JOIN, Join(0)))
+        assert peer.socket.poll(5000)
+        kind, header = peer.socket.recv_multipart()
+        assert (kind, unpack(header, EngineStats).kv_blocks_total) == (Kind.STATS, 256)
+        peer.send(*pack(Kind.ADD, AddRequest(1, 1, 0, params(300)), ids([1])))
+        messages: list[list[bytes]] = []
+        while not messages or messages[-1][0] != Kind.STATS or unpack(messages[-1][1], EngineStats).num_running:
+            assert peer.socket.poll(5000)
+            messages.append(peer.socket.recv_multipart())
+        kinds = [message[0] for message in messages]
+        assert kinds.count(Kind.STEP) == 300
+        last = unpack(messages[-1][1], EngineStats)
+        assert (last.steps, last.step_tokens, last.kv_blocks_used) == (300, 300, 0)
+        assert kinds.count(Kind.STATS) <= 10  # 4 a second, and this took far less than 2
+        peer.close()

@@ -1,0 +1,71 @@
+"""A generate loop in one process: the real scheduler and the real runner, without engine, sockets or text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hybrid_serve import _core
+from hybrid_serve.checkpoint.hub import resolve
+from hybrid_serve.config import Config, ModelConfig
+from hybrid_serve.runner.model_runner import ModelRunner
+from hybrid_serve.runner.sampler import StepResult
+
+
+def load_runner(model: Path | str, **settings: Any) -> ModelRunner:
+    """``settings``: fields of ModelConfig (``dtype="float32"``)."""
+    config = Config(model=ModelConfig(model=str(model), **settings))
+    return ModelRunner.load(config, resolve(config.model), lambda phase, share: None)
+
+
+@dataclass
+class Generator:
+    """Runs requests to their end. Each ``generate`` starts with an empty cache unless ``keep_cache``."""
+
+    runner: ModelRunner
+    num_blocks: int = 256
+    max_num_seqs: int = 32
+    max_num_batched_tokens: int = 2048
+    enable_prefix_caching: bool = True
+    results: list[StepResult] = field(default_factory=list)  # of every step of the last call
+
+    def __post_init__(self) -> None:
+        config = _core.Config(
+            num_blocks=self.num_blocks,
+            block_size=self.runner.config.cache.block_size,
+            max_num_seqs=self.max_num_seqs,
+            max_num_batched_tokens=self.max_num_batched_tokens,
+            max_model_len=min(self.runner.facts.max_model_len, self.num_blocks * self.runner.config.cache.block_size),
+            vocab_size=self.runner.facts.vocab_size,
+            enable_prefix_caching=self.enable_prefix_caching,
+        )
+        size, layout = _core.batch_layout(config)
+        arenas = [bytearray(size) for _ in range(2)]
+        self.scheduler = _core.Scheduler(config, arenas)
+        self.runner.allocate(self.num_blocks)
+        self.runner.bind(arenas, layout)
+        self._next_id = 0
+
+    def generate(self, prompts: Sequence[Sequence[int]], *, n: int = 1, **params: Any) -> list[list[int]]:
+        """Token ids of every choice, prompts in order, their ``n`` choices in order. Greedy unless ``params`` (keyword
+        arguments of ``Scheduler.add``) say otherwise."""
+        params = {"temperature": 0.0, "max_tokens": 16} | params
+        first = self._next_id
+        self._next_id += len(prompts) * n
+        for index, prompt in enumerate(prompts):
+            self.scheduler.add(first + index * n, np.array(prompt, np.int32).data, n=n, **params)
+        found: list[list[int]] = [[] for _ in range(len(prompts) * n)]
+        self.results.clear()
+        while (batch := self.scheduler.schedule()) is not None:
+            result = self.runner.step(batch)
+            self.results.append(result)
+            outputs = self.scheduler.commit(batch.step, result.tokens.data)
+            for request, token in zip(outputs.ids.tolist(), outputs.tokens.tolist(), strict=True):
+                found[request - first].append(token)
+        assert self.scheduler.idle
+        self.scheduler.check_invariants()
+        return found

@@ -1,0 +1,230 @@
+"""Hostile and unlucky connections on a real socket (F-24, F-25, F-26, F-27, ADV-30, ADV-39)."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any, TypeAlias
+
+import pytest
+
+from api_harness import CHAT, MESSAGES, Api
+from hybrid_serve.server.connection import BoundedProtocol
+from hybrid_serve.server.process import Stopping, http_server
+
+MakeApi = Callable[..., Api]
+Reader: TypeAlias = asyncio.StreamReader
+Writer: TypeAlias = asyncio.StreamWriter
+GOOD = json.dumps({"messages": MESSAGES}).encode()
+
+
+def request(body: bytes = GOOD, *headers: bytes, path: str = CHAT) -> bytes:
+    lines = [f"POST {path} HTTP/1.1".encode(), b"Host: localhost", b"Content-Type: application/json", *headers]
+    return b"\r\n".join([*lines, b"Content-Length: %d" % len(body), b"", body])
+
+
+@asynccontextmanager
+async def served(api: Api) -> AsyncIterator[Callable[[], Awaitable[tuple[Reader, Writer]]]]:
+    """The application on a real socket; gives a function that connects."""
+    listener = socket.socket()
+    listener.bind(("127.0.0.1", 0))
+    listener.listen()
+    port = listener.getsockname()[1]
+    server = http_server(api.context)
+    serving = asyncio.ensure_future(server.serve(sockets=[listener]))
+    writers: list[Writer] = []
+
+    async def connect() -> tuple[Reader, Writer]:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writers.append(writer)
+        return reader, writer
+
+    try:
+        yield connect
+    finally:
+        for writer in writers:
+            writer.close()
+        server.should_exit = True
+        await serving
+
+
+async def response_of(reader: Reader) -> tuple[int, dict[str, str], Any]:
+    head = (await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)).decode().split("\r\n")
+    headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in head[1:-2])}
+    body = await asyncio.wait_for(reader.readexactly(int(headers["content-length"])), 5)
+    return int(head[0].split()[1]), headers, json.loads(body)
+
+
+async def exchange(connect: Any, *pieces: bytes) -> tuple[int, dict[str, str], Any]:
+    reader, writer = await connect()
+    for piece in pieces:
+        writer.write(piece)
+        await asyncio.sleep(0)
+    return await response_of(reader)
+
+
+def error_code(answer: tuple[int, dict[str, str], Any]) -> tuple[int, str]:
+    return answer[0], answer[2]["error"]["code"]
+
+
+def test_requests_share_a_connection(api: Api) -> None:
+    async def scenario() -> None:
+        async with served(api) as connect:
+            reader, writer = await connect()
+            for _ in range(3):
+                writer.write(request())
+                assert (await response_of(reader))[0] == 200
+            writer.write(request() + request())  # pipelined
+            for _ in range(2):
+                assert (await response_of(reader))[0] == 200
+
+    api.run(scenario())
+
+
+@pytest.mark.parametrize(
+    "flood",
+    [
+        [request(GOOD, b"X-Big: " + b"a" * 40_000)],
+        [request(GOOD, *[b"X-%d: a" % i for i in range(101)])],
+        [b"GET /" + b"a" * 40_000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n"],
+        [b"GET / HTTP/1.1\r\nHost: localhost\r\nX-Endless: ", *[b"a" * 4096] * 12],
+        [b"GET / HTTP/1.1\r\nHost: localhost\r\n", *[b"X-%d: %s\r\n" % (i, b"b" * 900) for i in range(60)]],
+    ],
+)
+def test_flood_of_headers_is_refused_and_the_connection_ends(api: Api, flood: list[bytes]) -> None:
+    """F-24, ADV-30"""
+
+    async def scenario() -> None:
+        async with served(api) as connect:
+            answer = await exchange(connect, *flood)
+            assert error_code(answer) == (431, "headers_too_large")
+            assert answer[1]["connection"] == "close"
+            assert (await exchange(connect, request()))[0] == 200
+
+    api.run(scenario())
+
+
+def test_what_is_not_http_gets_the_usual_error_body(api: Api) -> None:
+    async def scenario() -> None:
+        async with served(api) as connect:
+            for garbage in (b"\x16\x03\x01\x02\x00\x01\x00", b"HELLO\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n"):
+                assert error_code(await exchange(connect, garbage)) == (400, "invalid_http")
+            bad_chunks = (
+                b"POST %s HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n" % CHAT.encode()
+            )
+            reader, writer = await connect()
+            writer.write(bad_chunks)
+            assert (await response_of(reader))[0] in (400, 415)
+
+    api.run(scenario())
+
+
+def test_slow_headers_are_timed_out_while_others_are_served(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    """F-25"""
+    monkeypatch.setattr(BoundedProtocol, "header_seconds", 0.2)
+
+    async def scenario() -> None:
+        async with served(api) as connect:
+            slow = [asyncio.ensure_future(exchange(connect, b"POST /v1/chat/comp")) for _ in range(20)]
+            assert (await exchange(connect, request()))[0] == 200
+            for answer in await asyncio.gather(*slow):
+                assert error_code(answer) == (408, "request_timeout")
+            # An idle connection between requests has another limit: it is not cut by this one.
+            reader, writer = await connect()
+            writer.write(request())
+            assert (await response_of(reader))[0] == 200
+            await asyncio.sleep(0.3)
+            writer.write(request())
+            assert (await response_of(reader))[0] == 200
+
+    api.run(scenario())
+
+
+def test_slow_body_is_timed_out(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    """F-26"""
+    monkeypatch.setattr(BoundedProtocol, "body_seconds", 0.1)
+
+    async def scenario() -> None:
+        async with served(api) as connect:
+            answer = await exchange(connect, request()[:-5])
+            assert error_code(answer) == (408, "request_timeout")
+            assert api.context.lifecycle.num_open == 0
+
+    api.run(scenario())
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_too_large_a_body_is_answered_and_not_kept(make_api: MakeApi, chunked: bool) -> None:
+    """F-27, ADV-39: the client reads the 413 although it is still sending, and may go on with the connection."""
+    api = make_api(max_request_bytes=2000)
+    body = b'{"unused": "' + b"x" * 3_000_000 + b'"}'
+    head = b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    if chunked:
+        pieces = [
+            b"%x\r\n%s\r\n" % (len(part), part) for part in (body[i : i + 9973] for i in range(0, len(body), 9973))
+        ]
+        message = head + b"Transfer-Encoding: chunked\r\n\r\n" + b"".join(pieces) + b"0\r\n\r\n"
+    else:
+        message = head + b"Content-Length: %d\r\n\r\n" % len(body) + body
+
+    async def scenario() -> None:
+        async with served(api) as connect:
+            reader, writer = await connect()
+            writer.write(message)
+            assert error_code(await response_of(reader)) == (413, "request_too_large")
+            await writer.drain()
+            writer.write(request(b'{"prompt": "x"}', path="/tokenize"))
+            assert (await response_of(reader))[0] == 200
+
+    api.run(scenario())
+
+
+def test_a_client_that_leaves_in_the_middle_of_its_body_is_forgotten(api: Api) -> None:
+    """ADV-26"""
+
+    async def scenario() -> None:
+        async with served(api) as connect:
+            for _ in range(50):
+                _, writer = await connect()
+                writer.write(request()[:-3])
+                await writer.drain()
+                writer.close()
+            assert (await exchange(connect, request()))[0] == 200
+            assert api.context.lifecycle.num_open == 0
+
+    api.run(scenario())
+
+
+def test_shutdown_keeps_the_socket_open_until_the_last_request_has_ended(make_api: MakeApi) -> None:
+    """F-12: exit only then; who comes meanwhile is told, not refused."""
+    from fake_engine import FakeEngine
+
+    engine = FakeEngine(lambda call, choice: [5] * 4)
+    engine.gates[2] = asyncio.Event()
+    api = make_api(engine)
+
+    async def scenario() -> None:
+        listener = socket.socket()
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        server = http_server(api.context)
+        serving = asyncio.ensure_future(server.serve(sockets=[listener]))
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(request(json.dumps({"messages": MESSAGES, "stream": True}).encode()))
+        await reader.readuntil(b"content")
+        Stopping(api.context, server).begin(now=False)
+        late_reader, late_writer = await asyncio.open_connection("127.0.0.1", port)
+        late_writer.write(request())
+        assert error_code(await response_of(late_reader)) == (503, "draining")
+        assert not serving.done()
+        engine.gates[2].set()
+        assert b"[DONE]" in await asyncio.wait_for(reader.read(), 5)
+        await asyncio.wait_for(serving, 5)
+        late_writer.close()
+        writer.close()
+
+    api.run(scenario())
