@@ -1,8 +1,8 @@
 // How fast the CUDA kernels are beside what the device can do.
 //
 // Each case is captured as one CUDA graph of many launches over buffers that together are far larger than L2, replayed
-// and timed with events; the median of 5 replays counts. A line gives the time of a launch, the bytes or operations that
-// the case cannot do without per second, and for bytes the share of a device copy measured first (read + written).
+// and timed with events; the median of 5 replays counts. A line gives the time of a launch, the bytes or operations
+// that the case cannot do without per second, and for bytes the share of a device copy measured first (read + written).
 //   bench_cuda_kernels [words that the names of the cases must contain]
 #include <cuda_runtime.h>
 
@@ -118,7 +118,8 @@ int64_t sets_of(double bytes_a_set, int64_t most = 256) {
 }
 
 bool selected(const std::string& name) {
-  return std::all_of(wanted.begin(), wanted.end(), [&](const std::string& word) { return name.find(word) != std::string::npos; });
+  return std::all_of(wanted.begin(), wanted.end(),
+                     [&](const std::string& word) { return name.find(word) != std::string::npos; });
 }
 
 void report(const std::string& name, double time, double bytes, double operations) {
@@ -131,10 +132,12 @@ struct Heads {
   const char* name;
   int64_t heads, kv_heads, dim;
 };
-constexpr Heads head_shapes[] = {{"llama8b", 32, 8, 128}, {"qwen0.6b", 16, 8, 128}, {"hd64", 32, 8, 64}, {"qwen0.5b", 14, 2, 64}};
+constexpr Heads head_shapes[] = {
+    {"llama8b", 32, 8, 128}, {"qwen0.6b", 16, 8, 128}, {"hd64", 32, 8, 64}, {"qwen0.5b", 14, 2, 64}};
 constexpr int64_t block_size = 16;
 
-void attention(const std::string& name, const Heads& h, const std::vector<int32_t>& queries, const std::vector<int32_t>& lens) {
+void attention(const std::string& name, const Heads& h, const std::vector<int32_t>& queries,
+               const std::vector<int32_t>& lens) {
   if (!selected(name)) return;
   Memory memory;
   const int64_t seqs = static_cast<int64_t>(lens.size());
@@ -171,7 +174,8 @@ void attention(const std::string& name, const Heads& h, const std::vector<int32_
     }
     paged_attention(a);
   });
-  report(name, time, kv_bytes + 2.0 * 2 * static_cast<double>(out.numel()), 4.0 * visible * static_cast<double>(h.heads * h.dim));
+  report(name, time, kv_bytes + 2.0 * 2 * static_cast<double>(out.numel()),
+         4.0 * visible * static_cast<double>(h.heads * h.dim));
 }
 
 void attention_cases() {
@@ -181,8 +185,10 @@ void attention_cases() {
   for (int i = 0; i < 256; ++i) mixed.push_back(static_cast<int32_t>(std::clamp(length(rng), 16.0, 8000.0)));
   for (const Heads& h : head_shapes) {
     const std::string suffix = std::string(" ") + h.name;
-    for (const auto& [batch, len] : {std::pair<int, int>{1, 1024}, {1, 8192}, {8, 4096}, {64, 1024}, {64, 4096}, {256, 1024}, {1, 131072}})
-      attention("decode " + std::to_string(batch) + "x" + std::to_string(len) + suffix, h, std::vector<int32_t>(static_cast<size_t>(batch), 1),
+    for (const auto& [batch, len] :
+         {std::pair<int, int>{1, 1024}, {1, 8192}, {8, 4096}, {64, 1024}, {64, 4096}, {256, 1024}, {1, 131072}})
+      attention("decode " + std::to_string(batch) + "x" + std::to_string(len) + suffix, h,
+                std::vector<int32_t>(static_cast<size_t>(batch), 1),
                 std::vector<int32_t>(static_cast<size_t>(batch), len));
     attention("decode 256xmixed" + suffix, h, std::vector<int32_t>(256, 1), mixed);
     for (const auto& [batch, len] : {std::pair<int, int>{1, 512}, {4, 1024}, {4, 4096}, {1, 16384}}) {
@@ -198,7 +204,8 @@ void linear_case(const std::string& shape, int64_t n, int64_t k, int64_t rows) {
   Memory memory;
   const double weight_bytes = 2.0 * static_cast<double>(n * k);
   const int64_t sets = sets_of(weight_bytes), elements = packed_size(n, k);
-  const TensorView weights = memory.random({sets, elements}), x = memory.random({rows, k}), out = memory.random({rows, n});
+  const TensorView weights = memory.random({sets, elements}), x = memory.random({rows, k}),
+                   out = memory.random({rows, n});
   const double time = time_of_launch(sets, [&](int64_t i) {
     TensorView weight = weights;
     weight.ndim = 1, weight.shape[0] = elements, weight.strides[0] = 1;
@@ -206,14 +213,15 @@ void linear_case(const std::string& shape, int64_t n, int64_t k, int64_t rows) {
     linear({out, x, weight, {}, n, k, stream});
   });
   const auto r = static_cast<double>(rows);
-  report(name, time, weight_bytes + 2 * r * static_cast<double>(n + k), 2 * r * static_cast<double>(n) * static_cast<double>(k));
+  report(name, time, weight_bytes + 2 * r * static_cast<double>(n + k),
+         2 * r * static_cast<double>(n) * static_cast<double>(k));
 }
 
 void linear_cases() {
   const std::tuple<const char*, int64_t, int64_t> shapes[] = {
-      {"0.5b qkv 1152x896", 1152, 896}, {"0.5b o 896x896", 896, 896}, {"0.5b gate_up 9728x896", 9728, 896},
-      {"0.5b down 896x4864", 896, 4864}, {"0.5b head 151936x896", 151936, 896}, {"8b qkv 6144x4096", 6144, 4096},
-      {"8b o 4096x4096", 4096, 4096}, {"8b gate_up 28672x4096", 28672, 4096}, {"8b down 4096x14336", 4096, 14336}};
+      {"0.5b qkv 1152x896", 1152, 896},  {"0.5b o 896x896", 896, 896},           {"0.5b gate_up 9728x896", 9728, 896},
+      {"0.5b down 896x4864", 896, 4864}, {"0.5b head 151936x896", 151936, 896},  {"8b qkv 6144x4096", 6144, 4096},
+      {"8b o 4096x4096", 4096, 4096},    {"8b gate_up 28672x4096", 28672, 4096}, {"8b down 4096x14336", 4096, 14336}};
   for (const auto& [name, n, k] : shapes)
     for (int64_t rows : {1, 4, 8, 16, 32, 64, 128, 256, 2048})
       if (rows < 2048 || n < 100000) linear_case(name, n, k, rows);
@@ -225,7 +233,8 @@ void elementwise_cases() {
     if (!selected(name)) continue;
     Memory memory;
     const int64_t blocks = rows / block_size, layers = 16;
-    const TensorView cache = memory.random({2 * layers, blocks, 8, block_size, 128}), kv = memory.random({layers, rows, 2, 8, 128});
+    const TensorView cache = memory.random({2 * layers, blocks, 8, block_size, 128}),
+                     kv = memory.random({layers, rows, 2, 8, 128});
     std::vector<int64_t> slots(static_cast<size_t>(rows));
     for (size_t i = 0; i < slots.size(); ++i) slots[i] = static_cast<int64_t>(i);
     const TensorView slot = memory.column(slots, DType::i64);
@@ -236,8 +245,9 @@ void elementwise_cases() {
         for (int d : dims) p.shape[p.ndim] = t.shape[d], p.strides[p.ndim] = t.strides[d], ++p.ndim;
         return p;
       };
-      store_kv({part(cache, 2 * i * cache.strides[0], {1, 2, 3, 4}), part(cache, (2 * i + 1) * cache.strides[0], {1, 2, 3, 4}),
-                part(kv, i * kv.strides[0], {1, 3, 4}), part(kv, i * kv.strides[0] + kv.strides[2], {1, 3, 4}), slot, stream});
+      store_kv({part(cache, 2 * i * cache.strides[0], {1, 2, 3, 4}),
+                part(cache, (2 * i + 1) * cache.strides[0], {1, 2, 3, 4}), part(kv, i * kv.strides[0], {1, 3, 4}),
+                part(kv, i * kv.strides[0] + kv.strides[2], {1, 3, 4}), slot, stream});
     });
     report(name, time, 4.0 * static_cast<double>(rows * 8 * 128 * 2), 0);
   }
@@ -246,7 +256,8 @@ void elementwise_cases() {
     const double bytes = 2.0 * static_cast<double>(rows * dim);
     const int64_t sets = sets_of(4 * bytes, 64);
     Memory memory;
-    const TensorView x = memory.random({sets, rows, 3 * dim}), weight = memory.random({dim}), residual = memory.random({sets, rows, dim});
+    const TensorView x = memory.random({sets, rows, 3 * dim}), weight = memory.random({dim}),
+                     residual = memory.random({sets, rows, dim});
     const auto part = [&](const TensorView& t, int64_t i, int64_t first, int64_t size) {
       TensorView p = t;
       p.ndim = 2, p.shape[0] = rows, p.shape[1] = size, p.strides[0] = t.strides[1], p.strides[1] = 1;
@@ -254,13 +265,18 @@ void elementwise_cases() {
       return p;
     };
     if (selected("add+rms_norm " + shape))
-      report("add+rms_norm " + shape, time_of_launch(sets, [&](int64_t i) {
-               rms_norm({part(x, i, dim, dim), part(x, i, 0, dim), weight, part(residual, i, 0, dim), 1e-6f, stream});
-             }), 4 * bytes, 0);
+      report("add+rms_norm " + shape,
+             time_of_launch(sets,
+                            [&](int64_t i) {
+                              rms_norm({part(x, i, dim, dim), part(x, i, 0, dim), weight, part(residual, i, 0, dim),
+                                        1e-6f, stream});
+                            }),
+             4 * bytes, 0);
     if (selected("silu_mul " + shape))
-      report("silu_mul " + shape, time_of_launch(sets, [&](int64_t i) {
-               silu_mul({part(residual, i, 0, dim), part(x, i, 0, 2 * dim), stream});
-             }), 3 * bytes, 0);
+      report("silu_mul " + shape,
+             time_of_launch(sets,
+                            [&](int64_t i) { silu_mul({part(residual, i, 0, dim), part(x, i, 0, 2 * dim), stream}); }),
+             3 * bytes, 0);
   }
 }
 
@@ -272,8 +288,11 @@ void sample_cases() {
   };
   constexpr int64_t vocab = 151936;
   for (int64_t rows : {1, 32, 256})
-    for (const Kind& kind : {Kind{"greedy", 0.0f, 1.0f, 0}, {"temperature", 0.8f, 1.0f, 0}, {"top-k 50", 0.8f, 1.0f, 50},
-                             {"top-k 50 top-p 0.9", 0.8f, 0.9f, 50}, {"top-p 0.9, flat logits", 1.0f, 0.9f, 0}}) {
+    for (const Kind& kind : {Kind{"greedy", 0.0f, 1.0f, 0},
+                             {"temperature", 0.8f, 1.0f, 0},
+                             {"top-k 50", 0.8f, 1.0f, 50},
+                             {"top-k 50 top-p 0.9", 0.8f, 0.9f, 50},
+                             {"top-p 0.9, flat logits", 1.0f, 0.9f, 0}}) {
       const std::string name = "sample " + std::to_string(rows) + " x " + std::to_string(vocab) + " " + kind.name;
       if (!selected(name)) continue;
       Memory memory;
@@ -307,8 +326,10 @@ void sample_cases() {
 void measure_copy() {
   constexpr size_t bytes = size_t{1} << 30;
   Memory memory;
-  const TensorView from = memory.random({static_cast<int64_t>(bytes / 2)}), to = memory.take({static_cast<int64_t>(bytes / 2)}, DType::bf16);
-  const double time = seconds([&] { cuda::check(cudaMemcpyAsync(to.data, from.data, bytes, cudaMemcpyDeviceToDevice, stream)); });
+  const TensorView from = memory.random({static_cast<int64_t>(bytes / 2)}),
+                   to = memory.take({static_cast<int64_t>(bytes / 2)}, DType::bf16);
+  const double time =
+      seconds([&] { cuda::check(cudaMemcpyAsync(to.data, from.data, bytes, cudaMemcpyDeviceToDevice, stream)); });
   copy_bandwidth = 2.0 * static_cast<double>(bytes) / time;
   cudaDeviceProp properties;
   cuda::check(cudaGetDeviceProperties(&properties, 0));

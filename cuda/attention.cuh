@@ -19,13 +19,13 @@ struct AttentionParams {
   const int32_t* __restrict__ seq_lens;
   const int32_t* __restrict__ kv_start;
   const int32_t* __restrict__ kv_blocks;
-  int64_t out_row, out_head, q_row, q_head;    // strides in elements
-  int64_t k_block, k_head, v_block, v_head;    // a head's tokens are contiguous
-  int first_seq, seqs;                         // the kernel's sequences: [first_seq, first_seq + seqs)
-  int kv_heads, group, dim, block_shift;       // group: query heads of a KV head; 2^block_shift tokens a block
-  float scale_log2;                            // scale / ln 2: softmax is in base 2
-  float* __restrict__ partials;                // decode only
-  int32_t* __restrict__ counters;              // decode only: one a (sequence, KV head, 16 query heads)
+  int64_t out_row, out_head, q_row, q_head;  // strides in elements
+  int64_t k_block, k_head, v_block, v_head;  // a head's tokens are contiguous
+  int first_seq, seqs;                       // the kernel's sequences: [first_seq, first_seq + seqs)
+  int kv_heads, group, dim, block_shift;     // group: query heads of a KV head; 2^block_shift tokens a block
+  float scale_log2;                          // scale / ln 2: softmax is in base 2
+  float* __restrict__ partials;              // decode only
+  int32_t* __restrict__ counters;            // decode only: one a (sequence, KV head, 16 query heads)
 };
 
 constexpr float minus_infinity = -__builtin_huge_valf();
@@ -78,12 +78,18 @@ void paged_prefill(const AttentionParams<T>& p, int64_t rows, Stream stream);
 template <class Body>
 void by_head_dim(int dim, Body&& body) {
   switch (dim) {
-    case 64: return body.template operator()<64>();
-    case 80: return body.template operator()<80>();
-    case 96: return body.template operator()<96>();
-    case 128: return body.template operator()<128>();
-    case 256: return body.template operator()<256>();
-    default: require(false, "paged_attention: no CUDA kernel for head size ", dim, ", only 64, 80, 96, 128 and 256");
+    case 64:
+      return body.template operator()<64>();
+    case 80:
+      return body.template operator()<80>();
+    case 96:
+      return body.template operator()<96>();
+    case 128:
+      return body.template operator()<128>();
+    case 256:
+      return body.template operator()<256>();
+    default:
+      require(false, "paged_attention: no CUDA kernel for head size ", dim, ", only 64, 80, 96, 128 and 256");
   }
 }
 

@@ -1,8 +1,7 @@
-#include "device.cuh"
-
 #include <map>
 #include <mutex>
 
+#include "device.cuh"
 #include "launch.cuh"
 
 namespace hybrid::cuda {
@@ -17,7 +16,8 @@ struct Region {
   void grow(size_t needed, Stream stream) {
     cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
     check(cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status));
-    invariant(status == cudaStreamCaptureStatusNone, "scratch cannot grow while a graph is captured: run the op once before");
+    invariant(status == cudaStreamCaptureStatusNone,
+              "scratch cannot grow while a graph is captured: run the op once before");
     bytes = std::max({needed, 2 * bytes, size_t{1} << 20});
     check(cudaMalloc(&data, bytes));
     check(cudaMemset(data, 0, bytes));

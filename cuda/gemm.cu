@@ -1,12 +1,12 @@
 // linear for more than 32 rows: tiles of x and of the weight in shared memory, four stages of 64 along k by cp.async.
 //
 // A 64-wide slice of an operand lies as two panels [rows][32], row r of the second panel swapped with r ^ 1: 8 lanes of
-// every 16-byte access, writing or reading, then hit 128 different bytes modulo 128. A segment's sums are kept apart from
-// the total (see linear.cuh), which doubles the accumulators and is why tiles stop at 128 x 128.
-// Compute-bound from a few hundred rows: 2 x rows x n x k operations on mma.sync.
+// every 16-byte access, writing or reading, then hit 128 different bytes modulo 128. A segment's sums are kept apart
+// from the total (see linear.cuh), which doubles the accumulators and is why tiles stop at 128 x 128. Compute-bound
+// from a few hundred rows: 2 x rows x n x k operations on mma.sync.
+#include "device.cuh"
 #include "linear.cuh"
 #include "reduce.cuh"
-#include "device.cuh"
 
 namespace hybrid::cuda {
 

@@ -1,9 +1,10 @@
 // linear for up to 32 rows: the weights stream through once, from memory to tensor core fragments.
 //
-// A block owns 8, 16 or 32 columns of the output (rows of the weight); its 8 warps take one segment of k each and meet in
-// shared memory. Every lane has a ring of its own there, filled by cp.async with just the bytes that it will multiply:
-// no barrier in the loop, and as many loads under way as the ring is deep. (Loads to registers do not do it: ptxas sinks
-// each one to its use.) Moves n x k x 2 bytes; x comes from L1 and L2, and wider blocks read it less often. Memory-bound.
+// A block owns 8, 16 or 32 columns of the output (rows of the weight); its 8 warps take one segment of k each and meet
+// in shared memory. Every lane has a ring of its own there, filled by cp.async with just the bytes that it will
+// multiply: no barrier in the loop, and as many loads under way as the ring is deep. (Loads to registers do not do it:
+// ptxas sinks each one to its use.) Moves n x k x 2 bytes; x comes from L1 and L2, and wider blocks read it less often.
+// Memory-bound.
 #include "device.cuh"
 #include "linear.cuh"
 #include "reduce.cuh"

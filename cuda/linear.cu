@@ -1,10 +1,9 @@
 // linear: x @ weight^T + bias, weight row-major [n, k].
 //
 // 16-bit types run on the tensor cores: few rows by a kernel that streams the weights (gemv.cu), more by one that tiles
-// (gemm.cu); both add in the order of linear.cuh and agree bit for bit. Float has its own plain kernel for any number of
-// rows, below.
+// (gemm.cu); both add in the order of linear.cuh and agree bit for bit. Float has its own plain kernel for any number
+// of rows, below.
 #include "linear.cuh"
-
 #include "ops/dispatch.h"
 
 namespace hybrid::cuda {

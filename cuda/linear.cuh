@@ -17,8 +17,8 @@ constexpr int max_segments = 8;
 
 template <class T>
 struct LinearParams {
-  T* out;           // or
-  float* out_f32;   // the one that is not null
+  T* out;          // or
+  float* out_f32;  // the one that is not null
   const T* __restrict__ x;
   const T* __restrict__ weight;
   const T* __restrict__ bias;

@@ -2,10 +2,9 @@
 //
 // 16-bit types: sequences with one query row go to paged_decode.cu, the others to paged_prefill.cu. Each is
 // batch-invariant on its own; the same row computed by both agrees to rounding, not to the bit.
-#include "attention.cuh"
-
 #include <bit>
 
+#include "attention.cuh"
 #include "ops/dispatch.h"
 
 namespace hybrid::cuda {
@@ -18,7 +17,8 @@ constexpr int warps = 4, most_dim = 256;
 // 32nd column for the sums. For correctness, not for speed.
 __global__ void float_attention_kernel(const __grid_constant__ AttentionParams<float> p) {
   __shared__ float query[most_dim], sums[warps][most_dim], states[warps][2];
-  const int dim = p.dim, row = blockIdx.x, head = blockIdx.y, lane = threadIdx.x % warp_size, warp = threadIdx.x / warp_size;
+  const int dim = p.dim, row = blockIdx.x, head = blockIdx.y, lane = threadIdx.x % warp_size,
+            warp = threadIdx.x / warp_size;
   const int seq = last_not_above(row, p.seqs, [&](int s) { return s == 0 ? 0 : p.query_start[s]; });
   if (row < p.query_start[seq] || row >= p.query_start[seq + 1]) return;
   const int visible = p.seq_lens[seq] - (p.query_start[seq + 1] - 1 - row);
@@ -75,8 +75,8 @@ AttentionParams<T> params_of(const PagedAttention& a) {
       require(t->strides[i] * item_size(t->dtype) % 16 == 0 && reinterpret_cast<uintptr_t>(t->data) % 16 == 0,
               "paged_attention: rows of q, out and the cache must be 16-byte aligned, a stride is ", t->strides[i]);
   for (const TensorView* t : {&a.k_cache, &a.v_cache})
-    require(t->strides[2] == dim, "paged_attention: the tokens of a cache block's head must be contiguous, their stride is ",
-            t->strides[2]);
+    require(t->strides[2] == dim,
+            "paged_attention: the tokens of a cache block's head must be contiguous, their stride is ", t->strides[2]);
   const float log2_e = 1.4426950408889634f;
   return {a.out.as<T>(),
           a.q.as<T>(),

@@ -5,19 +5,20 @@
 //   block      takes a run of consecutive (sequence, KV head, unit); all runs are equally long in tiles
 //
 // The grid is fixed and lengths are read on the device, so the launch can be captured. A unit's result is a function of
-// its own tokens and units merge from first to last, hence a row's bits depend on its own length alone, however the runs
-// fall. A block that owns all units of a sequence's head writes its output; else the partial results go to scratch and
-// the last block to arrive merges them. The query heads of a KV head are the rows of one m16n8k16 product (16 at a time),
-// so K and V are read once. Every warp feeds itself by a ring of cp.async tiles: no block barrier inside a unit.
-// Moves the K and V of all tokens once: memory-bound.
-#include "attention.cuh"
+// its own tokens and units merge from first to last, hence a row's bits depend on its own length alone, however the
+// runs fall. A block that owns all units of a sequence's head writes its output; else the partial results go to scratch
+// and the last block to arrive merges them. The query heads of a KV head are the rows of one m16n8k16 product (16 at a
+// time), so K and V are read once. Every warp feeds itself by a ring of cp.async tiles: no block barrier inside a unit,
+// and the next unit's first tiles are under way while the block merges the last one's sums. Moves the K and V of all
+// tokens once: memory-bound.
+#include "decode_tile.cuh"
 #include "device.cuh"
 
 namespace hybrid::cuda {
 
 namespace {
 
-constexpr int warps = 4, threads = warps * warp_size, tile = 16, most_rows = 16;
+constexpr int warps = 4, threads = warps * warp_size;
 constexpr int most_seqs = 1024;  // of a launch
 constexpr int shortest_unit = 256, longest_unit = 2048, most_units = 64;
 
@@ -27,31 +28,23 @@ __host__ __device__ constexpr int unit_length(int tokens) {
   return length;
 }
 
-template <int dim>
-struct Ring {
-  static constexpr int packs = tile * row_packs<dim>;  // of K or V of a tile
-  static constexpr int stage_packs = 2 * packs;
-  static constexpr int depth = std::clamp(26112 / (stage_packs * 16), 2, 5);
-  static constexpr int warp_packs = depth * stage_packs;
-};
-
 constexpr int partial_floats(int rows, int dim) { return (rows * (dim + 2) + 1 + 3) / 4 * 4; }
 
 // Shared memory: rings, then the block's running result, then where its sequences' tiles start.
 template <int dim>
 struct Shared {
   uint4* ring;
-  float* total;  // [rows][dim]
-  float* total_state;  // [2][rows][2]: largest and sum, the two halves in turn
+  float* total;           // [rows][dim]
+  float* total_state;     // [2][rows][2]: largest and sum, the two halves in turn
   int32_t* tiles_before;  // [seqs + 1]
   __device__ Shared(void* base, int rows) {
     ring = static_cast<uint4*>(base);
-    total = reinterpret_cast<float*>(ring + warps * Ring<dim>::warp_packs);
+    total = reinterpret_cast<float*>(ring + warps * DecodeRing<dim>::warp_packs);
     total_state = total + rows * dim;
     tiles_before = reinterpret_cast<int32_t*>(total_state + 4 * rows);
   }
   static size_t bytes(int rows, int seqs) {
-    return size_t{warps} * Ring<dim>::warp_packs * 16 + (static_cast<size_t>(rows) * (dim + 4) + seqs + 1) * 4;
+    return size_t{warps} * DecodeRing<dim>::warp_packs * 16 + (static_cast<size_t>(rows) * (dim + 4) + seqs + 1) * 4;
   }
 };
 
@@ -84,94 +77,22 @@ __device__ void count_tiles(const AttentionParams<T>& p, int32_t* tiles_before) 
   __syncthreads();
 }
 
-// A warp's running softmax over its tiles of a unit.
-template <class T, int dim>
-struct WarpState {
-  float out[dim / 8][4] = {};
-  float largest[2] = {minus_infinity, minus_infinity}, sum[2] = {0.0f, 0.0f};  // rows g and g + 8; sum: this lane's part
-
-  // Tokens [first, first + 16) at `keys` and `values`, those from `tokens` on are masked.
-  __device__ void add_tile(const uint32_t (&q)[dim / 16][4], uint32_t keys, uint32_t values, int first, int tokens,
-                           float scale_log2) {
-    const int lane = threadIdx.x % warp_size, t = lane % 4;
-    float s[2][4] = {};
-    const uint32_t key = keys + ((lane / 16 * 8 + lane % 8) * row_packs<dim> + lane / 8 % 2) * 16;
-#pragma unroll
-    for (int k = 0; k < dim / 16; ++k) {
-      uint32_t b[4];
-      load_matrices(b, key + k * 32);
-      mma<T>(s[0], q[k][0], q[k][1], q[k][2], q[k][3], b[0], b[1]);
-      mma<T>(s[1], q[k][0], q[k][1], q[k][2], q[k][3], b[2], b[3]);
-    }
-    float keep[2];
-#pragma unroll
-    for (int row = 0; row < 2; ++row) {
-      float top = largest[row];
-#pragma unroll
-      for (int n = 0; n < 2; ++n)
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          float& x = s[n][row * 2 + j];
-          x = first + n * 8 + 2 * t + j < tokens ? x * scale_log2 : minus_infinity;
-          top = fmaxf(top, x);
-        }
-      top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
-      top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
-      keep[row] = exp2_of(largest[row] - top);
-      largest[row] = top;
-      float tile_sum = 0.0f;
-#pragma unroll
-      for (int n = 0; n < 2; ++n)
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          float& x = s[n][row * 2 + j];
-          x = exp2_of(x - top);
-          tile_sum += x;
-        }
-      sum[row] = __fmaf_rn(sum[row], keep[row], tile_sum);
-    }
-    if (__any_sync(0xffffffffu, keep[0] != 1.0f || keep[1] != 1.0f)) {
-#pragma unroll
-      for (int d = 0; d < dim / 8; ++d)
-#pragma unroll
-        for (int j = 0; j < 4; ++j) out[d][j] *= keep[j / 2];
-    }
-    const uint32_t a0 = pair_of<T>(s[0][0], s[0][1]), a1 = pair_of<T>(s[0][2], s[0][3]),
-                   a2 = pair_of<T>(s[1][0], s[1][1]), a3 = pair_of<T>(s[1][2], s[1][3]);
-    const uint32_t value = values + ((lane / 8 % 2 * 8 + lane % 8) * row_packs<dim> + lane / 16) * 16;
-#pragma unroll
-    for (int d = 0; d < dim / 16; ++d) {
-      uint32_t b[4];
-      load_transposed(b, value + d * 32);
-      mma<T>(out[2 * d], a0, a1, a2, a3, b[0], b[1]);
-      mma<T>(out[2 * d + 1], a0, a1, a2, a3, b[2], b[3]);
-    }
-  }
-
-  // To shared memory as [rows][dim] and behind it [rows][largest, sum].
-  __device__ void store(float* to, int rows) {
-    const int lane = threadIdx.x % warp_size, g = lane / 4, t = lane % 4;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float total = sum[half];
-      total += __shfl_xor_sync(0xffffffffu, total, 1);
-      total += __shfl_xor_sync(0xffffffffu, total, 2);
-      const int row = g + half * 8;
-      if (row >= rows) continue;
-#pragma unroll
-      for (int d = 0; d < dim / 8; ++d)
-        *reinterpret_cast<float2*>(to + row * dim + d * 8 + 2 * t) =
-            make_float2(out[d][half * 2], out[d][half * 2 + 1]);
-      if (t == 0) *reinterpret_cast<float2*>(to + rows * dim + row * 2) = make_float2(largest[half], total);
-    }
-  }
-};
-
 // Where a block stands: a sequence's KV head (and 16 query heads of it), and what that needs.
 struct Place {
   int seq, head, row0, rows;  // row0: first query head of the group, rows: how many
   int tokens, tiles, unit_tiles, units;
-  int64_t slot;               // of the first unit's partial result
+  int64_t slot;  // of the first unit's partial result
+};
+
+// Units [first, last) of a place.
+struct Run {
+  Place at;
+  int first, last;
+};
+
+// A warp's tiles of a unit: begin, begin + 4, ...
+struct Tiles {
+  int begin, count, block;  // block: lane i has the cache block of tile number i, of at most 32
 };
 
 template <class T, int dim>
@@ -182,34 +103,68 @@ class Decode {
 
   __device__ void run() {
     count_tiles(p_, memory_.tiles_before);
-    const int heads = p_.kv_heads * splits_;
-    const int64_t total = int64_t{memory_.tiles_before[p_.seqs]} * heads;
-    const int64_t begin = total * blockIdx.x / gridDim.x, end = total * (blockIdx.x + 1) / gridDim.x;
-    if (begin == end) return;
-    int seq = 0;  // the last one that starts at or before `begin`
+    heads_ = p_.kv_heads * splits_;
+    const int64_t total = int64_t{memory_.tiles_before[p_.seqs]} * heads_;
+    begin_ = total * blockIdx.x / gridDim.x, end_ = total * (blockIdx.x + 1) / gridDim.x;
+    if (begin_ == end_) return;
+    // The last sequence that starts at or before begin_.
     for (int step = most_seqs / 2; step > 0; step /= 2)
-      if (seq + step < p_.seqs && int64_t{memory_.tiles_before[seq + step]} * heads <= begin) seq += step;
-    int64_t start = int64_t{memory_.tiles_before[seq]} * heads;
-    for (; seq < p_.seqs && start < end; ++seq) {
-      const int tiles = memory_.tiles_before[seq + 1] - memory_.tiles_before[seq];
-      if (tiles == 0) continue;
-      const int first_head = start < begin ? static_cast<int>((begin - start) / tiles) : 0;
-      for (int head = first_head; head < heads && start + int64_t{head} * tiles < end; ++head) {
-        const Place at = place(seq, head, tiles);
-        const int64_t head_start = start + int64_t{head} * tiles;
-        // The units that start in [begin, end).
-        const auto units_before = [&](int64_t position) {
-          const int64_t offset = min(max(position - head_start, int64_t{0}), int64_t{tiles});
-          return static_cast<int>((offset + at.unit_tiles - 1) / at.unit_tiles);
-        };
-        const int first = units_before(begin), last = units_before(end);
-        if (first < last) run_units(at, first, last);
+      if (seq_ + step < p_.seqs && start_of(seq_ + step) <= begin_) seq_ += step;
+    const int tiles = memory_.tiles_before[seq_ + 1] - memory_.tiles_before[seq_];
+    head_ = static_cast<int>((begin_ - start_of(seq_)) / tiles);
+
+    Run now;
+    if (!next_run(now)) return;
+    Tiles tiles_now = find_tiles(now.at, now.first);
+    start(now.at, tiles_now);
+    while (true) {
+      Run next;
+      bool more = true;
+      uint32_t q[dim / 16][4];
+      load_query(q, now.at);
+      for (int unit = now.first; unit < now.last; ++unit) {
+        sum_unit(now.at, q, tiles_now);
+        if (unit + 1 < now.last) {
+          tiles_now = find_tiles(now.at, unit + 1);
+          start(now.at, tiles_now);
+        } else if ((more = next_run(next))) {
+          tiles_now = find_tiles(next.at, next.first);
+          start(next.at, tiles_now);
+        }
+        __syncthreads();
+        merge_unit(now, unit);
+        __syncthreads();
       }
-      start += int64_t{tiles} * heads;
+      if (now.last - now.first < now.at.units) finish(now);
+      if (!more) return;
+      now = next;
     }
   }
 
  private:
+  __device__ int64_t start_of(int seq) const { return int64_t{memory_.tiles_before[seq]} * heads_; }
+
+  // The next units of one place among those that start in [begin_, end_).
+  __device__ bool next_run(Run& run) {
+    for (; seq_ < p_.seqs && start_of(seq_) < end_; ++seq_, head_ = 0) {
+      const int tiles = memory_.tiles_before[seq_ + 1] - memory_.tiles_before[seq_];
+      for (; tiles > 0 && head_ < heads_; ++head_) {
+        const int64_t start = start_of(seq_) + int64_t{head_} * tiles;
+        if (start >= end_) return false;
+        run.at = place(seq_, head_, tiles);
+        const auto units_before = [&](int64_t position) {
+          const int64_t offset = min(max(position - start, int64_t{0}), int64_t{tiles});
+          return static_cast<int>((offset + run.at.unit_tiles - 1) / run.at.unit_tiles);
+        };
+        run.first = units_before(begin_), run.last = units_before(end_);
+        if (run.first == run.last) continue;
+        ++head_;
+        return true;
+      }
+    }
+    return false;
+  }
+
   __device__ Place place(int seq, int head, int tiles) const {
     Place at;
     at.seq = p_.first_seq + seq;
@@ -232,8 +187,8 @@ class Decode {
 
   __device__ void load_query(uint32_t (&q)[dim / 16][4], const Place& at) const {
     const int lane = threadIdx.x % warp_size, g = lane / 4, t = lane % 4;
-    const T* from = p_.q + p_.query_start[at.seq] * p_.q_row +
-                    (int64_t{at.head} * p_.group + at.row0 + g) * p_.q_head + 2 * t;
+    const T* from =
+        p_.q + p_.query_start[at.seq] * p_.q_row + (int64_t{at.head} * p_.group + at.row0 + g) * p_.q_head + 2 * t;
     const auto word = [&](int64_t offset, bool valid) {
       return valid ? *reinterpret_cast<const uint32_t*>(from + offset) : 0u;
     };
@@ -258,47 +213,63 @@ class Decode {
       const uint32_t to = stage + (row * row_packs<dim> + column) * 16;
       const bool valid = first_token + row < at.tokens;
       copy_async(to, keys + pack * 8, valid);
-      copy_async(to + Ring<dim>::packs * 16, values + pack * 8, valid);
+      copy_async(to + DecodeRing<dim>::packs * 16, values + pack * 8, valid);
     }
   }
 
-  // This warp's tiles of a unit, their sum left at the start of its ring.
-  __device__ void sum_unit(const Place& at, const uint32_t (&q)[dim / 16][4], int unit) const {
-    using Ring = Ring<dim>;
+  __device__ Tiles find_tiles(const Place& at, int unit) const {
     const int lane = threadIdx.x % warp_size, warp = threadIdx.x / warp_size;
-    const int begin = unit * at.unit_tiles + warp, end = min(at.tiles, (unit + 1) * at.unit_tiles);
-    const int count = begin < end ? (end - begin + warps - 1) / warps : 0;
-    // Lane i finds the block of the warp's tile i: a unit has at most 32 tiles a warp.
-    const int block =
-        lane < count ? p_.kv_blocks[p_.kv_start[at.seq] + ((begin + lane * warps) * tile >> p_.block_shift)] : 0;
-    uint4* ring = memory_.ring + warp * Ring::warp_packs;
-    const uint32_t address = shared_address(ring);
-    const auto load = [&](int i, int stage) {
-      const int at_block = __shfl_sync(0xffffffffu, block, i & 31);
-      if (i < count)
-        load_tile(at, (begin + i * warps) * tile, at_block, address + stage * Ring::stage_packs * 16);
-      commit_copies();
-    };
-    for (int i = 0; i < Ring::depth - 1; ++i) load(i, i);
+    Tiles tiles;
+    tiles.begin = unit * at.unit_tiles + warp;
+    const int end = min(at.tiles, (unit + 1) * at.unit_tiles);
+    tiles.count = tiles.begin < end ? (end - tiles.begin + warps - 1) / warps : 0;
+    tiles.block = 0;
+    if (lane < tiles.count)
+      tiles.block = p_.kv_blocks[p_.kv_start[at.seq] + ((tiles.begin + lane * warps) * tile >> p_.block_shift)];
+    return tiles;
+  }
+
+  __device__ uint4* ring() const { return memory_.ring + threadIdx.x / warp_size * DecodeRing<dim>::warp_packs; }
+  // Where warp w leaves its sums: the ring's last stage, which `start` does not touch.
+  __device__ float* sums_of_warp(int w) const {
+    static_assert(DecodeRing<dim>::stage_packs * 16 >= most_rows * (dim + 2) * static_cast<int>(sizeof(float)));
+    return reinterpret_cast<float*>(memory_.ring + w * DecodeRing<dim>::warp_packs +
+                                    (DecodeRing<dim>::depth - 1) * DecodeRing<dim>::stage_packs);
+  }
+
+  __device__ void load(const Place& at, const Tiles& tiles, int i, int stage) const {
+    const int block = __shfl_sync(0xffffffffu, tiles.block, i & 31);
+    if (i < tiles.count)
+      load_tile(at, (tiles.begin + i * warps) * tile, block,
+                shared_address(ring()) + stage * DecodeRing<dim>::stage_packs * 16);
+    commit_copies();
+  }
+  __device__ void start(const Place& at, const Tiles& tiles) const {
+    for (int i = 0; i < DecodeRing<dim>::depth - 1; ++i) load(at, tiles, i, i);
+  }
+
+  // This warp's tiles of a unit that has been started; their sums go to sums_of_warp.
+  __device__ void sum_unit(const Place& at, const uint32_t (&q)[dim / 16][4], const Tiles& tiles) const {
+    using Ring = DecodeRing<dim>;
     WarpState<T, dim> state;
     int stage = 0;
-    for (int i = 0; i < count; ++i) {
+    for (int i = 0; i < tiles.count; ++i) {
       wait_copies<Ring::depth - 2>();
       __syncwarp();
-      load(i + Ring::depth - 1, stage == 0 ? Ring::depth - 1 : stage - 1);
-      const uint32_t keys = address + stage * Ring::stage_packs * 16;
-      state.add_tile(q, keys, keys + Ring::packs * 16, (begin + i * warps) * tile, at.tokens, p_.scale_log2);
+      load(at, tiles, i + Ring::depth - 1, stage == 0 ? Ring::depth - 1 : stage - 1);
+      const uint32_t keys = shared_address(ring()) + stage * Ring::stage_packs * 16;
+      state.add_tile(q, keys, keys + Ring::packs * 16, (tiles.begin + i * warps) * tile, at.tokens, p_.scale_log2);
       stage = stage == Ring::depth - 1 ? 0 : stage + 1;
     }
     wait_copies<0>();
     __syncwarp();
-    state.store(reinterpret_cast<float*>(ring), at.rows);
+    state.store(sums_of_warp(threadIdx.x / warp_size), at.rows);
   }
 
-  // One element of the unit's result from the four warps' rings.
+  // One element of the unit's result from the four warps.
   __device__ Partial unit_element(const Place& at, int row, int column) const {
     const auto of_warp = [&](int w) {
-      const float* from = reinterpret_cast<const float*>(memory_.ring + w * Ring<dim>::warp_packs);
+      const float* from = sums_of_warp(w);
       const float2 state = *reinterpret_cast<const float2*>(from + at.rows * dim + row * 2);
       return Partial{state.x, state.y, from[row * dim + column]};
     };
@@ -318,48 +289,45 @@ class Decode {
     if (column == 0) to[rows * dim + row * 2] = sum.largest, to[rows * dim + row * 2 + 1] = sum.sum;
   }
 
-  // Units [first, last) of one place.
-  __device__ void run_units(const Place& at, int first, int last) {
-    uint32_t q[dim / 16][4];
-    load_query(q, at);
-    for (int unit = first; unit < last; ++unit) {
-      sum_unit(at, q, unit);
-      __syncthreads();
-      const float* old_state = memory_.total_state + (unit + 1) % 2 * 2 * most_;
-      float* new_state = memory_.total_state + unit % 2 * 2 * most_;
-      for (int e = threadIdx.x; e < at.rows * dim; e += threads) {
-        const int row = e / dim, column = e % dim;
-        Partial sum = unit_element(at, row, column);
-        if (first > 0) {
-          write_partial(partial(at, unit), at.rows, row, column, sum);
-          continue;
-        }
-        if (unit > 0) sum = merge({old_state[row * 2], old_state[row * 2 + 1], memory_.total[e]}, sum);
-        if (last == at.units && unit + 1 == last) {
-          write_out(at, row, column, sum);
-        } else if (unit + 1 == last) {
-          write_partial(partial(at, 0), at.rows, row, column, sum);
-        } else {
-          memory_.total[e] = sum.out;
-          if (column == 0) new_state[row * 2] = sum.largest, new_state[row * 2 + 1] = sum.sum;
-        }
+  // The unit's sums join the block's running result if the run began with the sequence's first unit; else they go to
+  // scratch on their own.
+  __device__ void merge_unit(const Run& run, int unit) const {
+    const Place& at = run.at;
+    const float* old_state = memory_.total_state + (unit + 1) % 2 * 2 * most_;
+    float* new_state = memory_.total_state + unit % 2 * 2 * most_;
+    const bool is_last = unit + 1 == run.last;
+    for (int e = threadIdx.x; e < at.rows * dim; e += threads) {
+      const int row = e / dim, column = e % dim;
+      Partial sum = unit_element(at, row, column);
+      if (run.first > 0) {
+        write_partial(partial(at, unit), at.rows, row, column, sum);
+        continue;
       }
-      __syncthreads();
+      if (unit > 0) sum = merge({old_state[row * 2], old_state[row * 2 + 1], memory_.total[e]}, sum);
+      if (is_last && run.last == at.units) {
+        write_out(at, row, column, sum);
+      } else if (is_last) {
+        write_partial(partial(at, 0), at.rows, row, column, sum);
+      } else {
+        memory_.total[e] = sum.out;
+        if (column == 0) new_state[row * 2] = sum.largest, new_state[row * 2 + 1] = sum.sum;
+      }
     }
-    if (last - first < at.units) finish(at, first, last);
   }
 
   // The last block to bring its units of a place merges all of them, from first to last. Slot 0 holds as many units as
   // the block that began with the first one had; it says so behind its sums.
-  __device__ void finish(const Place& at, int first, int last) {
+  __device__ void finish(const Run& run) const {
+    const Place& at = run.at;
+    const int brought = run.last - run.first;
     __shared__ bool is_last;
     int32_t* covered = reinterpret_cast<int32_t*>(partial(at, 0) + at.rows * (dim + 2));
-    if (threadIdx.x == 0 && first == 0) *covered = last;
+    if (threadIdx.x == 0 && run.first == 0) *covered = run.last;
     __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) {
       int32_t* counter = p_.counters + (int64_t{at.seq} * p_.kv_heads + at.head) * splits_ + at.row0 / most_rows;
-      is_last = atomicAdd(counter, last - first) + (last - first) == at.units;
+      is_last = atomicAdd(counter, brought) + brought == at.units;
       if (is_last) *counter = 0;
       __threadfence();
     }
@@ -382,7 +350,9 @@ class Decode {
 
   const AttentionParams<T>& p_;
   Shared<dim> memory_;
-  int most_, splits_;
+  int most_, splits_, heads_ = 0;
+  int64_t begin_ = 0, end_ = 0;  // this block's share of all tiles, in the order sequence, head, tile
+  int seq_ = 0, head_ = 0;       // where next_run goes on
 };
 
 template <class T, int dim>
@@ -407,7 +377,8 @@ void paged_decode(const AttentionParams<T>& all, int64_t cache_tokens, Stream st
       p.first_seq = first;
       p.seqs = std::min(all.seqs - first, most_seqs);
       const size_t bytes = Shared<head_dim>::bytes(rows, p.seqs);
-      const int64_t blocks = std::clamp<int64_t>(shared_bytes_per_multiprocessor() / (static_cast<int64_t>(bytes) + 1024), 1, 4);
+      const int64_t blocks =
+          std::clamp<int64_t>(shared_bytes_per_multiprocessor() / (static_cast<int64_t>(bytes) + 1024), 1, 4);
       launch(paged_decode_kernel<T, head_dim>, static_cast<unsigned>(blocks * multiprocessors()), threads, bytes,
              stream, p);
     }

@@ -1,10 +1,10 @@
 // Paged attention of sequences with several query rows each (prompts, or chunks of them).
 //
-// The query heads of a KV head are packed: row r of a sequence is head r % group of query token r / group. A block takes
-// 128 such rows (64 for head size 256) of one KV head and walks the KV tokens in tiles of 64 (32), always from token 0 and
-// always in order: a row's bits depend on its position alone, not on how a prompt was cut. K and V tiles come by
-// cp.async through the block table, one ahead of the products; scores and outputs stay in registers (m16n8k16, 4 warps of
-// 32 or 16 rows). Blocks find their sequence on the device: the grid depends on the number of rows only.
+// The query heads of a KV head are packed: row r of a sequence is head r % group of query token r / group. A block
+// takes 128 such rows (64 for head size 256) of one KV head and walks the KV tokens in tiles of 64 (32), always from
+// token 0 and always in order: a row's bits depend on its position alone, not on how a prompt was cut. K and V tiles
+// come by cp.async through the block table, one ahead of the products; scores and outputs stay in registers (m16n8k16,
+// 4 warps of 32 or 16 rows). Blocks find their sequence on the device: the grid depends on the number of rows only.
 // Compute-bound: 2 products of 2 x rows x visible tokens x dim operations a head.
 #include "attention.cuh"
 
@@ -37,9 +37,7 @@ template <class T, int dim>
 __device__ bool find_share(const AttentionParams<T>& p, Share& share) {
   const int32_t* starts = p.query_start + p.first_seq;
   const int64_t index = gridDim.x - 1 - blockIdx.x;  // late rows see most tokens: the longest work first
-  const auto first_block = [&](int s) {
-    return (int64_t{starts[s]} - starts[0]) * p.group / Tile<dim>::rows + s;
-  };
+  const auto first_block = [&](int s) { return (int64_t{starts[s]} - starts[0]) * p.group / Tile<dim>::rows + s; };
   const int s = last_not_above(index, p.seqs, first_block);
   const int queries = starts[s + 1] - starts[s];
   const int64_t row0 = (index - first_block(s)) * Tile<dim>::rows;
@@ -60,8 +58,12 @@ class Prefill {
 
  public:
   __device__ Prefill(const AttentionParams<T>& p, const Share& share, uint4* shared)
-      : p_(p), share_(share), query_(shared_address(shared)), keys_(query_ + Tile::rows * row_packs<dim> * 16),
-        values_(keys_ + 2 * Tile::kv_packs * 16), lane_(threadIdx.x % warp_size),
+      : p_(p),
+        share_(share),
+        query_(shared_address(shared)),
+        keys_(query_ + Tile::rows * row_packs<dim> * 16),
+        values_(keys_ + 2 * Tile::kv_packs * 16),
+        lane_(threadIdx.x % warp_size),
         warp_row_(threadIdx.x / warp_size * Tile::m_tiles * 16) {}
 
   __device__ void run() {
@@ -124,8 +126,8 @@ class Prefill {
     for (int i = threadIdx.x; i < Tile::tokens * packs; i += threads) {
       const int row = i / packs, column = i % packs, token = first + row;
       const bool valid = token < share_.visible;
-      const T* from = valid ? head + blocks[token >> p_.block_shift] * block_stride + (token & mask) * dim + column * 8
-                            : cache;
+      const T* from =
+          valid ? head + blocks[token >> p_.block_shift] * block_stride + (token & mask) * dim + column * 8 : cache;
       copy_async(to + (row * row_packs<dim> + column) * 16, from, valid);
     }
   }

@@ -2,13 +2,14 @@
 //
 //   greedy               1 pass: the largest
 //   temperature          + 1 pass: largest of (logit - largest) / temperature + Gumbel noise
-//   top-k, top-p         + 1 pass over 8 thresholds + 1 that moves the few candidates above one of them to shared memory,
+//   top-k, top-p         + 1 pass over 8 thresholds + 1 that moves the few candidates above one of them to shared
+//   memory,
 //                        where the exact threshold is found and the draw made
 //   the same, but more than 4096 candidates remain: the search goes on in memory, 7 thresholds a pass
 //   log-probabilities    + 3 passes over the raw logits, which adjustments are undone for
 //
-// Compiled without contraction to fused multiply-adds: draws are the CPU's, bit for bit (ops/philox.h), as long as top-p
-// keeps the same tokens; its probabilities may differ from the CPU's in the last bits.
+// Compiled without contraction to fused multiply-adds: draws are the CPU's, bit for bit (ops/philox.h), as long as
+// top-p keeps the same tokens; its probabilities may differ from the CPU's in the last bits.
 #include "device.cuh"
 #include "launch.cuh"
 #include "ops/ops.h"
@@ -51,8 +52,13 @@ struct Ladder {
 class RowSampler {
  public:
   __device__ RowSampler(const SampleParams& p, SharedRow& shared, uint32_t* mask)
-      : p_(p), shared_(shared), mask_(mask), row_(blockIdx.x), logits_(p.logits + row_ * p.logits_row),
-        begin_(p.adjust_start[row_]), end_(p.adjust_start[row_ + 1]) {}
+      : p_(p),
+        shared_(shared),
+        mask_(mask),
+        row_(blockIdx.x),
+        logits_(p.logits + row_ * p.logits_row),
+        begin_(p.adjust_start[row_]),
+        end_(p.adjust_start[row_ + 1]) {}
 
   __device__ void run() {
     const bool wanted = p_.logprobs != nullptr && p_.num_logprobs[row_] >= 0;
@@ -383,8 +389,10 @@ __global__ void __launch_bounds__(sample_threads) sample_kernel(const __grid_con
 
 void sample(const Sample& a) {
   const int64_t vocab = a.logits.shape[1], width = a.logprobs.defined() ? a.logprobs.shape[1] : 0;
-  require(vocab < (int64_t{1} << 20), "sample: a vocabulary of ", vocab, ", the CUDA kernel takes up to ", (1 << 20) - 1);
-  require(width <= list_capacity, "sample: logprobs has width ", width, ", the CUDA kernel takes up to ", list_capacity);
+  require(vocab < (int64_t{1} << 20), "sample: a vocabulary of ", vocab, ", the CUDA kernel takes up to ",
+          (1 << 20) - 1);
+  require(width <= list_capacity, "sample: logprobs has width ", width, ", the CUDA kernel takes up to ",
+          list_capacity);
   SampleParams p{};
   p.tokens = a.tokens.as<int32_t>(), p.logprob_ids = a.logprob_ids.as<int32_t>(), p.ranks = a.ranks.as<int32_t>();
   p.logprobs = a.logprobs.as<float>(), p.logits = a.logits.as<float>();

@@ -172,7 +172,8 @@ __device__ int id_of_tie(const Source& source, const Filter& filter, float value
     int found = INT32_MAX, left = ties;
     for (int first = 0; first < source.size && left > 0; first += warp_size) {
       const int i = first + threadIdx.x;
-      const bool equal = i < source.size && source.has(i) && source.logit(i) == value && filter.keeps(value, source.id(i));
+      const bool equal =
+          i < source.size && source.has(i) && source.logit(i) == value && filter.keeps(value, source.id(i));
       uint32_t votes = __ballot_sync(0xffffffffu, equal);
       const int here = __popc(votes);
       if (here >= left) {

@@ -23,11 +23,17 @@ class Batch {
   static constexpr int64_t layers = 2, layer = 1;
 
   Batch(const Shape& shape, const std::vector<Sequence>& sequences, std::mt19937& rng, int64_t decodes = -1)
-      : shape_(shape), sequences_(sequences), blocks_(2 + blocks_of(shape, sequences)),
+      : shape_(shape),
+        sequences_(sequences),
+        blocks_(2 + blocks_of(shape, sequences)),
         cache({blocks_, layers, 2, shape.kv_heads, shape.block_size, shape.dim}),
-        qkv({rows(), (shape.heads + 2 * shape.kv_heads) * shape.dim}), out({rows(), shape.heads, shape.dim}),
-        query_start({size() + 1}), seq_lens({size()}), kv_start({size() + 1}),
-        kv_blocks({blocks_of(shape, sequences) + 3}), decodes_(decodes) {
+        qkv({rows(), (shape.heads + 2 * shape.kv_heads) * shape.dim}),
+        out({rows(), shape.heads, shape.dim}),
+        query_start({size() + 1}),
+        seq_lens({size()}),
+        kv_start({size() + 1}),
+        kv_blocks({blocks_of(shape, sequences) + 3}),
+        decodes_(decodes) {
     if (decodes_ < 0)
       for (decodes_ = 0; decodes_ < size() && sequences[static_cast<size_t>(decodes_)].queries == 1;) ++decodes_;
     cache.poison(), out.poison(), qkv.fill_random(rng, 2.0f);
@@ -86,8 +92,8 @@ class Batch {
     return t;
   }
   void fill(int64_t s, int64_t token, std::mt19937& rng) {
-    const int64_t block = kv_blocks.host()[static_cast<size_t>(kv_start.host()[static_cast<size_t>(s)] +
-                                                               token / shape_.block_size)];
+    const int64_t block =
+        kv_blocks.host()[static_cast<size_t>(kv_start.host()[static_cast<size_t>(s)] + token / shape_.block_size)];
     std::uniform_real_distribution<float> uniform(-1.0f, 1.0f);
     for (int64_t which : {0, 1})
       for (int64_t head = 0; head < shape_.kv_heads; ++head) {
@@ -135,7 +141,8 @@ TYPED_TEST(GpuAttention, equals_its_cpu_twin_for_ragged_mixed_batches) {
       {{2, 2}, {16, 16}, {33, 33}, {129, 129}, {3, 700}, {100, 333}, {70, 65 + 70}},
       {{1, 300}, {1, 64}, {5, 5}, {64, 200}, {1, 77}, {1, 1}, {130, 513}}};
   for (int64_t dim : {64, 80, 96, 128, 256})
-    for (const auto& [heads, kv_heads, block_size] : {std::tuple<int64_t, int64_t, int64_t>{6, 6, 16}, {14, 2, 32}, {20, 1, 64}})
+    for (const auto& [heads, kv_heads, block_size] :
+         {std::tuple<int64_t, int64_t, int64_t>{6, 6, 16}, {14, 2, 32}, {20, 1, 64}})
       for (const auto& sequences : batches) {
         SCOPED_TRACE(concat("dim ", dim, " heads ", heads, "/", kv_heads, " block ", block_size, " sequences ",
                             sequences.size()));
@@ -158,7 +165,8 @@ TYPED_TEST(GpuAttention, equals_its_cpu_twin_for_one_long_sequence_that_all_bloc
 TYPED_TEST(GpuAttention, equals_its_cpu_twin_for_many_sequences_of_mixed_lengths) {
   using T = TypeParam;
   std::vector<Sequence> sequences;
-  for (int i = 0; i < 1500; ++i) sequences.push_back({1, static_cast<int32_t>(1 + this->rng() % (i % 10 == 0 ? 900 : 60))});
+  for (int i = 0; i < 1500; ++i)
+    sequences.push_back({1, static_cast<int32_t>(1 + this->rng() % (i % 10 == 0 ? 900 : 60))});
   Batch<T> batch({4, 2, 64, 16}, sequences, this->rng);
   batch.run_both();
   expect_close(batch.out, rounding<T>(), absolute<T>(), "out");
@@ -207,9 +215,10 @@ TYPED_TEST(GpuAttentionBits, gives_a_prompt_the_same_bits_however_it_is_cut) {
       whole.query_start.upload(), whole.seq_lens.upload(), whole.out.poison();
       paged_attention(whole.args(Device::cuda));
       const std::vector<T> got = whole.out.download();
-      ASSERT_EQ(std::memcmp(got.data() + static_cast<size_t>(done) * row, expected.data() + static_cast<size_t>(done) * row,
-                            static_cast<size_t>(piece) * row * sizeof(T)),
-                0)
+      ASSERT_EQ(
+          std::memcmp(got.data() + static_cast<size_t>(done) * row, expected.data() + static_cast<size_t>(done) * row,
+                      static_cast<size_t>(piece) * row * sizeof(T)),
+          0)
           << "dim " << dim << ", rows from " << done;
       done += piece;
     }

@@ -24,10 +24,25 @@ struct Request {
 class Case {
  public:
   Case(const std::vector<Request>& requests, int64_t vocab, int64_t width, std::mt19937& rng)
-      : rows(static_cast<int64_t>(requests.size())), width_(width), logits({rows, vocab}), logprobs({rows, std::max<int64_t>(1, width)}),
-        temperature({rows}), top_p({rows}), min_p({rows}), penalty({rows}), add({entries_of(requests)}), tokens({rows}),
-        logprob_ids({rows, std::max<int64_t>(1, width)}), ranks({rows}), top_k({rows}), positions({rows}), num_logprobs({rows}),
-        start({rows + 1}), ids({entries_of(requests)}), flags({entries_of(requests)}), seeds({rows}) {
+      : rows(static_cast<int64_t>(requests.size())),
+        width_(width),
+        logits({rows, vocab}),
+        logprobs({rows, std::max<int64_t>(1, width)}),
+        temperature({rows}),
+        top_p({rows}),
+        min_p({rows}),
+        penalty({rows}),
+        add({entries_of(requests)}),
+        tokens({rows}),
+        logprob_ids({rows, std::max<int64_t>(1, width)}),
+        ranks({rows}),
+        top_k({rows}),
+        positions({rows}),
+        num_logprobs({rows}),
+        start({rows + 1}),
+        ids({entries_of(requests)}),
+        flags({entries_of(requests)}),
+        seeds({rows}) {
     size_t next = 0;
     for (size_t r = 0; r < requests.size(); ++r) {
       const Request& q = requests[r];
@@ -123,11 +138,13 @@ TEST_F(GpuSample, draws_the_tokens_that_its_cpu_twin_draws) {
     for (bool peaked : {true, false})
       for (float scale : {0.02f, 3.0f}) {
         std::vector<Request> requests;
-        for (int i = 0; i < (vocab > 10000 ? 64 : 512); ++i) requests.push_back(kinds[static_cast<size_t>(i) % kinds.size()]);
+        for (int i = 0; i < (vocab > 10000 ? 64 : 512); ++i)
+          requests.push_back(kinds[static_cast<size_t>(i) % kinds.size()]);
         Case c(requests, vocab, 0, rng);
         fill(c.logits, scale, peaked);
         // A sum of probabilities rounded otherwise may move top-p's end by a token: one row in a thousand, no more.
-        EXPECT_LE(c.run_both(), 1 + c.rows / 1000) << "vocabulary " << vocab << " peaked " << peaked << " scale " << scale;
+        EXPECT_LE(c.run_both(), 1 + c.rows / 1000)
+            << "vocabulary " << vocab << " peaked " << peaked << " scale " << scale;
       }
 }
 
@@ -136,16 +153,17 @@ TEST_F(GpuSample, follows_its_cpu_twin_through_ties_infinities_and_not_a_numbers
   for (int64_t vocab : {5, 3000, 50000}) {
     std::vector<Request> requests;
     for (int i = 0; i < 48; ++i)
-      requests.push_back({.temperature = i % 4 == 0 ? 0.0f : 1.0f, .top_p = i % 3 == 0 ? 0.9f : 1.0f, .top_k = i % 2 == 0 ? 3 : 0});
+      requests.push_back(
+          {.temperature = i % 4 == 0 ? 0.0f : 1.0f, .top_p = i % 3 == 0 ? 0.9f : 1.0f, .top_k = i % 2 == 0 ? 3 : 0});
     Case c(requests, vocab, 0, rng);
     for (size_t i = 0; i < c.logits.host().size(); ++i) {
       const size_t kind = i / static_cast<size_t>(vocab) % 6;
       float& x = c.logits.host()[i];
-      x = static_cast<float>(rng() % 3);                      // ties everywhere
-      if (kind == 1) x = 1.5f;                                // one value
-      if (kind == 2) x = -infinity;                           // nothing to pick
-      if (kind == 3 && rng() % 2 == 0) x = std::nanf("");     // counts as -inf
-      if (kind == 4) x = rng() % 50 == 0 ? x : -infinity;     // a few candidates
+      x = static_cast<float>(rng() % 3);                   // ties everywhere
+      if (kind == 1) x = 1.5f;                             // one value
+      if (kind == 2) x = -infinity;                        // nothing to pick
+      if (kind == 3 && rng() % 2 == 0) x = std::nanf("");  // counts as -inf
+      if (kind == 4) x = rng() % 50 == 0 ? x : -infinity;  // a few candidates
       if (kind == 5 && i % static_cast<size_t>(vocab) == 2) x = infinity;
     }
     EXPECT_EQ(c.run_both(), 0) << "vocabulary " << vocab;
@@ -156,15 +174,20 @@ TEST_F(GpuSample, applies_penalties_additions_and_allowed_sets_as_its_cpu_twin) 
   for (int64_t vocab : {40, 5000, 151936}) {
     std::vector<Request> requests;
     for (int i = 0; i < 60; ++i) {
-      Request r{.temperature = i % 3 == 0 ? 0.0f : 0.9f, .top_p = i % 4 == 0 ? 0.9f : 1.0f, .penalty = 1.3f, .top_k = i % 5 == 0 ? 10 : 0};
+      Request r{.temperature = i % 3 == 0 ? 0.0f : 0.9f,
+                .top_p = i % 4 == 0 ? 0.9f : 1.0f,
+                .penalty = 1.3f,
+                .top_k = i % 5 == 0 ? 10 : 0};
       const int count = i % 7 == 0 ? 0 : static_cast<int>(1 + rng() % 300);
       for (int e = 0; e < count; ++e)
         r.entries.push_back({static_cast<int32_t>(rng() % static_cast<uint64_t>(vocab)),
-                             static_cast<float>(rng() % 9) - 4.0f, static_cast<int32_t>(rng() % 2 + (i % 2 == 0 ? 2 * (rng() % 2) : 0))});
+                             static_cast<float>(rng() % 9) - 4.0f,
+                             static_cast<int32_t>(rng() % 2 + (i % 2 == 0 ? 2 * (rng() % 2) : 0))});
       if (i % 3 != 1)  // else in any order, ids repeated
         std::sort(r.entries.begin(), r.entries.end(), [](const Entry& a, const Entry& b) { return a.id < b.id; });
       if (i % 3 == 0)
-        r.entries.erase(std::unique(r.entries.begin(), r.entries.end(), [](const Entry& a, const Entry& b) { return a.id == b.id; }),
+        r.entries.erase(std::unique(r.entries.begin(), r.entries.end(),
+                                    [](const Entry& a, const Entry& b) { return a.id == b.id; }),
                         r.entries.end());
       requests.push_back(r);
     }
@@ -180,7 +203,8 @@ TEST_F(GpuSample, reports_the_log_probabilities_and_ranks_of_its_cpu_twin) {
       constexpr int64_t width = 21;
       std::vector<Request> requests;
       for (int i = 0; i < 40; ++i) {
-        Request r{.temperature = i % 2 == 0 ? 0.0f : 1.0f, .penalty = 1.2f, .num_logprobs = static_cast<int32_t>(i % 22) - 1};
+        Request r{
+            .temperature = i % 2 == 0 ? 0.0f : 1.0f, .penalty = 1.2f, .num_logprobs = static_cast<int32_t>(i % 22) - 1};
         if (i % 3 == 0) r.entries = {{3, -1.0f, 1}, {5, 2.0f, 0}, {3, 0.5f, 1}};
         requests.push_back(r);
       }
