@@ -1,5 +1,5 @@
-// Two kinds of check: the caller's mistake throws std::invalid_argument with the numbers in it, a broken invariant of ours
-// throws InternalError with its place in the source.
+// Two kinds of check: the caller's mistake throws std::invalid_argument with the numbers in it, a broken invariant of
+// ours throws InternalError with its place in the source.
 #pragma once
 
 #include <source_location>

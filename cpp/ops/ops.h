@@ -2,10 +2,11 @@
 //
 // hybrid::x checks its arguments once and picks the device; hybrid::cpu::x and hybrid::cuda::x see valid input only.
 // Rules: outputs first, stream last; a "row" is one token; the last dimension is contiguous unless said otherwise;
-// float tensors of one call share one dtype T in {f32, bf16, f16}; accumulation is in f32; all products of sizes are 64-bit.
+// float tensors of one call share one dtype T in {f32, bf16, f16}; accumulation is in f32; all products of sizes are
+// 64-bit.
 //
-// Batch-invariant by construction: the value of a row depends on that row (and its KV) only. The order of every sum is a
-// function of the row's own shape, never of how many rows share the call or how many threads run.
+// Batch-invariant by construction: the value of a row depends on that row (and its KV) only. The order of every sum is
+// a function of the row's own shape, never of how many rows share the call or how many threads run.
 #pragma once
 
 #include <cstdint>
@@ -24,8 +25,8 @@ struct Embedding {
 };
 
 // Rearranges a weight [n, k] (row-major, as in a checkpoint) into the layout that `linear` reads.
-// CPU layout: [ceil(n/32)][ceil(k/2)][32][2] for 16-bit types, [ceil(n/32)][k][32] for f32, zero-padded; k rounded up to a
-// multiple of 32. A 16-bit block row of 32 x 2 is two AMX tiles side by side and two AVX-512 registers.
+// CPU layout: [ceil(n/32)][ceil(k/2)][32][2] for 16-bit types, [ceil(n/32)][k][32] for f32, zero-padded; k rounded up
+// to a multiple of 32. A 16-bit block row of 32 x 2 is two AMX tiles side by side and two AVX-512 registers.
 struct PackWeight {
   TensorView out;     // T, flat, packed_size(n, k) elements
   TensorView weight;  // T [n, k]
@@ -68,7 +69,8 @@ struct SiluMul {
   Stream stream;
 };
 
-// Writes the new tokens' keys and values into the paged cache. slot = block * block_size + offset; slot < 0: padding, skipped.
+// Writes the new tokens' keys and values into the paged cache. slot = block * block_size + offset; slot < 0: padding,
+// skipped.
 struct StoreKv {
   TensorView k_cache, v_cache;  // T [blocks, kv_heads, block_size, dim]; block stride free
   TensorView k, v;              // T [rows, kv_heads, dim]; row stride free
@@ -77,8 +79,8 @@ struct StoreKv {
 };
 
 // Causal attention of ragged queries over the paged cache (K and V of the new tokens are already stored).
-// Sequence s owns query rows [query_start[s], query_start[s+1]), the last of which sits at position seq_lens[s] - 1, and the
-// cache blocks kv_blocks[kv_start[s] .. kv_start[s+1]).
+// Sequence s owns query rows [query_start[s], query_start[s+1]), the last of which sits at position seq_lens[s] - 1,
+// and the cache blocks kv_blocks[kv_start[s] .. kv_start[s+1]).
 struct PagedAttention {
   TensorView out, q;            // T [rows, heads, dim]; row stride free
   TensorView k_cache, v_cache;  // T [blocks, kv_heads, block_size, dim]; block stride free
@@ -92,35 +94,36 @@ struct PagedAttention {
   Stream stream;
 };
 
-// Copies whole cache blocks (all layers, K and V): cache[dst[i]] = cache[src[i]]. Sources and destinations are disjoint.
+// Copies whole cache blocks (all layers, K and V): cache[dst[i]] = cache[src[i]]. Sources and destinations are
+// disjoint.
 struct CopyBlocks {
   TensorView cache;     // any dtype [blocks, elements of a block]
   TensorView src, dst;  // i32 [pairs]
   Stream stream;
 };
 
-// Picks one token a row. Order of work, as in the field: log-probabilities of the raw logits (when asked for), allowed set,
-// repetition penalty, additive adjustments, then temperature (0: argmax, lowest id wins a tie), top-k, top-p, min-p, and a
-// draw by Gumbel noise from Philox4x32-10 (ops/philox.h), a function of (seed, position, token id) alone, so preemption,
-// replay and batch mates cannot change it. Temperatures below 1e-5 count as 0; a NaN logit as -inf; where everything is
-// -inf, the lowest id that is allowed is picked.
-// Adjustments of row r are entries [adjust_start[r], adjust_start[r+1]): logits[id] gets the repetition penalty if flag 1,
-// then + add; if any entry of the row has flag 2 the row may only pick ids that have flag 2.
+// Picks one token a row. Order of work, as in the field: log-probabilities of the raw logits (when asked for), allowed
+// set, repetition penalty, additive adjustments, then temperature (0: argmax, lowest id wins a tie), top-k, top-p,
+// min-p, and a draw by Gumbel noise from Philox4x32-10 (ops/philox.h), a function of (seed, position, token id) alone,
+// so preemption, replay and batch mates cannot change it. Temperatures below 1e-5 count as 0; a NaN logit as -inf;
+// where everything is -inf, the lowest id that is allowed is picked. Adjustments of row r are entries [adjust_start[r],
+// adjust_start[r+1]): logits[id] gets the repetition penalty if flag 1, then + add; if any entry of the row has flag 2
+// the row may only pick ids that have flag 2.
 struct Sample {
-  TensorView tokens;            // i32 [rows]
-  TensorView logprobs;          // f32 [rows, width] or undefined: sampled token first, then the top ones, descending
-  TensorView logprob_ids;       // i32 [rows, width]; -1 where a row asked for fewer
-  TensorView ranks;             // i32 [rows]: 1 + number of tokens whose raw logit is larger than the sampled one's
-  TensorView logits;            // f32 [rows, vocab]; scratch, overwritten
+  TensorView tokens;       // i32 [rows]
+  TensorView logprobs;     // f32 [rows, width] or undefined: sampled token first, then the top ones, descending
+  TensorView logprob_ids;  // i32 [rows, width]; -1 where a row asked for fewer
+  TensorView ranks;        // i32 [rows]: 1 + number of tokens whose raw logit is larger than the sampled one's
+  TensorView logits;       // f32 [rows, vocab]; scratch, overwritten
   TensorView temperature, top_p, min_p, repetition_penalty;  // f32 [rows]
-  TensorView top_k;             // i32 [rows]; <= 0: off
-  TensorView seeds;             // i64 [rows] (the bits of a u64)
-  TensorView positions;         // i32 [rows]: position of the token that is picked
-  TensorView num_logprobs;      // i32 [rows]; -1: none, 0: the sampled token only, n: and the n most likely
-  TensorView adjust_start;      // i32 [rows + 1]
-  TensorView adjust_ids;        // i32 [entries]
-  TensorView adjust_add;        // f32 [entries]
-  TensorView adjust_flags;      // i32 [entries]
+  TensorView top_k;                                          // i32 [rows]; <= 0: off
+  TensorView seeds;                                          // i64 [rows] (the bits of a u64)
+  TensorView positions;                                      // i32 [rows]: position of the token that is picked
+  TensorView num_logprobs;  // i32 [rows]; -1: none, 0: the sampled token only, n: and the n most likely
+  TensorView adjust_start;  // i32 [rows + 1]
+  TensorView adjust_ids;    // i32 [entries]
+  TensorView adjust_add;    // f32 [entries]
+  TensorView adjust_flags;  // i32 [entries]
   Stream stream;
 };
 

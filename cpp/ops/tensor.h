@@ -11,13 +11,17 @@ enum class Device : uint8_t { cpu, cuda };
 
 constexpr int64_t item_size(DType dtype) {
   switch (dtype) {
-    case DType::i64: return 8;
+    case DType::i64:
+      return 8;
     case DType::f32:
-    case DType::i32: return 4;
+    case DType::i32:
+      return 4;
     case DType::f16:
-    case DType::bf16: return 2;
+    case DType::bf16:
+      return 2;
     case DType::u8:
-    case DType::i8: return 1;
+    case DType::i8:
+      return 1;
   }
   return 0;
 }
@@ -38,7 +42,9 @@ struct TensorView {
   int64_t strides[max_dims] = {};  // in elements
 
   template <class T>
-  T* as() const { return static_cast<T*>(data); }
+  T* as() const {
+    return static_cast<T*>(data);
+  }
   bool defined() const { return data != nullptr || ndim > 0; }
   int64_t numel() const {
     int64_t n = 1;

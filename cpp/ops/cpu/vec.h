@@ -1,8 +1,8 @@
 // F32: a register of floats, the one vector type that CPU kernels are written in.
 //
 // Included by exactly one cpu/isa_*.cpp per instruction set, after `#define HYBRID_ISA <name>`: everything lands in
-// hybrid::cpu::HYBRID_ISA, hence the same kernel compiled four times never collides. Loads widen bf16 / f16 to f32, stores
-// round to nearest even. Partial loads fill with zero; `n` of a partial access is in [0, width].
+// hybrid::cpu::HYBRID_ISA, hence the same kernel compiled four times never collides. Loads widen bf16 / f16 to f32,
+// stores round to nearest even. Partial loads fill with zero; `n` of a partial access is in [0, width].
 #pragma once
 
 #ifndef HYBRID_ISA
@@ -54,7 +54,8 @@ struct F32 {
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
     const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000)), 16));
+    return _mm512_cvtepi32_epi16(
+        _mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000)), 16));
 #endif
   }
   __m256i as_f16() const { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
@@ -182,12 +183,24 @@ struct F32 {
     for (int i = 0; i < width; ++i) r.v[i] = f(a.v[i], b.v[i]);
     return r;
   }
-  friend F32 operator+(F32 a, F32 b) { return map(a, b, [](float x, float y) { return x + y; }); }
-  friend F32 operator-(F32 a, F32 b) { return map(a, b, [](float x, float y) { return x - y; }); }
-  friend F32 operator*(F32 a, F32 b) { return map(a, b, [](float x, float y) { return x * y; }); }
-  friend F32 operator/(F32 a, F32 b) { return map(a, b, [](float x, float y) { return x / y; }); }
-  friend F32 max(F32 a, F32 b) { return map(a, b, [](float x, float y) { return x > y ? x : y; }); }
-  friend F32 min(F32 a, F32 b) { return map(a, b, [](float x, float y) { return x < y ? x : y; }); }
+  friend F32 operator+(F32 a, F32 b) {
+    return map(a, b, [](float x, float y) { return x + y; });
+  }
+  friend F32 operator-(F32 a, F32 b) {
+    return map(a, b, [](float x, float y) { return x - y; });
+  }
+  friend F32 operator*(F32 a, F32 b) {
+    return map(a, b, [](float x, float y) { return x * y; });
+  }
+  friend F32 operator/(F32 a, F32 b) {
+    return map(a, b, [](float x, float y) { return x / y; });
+  }
+  friend F32 max(F32 a, F32 b) {
+    return map(a, b, [](float x, float y) { return x > y ? x : y; });
+  }
+  friend F32 min(F32 a, F32 b) {
+    return map(a, b, [](float x, float y) { return x < y ? x : y; });
+  }
   friend F32 unless_below(F32 x, F32 limit, F32 y) {
     F32 r;
     for (int i = 0; i < width; ++i) r.v[i] = x.v[i] < limit.v[i] ? 0.0f : y.v[i];
@@ -196,7 +209,9 @@ struct F32 {
   friend F32 fma(F32 a, F32 b, F32 c) { return a * b + c; }
   float sum() const { return (v[0] + v[2]) + (v[1] + v[3]); }
   float largest() const { return std::max(std::max(v[0], v[2]), std::max(v[1], v[3])); }
-  friend F32 round_to_int(F32 a) { return map(a, a, [](float x, float) { return std::nearbyint(x); }); }
+  friend F32 round_to_int(F32 a) {
+    return map(a, a, [](float x, float) { return std::nearbyint(x); });
+  }
   friend F32 scale_by_power(F32 a, F32 n) {
     return map(a, n, [](float x, float e) { return e == e ? std::ldexp(x, static_cast<int>(e)) : e; });
   }
