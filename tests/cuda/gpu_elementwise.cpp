@@ -28,6 +28,20 @@ TYPED_TEST(GpuElementwise, rms_norm_equals_its_cpu_twin_with_and_without_residua
       }
 }
 
+TYPED_TEST(GpuElementwise, rms_norm_keeps_a_float_residual_of_16_bit_rows_unrounded) {
+  using T = TypeParam;
+  for (int64_t dim : {576, 4096}) {
+    constexpr int64_t rows = 33;
+    Twin<T> x({rows, dim}), weight({dim}), out({rows, dim});
+    Twin<float> residual({rows, dim});
+    x.fill_random(this->rng), weight.fill_random(this->rng), residual.fill_random(this->rng), out.poison();
+    for (Device device : {Device::cpu, Device::cuda})
+      rms_norm({out.on(device), x.on(device), weight.on(device), residual.on(device), 1e-5f, nullptr});
+    expect_close(residual, 0.0f, 0.0f, "residual");
+    expect_close(out, rounding<T>(), rounding<T>(), "out");
+  }
+}
+
 TYPED_TEST(GpuElementwise, silu_mul_equals_its_cpu_twin) {
   using T = TypeParam;
   for (int64_t rows : row_counts)
