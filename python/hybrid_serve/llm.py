@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
+from .checkpoint import demo
 from .checkpoint.hub import resolve
 from .client import ChoiceOutput, TokenLogprobs
 from .client.steps import outputs_of_step
@@ -61,13 +62,15 @@ class RequestOutput:
 class LLM:
     """A loaded model. Knows prompts and replies; not steps. One caller at a time.
 
+    ``model``: a local folder, a GGUF file or a hub id; none: the demo model.
     ``options``: fields of ModelConfig, CacheConfig, SchedulerConfig and EngineConfig by name (``max_model_len=2048``).
     Raises TypeError for a name that none of them has, ValueError for a value out of range, and StartupError if the
     model cannot be loaded.
     """
 
-    def __init__(self, model: str, **options: Any) -> None:
-        self.config = _config({"model": model, **options})
+    def __init__(self, model: str = "", **options: Any) -> None:
+        config = _config({"model": model, **options})
+        self.config = replace(config, model=demo.unless_named(config.model))
         resolved = resolve(self.config.model)
         given = self.config.model.tokenizer
         self.tokenizer = load_tokenizer(locate_tokenizer(given, self.config.model) if given else resolved.path)

