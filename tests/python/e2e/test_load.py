@@ -60,6 +60,7 @@ def test_a_long_prompt_does_not_stop_the_streams_that_decode(server: Server) -> 
                 for i in range(8)
             ]
             while not all(len(times) > 3 for times in arrivals):
+                assert not any(stream.done() for stream in streams), "a stream ended before all had begun"
                 await asyncio.sleep(0.005)
             sent = time.monotonic()
             first: list[float] = []

@@ -13,7 +13,7 @@ import httpx
 import psutil
 import pytest
 
-from .server import Server, free_port, serving, wait_until
+from .server import Server, command, free_port, serving, wait_until
 
 
 @pytest.mark.parametrize("victim", ["supervisor", "engine", "api"])
@@ -30,9 +30,8 @@ def test_kill_9_of_any_process_leaves_no_orphan(demo_gguf: Path, victim: str) ->
 
         wait_until(gone, f"all processes are gone after kill -9 of the {victim}", timeout=5)
         assert server.process.returncode != 0
-        with socket.socket() as s:
-            s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            s.bind(("127.0.0.1", server.port))
+        # A killed process's last thread may hold the port for a moment after it counts as gone.
+        wait_until(lambda: is_free(server.port), "the port is free", timeout=5)
 
 
 def test_sigterm_lets_the_running_stream_finish(demo_gguf: Path) -> None:
@@ -62,9 +61,17 @@ def test_sigterm_lets_the_running_stream_finish(demo_gguf: Path) -> None:
         assert json.loads(events[-2][6:])["choices"][0]["finish_reason"] == "length"
 
 
-def run_serve(*args: str) -> subprocess.CompletedProcess[str]:
-    from .server import command
+def is_free(port: int) -> bool:
+    with socket.socket() as s:
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            s.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+        return True
 
+
+def run_serve(*args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command("serve", *args), capture_output=True, text=True, timeout=5)
 
 
