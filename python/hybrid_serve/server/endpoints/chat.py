@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from contextlib import aclosing
 
 import msgspec
 
@@ -15,6 +14,7 @@ from ..errors import invalid
 from ..generation import Delta, Generation, Prompt
 from ..logprobs import LogprobFormat
 from ..protocol import ChatCompletionRequest
+from ..reply import reply
 from ..sampling import check_stream_options, num_logprobs, sampling_params
 from ..sse import DONE, Exchange
 
@@ -28,18 +28,7 @@ async def create_chat_completion(context: ServerContext, request: ChatCompletion
     generation, unused = await _prepare(context, request, exchange)
     exchange.name_ignored(unused)
     answer = _Answer(context, request, generation, model, exchange.request_id)
-    if request.stream:
-        exchange.begin_stream()
-        async with aclosing(generation.steps()) as steps:
-            async for deltas in steps:
-                if events := answer.events(deltas):
-                    await exchange.write(events)
-        await exchange.end_stream(answer.last_events())
-    else:
-        async with aclosing(generation.steps()) as steps:
-            async for deltas in steps:
-                answer.collect(deltas)
-        await exchange.answer(_encode(answer.whole()))
+    await reply(exchange, generation, answer, stream=bool(request.stream))
 
 
 async def _prepare(

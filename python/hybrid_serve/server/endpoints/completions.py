@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from array import array
-from contextlib import aclosing
 
 import msgspec
 
@@ -15,6 +14,7 @@ from ..errors import ApiError, invalid, not_supported
 from ..generation import Delta, Generation, Prompt
 from ..logprobs import LogprobFormat
 from ..protocol import MAX_PROMPTS, CompletionRequest
+from ..reply import reply
 from ..sampling import check_ids, check_stream_options, num_logprobs, refuse_best_of, sampling_params
 from ..sse import DONE, Exchange
 
@@ -37,18 +37,7 @@ async def create_completion(context: ServerContext, request: CompletionRequest, 
         return await _echo_only(context, request, prompts, model, exchange)
     generation = _generation(context, request, prompts, max_tokens, exchange.arrived)
     answer = _Answer(context, request, generation, model, exchange.request_id)
-    if request.stream:
-        exchange.begin_stream()
-        async with aclosing(generation.steps()) as steps:
-            async for deltas in steps:
-                if events := answer.events(deltas):
-                    await exchange.write(events)
-        await exchange.end_stream(answer.last_events())
-    else:
-        async with aclosing(generation.steps()) as steps:
-            async for deltas in steps:
-                answer.collect(deltas)
-        await exchange.answer(_encode(answer.whole()))
+    await reply(exchange, generation, answer, stream=bool(request.stream))
     return None
 
 

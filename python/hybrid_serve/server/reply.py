@@ -1,0 +1,42 @@
+"""How an answer leaves: as events while it grows, or whole when it has ended. Knows the order, not the format."""
+
+from __future__ import annotations
+
+from contextlib import aclosing
+from typing import Protocol
+
+import msgspec
+
+from .generation import Delta, Generation
+from .sse import Exchange
+
+
+class Answer(Protocol):
+    """One endpoint's format of a generation."""
+
+    def events(self, deltas: list[Delta]) -> bytes:
+        """What one step adds to a stream; empty: nothing to say yet."""
+        ...
+
+    def last_events(self) -> bytes:
+        """What ends a stream."""
+        ...
+
+    def collect(self, deltas: list[Delta]) -> None: ...
+    def whole(self) -> msgspec.Struct: ...
+
+
+async def reply(exchange: Exchange, generation: Generation, answer: Answer, *, stream: bool) -> None:
+    """Runs the generation to its end. Leaving early, by any path, aborts what still runs."""
+    if stream:
+        exchange.begin_stream()
+    async with aclosing(generation.steps()) as steps:
+        async for deltas in steps:
+            if not stream:
+                answer.collect(deltas)
+            elif events := answer.events(deltas):
+                await exchange.write(events)
+    if stream:
+        await exchange.end_stream(answer.last_events())
+    else:
+        await exchange.answer(msgspec.json.encode(answer.whole()))
