@@ -11,7 +11,7 @@ import pytest
 
 from .server import Server
 
-FRANCE = "What is the capital of France?"
+QUESTION = "What is the opposite of hot?"  # no near tie before the word that is looked for, on any instruction set
 
 
 @pytest.fixture(scope="module")
@@ -23,9 +23,9 @@ def client(server: Server) -> Iterator[openai.OpenAI]:
 def test_chat_replies_in_sane_english(client: openai.OpenAI) -> None:
     model = client.models.list().data[0].id
     reply = client.chat.completions.create(
-        model=model, messages=[{"role": "user", "content": FRANCE}], temperature=0, max_tokens=40
+        model=model, messages=[{"role": "user", "content": QUESTION}], temperature=0, max_tokens=40
     )
-    assert "Paris" in (reply.choices[0].message.content or "")
+    assert "cold" in (reply.choices[0].message.content or "")
     assert reply.choices[0].finish_reason in ("stop", "length")
     assert reply.usage is not None
     assert reply.usage.total_tokens == reply.usage.prompt_tokens + reply.usage.completion_tokens
@@ -82,7 +82,7 @@ def test_completions_take_all_four_prompt_shapes(client: openai.OpenAI, prompt: 
 def test_logprobs_name_the_greedy_token_first(client: openai.OpenAI) -> None:
     reply = client.chat.completions.create(
         model=client.models.list().data[0].id,
-        messages=[{"role": "user", "content": FRANCE}],
+        messages=[{"role": "user", "content": QUESTION}],
         temperature=0,
         max_tokens=8,
         logprobs=True,
@@ -112,7 +112,7 @@ def test_a_second_equal_prompt_is_found_in_the_cache(client: openai.OpenAI) -> N
 
 
 def test_tokenize_gives_what_chat_feeds_the_model(server: Server, client: openai.OpenAI) -> None:
-    messages = [{"role": "user", "content": FRANCE}]
+    messages = [{"role": "user", "content": QUESTION}]
     tokens = httpx.post(server.url + "/tokenize", json={"messages": messages}).json()
     reply = client.chat.completions.create(
         model=client.models.list().data[0].id,
@@ -123,7 +123,7 @@ def test_tokenize_gives_what_chat_feeds_the_model(server: Server, client: openai
     assert reply.model_extra is not None
     assert reply.model_extra["prompt_token_ids"] == tokens["tokens"]
     text = httpx.post(server.url + "/detokenize", json={"tokens": tokens["tokens"]}).json()["prompt"]
-    assert FRANCE in text
+    assert QUESTION in text
 
 
 def test_a_prompt_past_the_context_is_refused_with_both_numbers(client: openai.OpenAI) -> None:
