@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
+# A shell that starts tests in the background has them ignore SIGINT, and every program they start would inherit it.
+signal.signal(signal.SIGINT, signal.default_int_handler)

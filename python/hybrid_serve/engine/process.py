@@ -73,7 +73,8 @@ def make_core(config: Config, executor: Executor, facts: ExecutorFacts, num_clie
             num_blocks=facts.num_blocks,
             block_size=config.cache.block_size,
             max_num_seqs=config.scheduler.max_num_seqs,
-            max_num_batched_tokens=config.scheduler.max_num_batched_tokens or facts.max_batched_tokens,
+            max_num_batched_tokens=config.scheduler.max_num_batched_tokens
+            or max(facts.max_batched_tokens, config.scheduler.max_num_seqs),
             max_model_len=facts.max_model_len,
             vocab_size=facts.vocab_size,
             num_clients=num_clients,
