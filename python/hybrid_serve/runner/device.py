@@ -17,8 +17,8 @@ class CpuDevice:
     """Plain memory and the kernels' own threads."""
 
     name = "cpu"
-    # A step of this many tokens takes about 0.25 s on two cores with a model of 135M: that is how long a long prompt makes
-    # a running stream wait. More would lengthen the wait and, measured, not add throughput.
+    # A step of this many tokens takes about 0.25 s on two cores with a model of 135M: that is how long a long prompt
+    # makes a running stream wait. More would lengthen the wait and, measured, not add throughput.
     default_batched_tokens = 512
 
     def __init__(self, num_threads: int) -> None:
