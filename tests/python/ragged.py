@@ -62,6 +62,7 @@ class Ragged:
         counts = [work[index][1] for index in order]
         batch = BatchView(
             token_ids=column(ids),
+            picked=column([]),
             positions=column(positions),
             slots=column(slots, torch.int64),
             query_start=column(query_start),
@@ -69,7 +70,9 @@ class Ragged:
             kv_start=column(kv_start),
             kv_blocks=column(blocks),
             sample_rows=torch.arange(len(ids), dtype=torch.int32),
-            num_decodes=counts.count(1),
+            num_decodes=column([counts.count(1)], torch.int64),
+            max_decodes=counts.count(1),
+            max_prompts=len(counts) - counts.count(1),
             max_query_len=max(counts),
         )
         rows = torch.split(self.runner.decoder(batch), counts)

@@ -69,7 +69,7 @@ class Decoder:
 
     def __call__(self, batch: BatchView) -> Tensor:
         """Logits, f32 [R, vocab], of the sampled rows; keys and values of all tokens go to the cache."""
-        x = ops.embedding(batch.token_ids, self.embedding)
+        x = ops.embedding(batch.token_ids, self.embedding, batch.picked)
         # The sum of all layers is kept in f32, so that a 16-bit model rounds each layer's input and output only. The
         # first layer adds the embedding to nothing.
         residual = torch.zeros(x.shape, dtype=torch.float32, device=x.device)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from typing_extensions import Buffer
 
+NUM_DECODES = 3  # entry of the header column, as in cpp/core/batch.h
 Layout = Mapping[str, tuple[int, str, int]]  # column -> (byte offset, numpy type, capacity)
 
 

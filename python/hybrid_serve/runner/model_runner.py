@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 from typing_extensions import Buffer
 
 from .. import ops
@@ -18,7 +17,7 @@ from ..layers.batch import BatchView
 from ..models import family_of
 from ..models.decoder import Decoder, build_decoder
 from ..models.weights import DTYPES, DummyWeights, WeightReader, Weights, check_tensors, weight_bytes
-from .arena import ArenaViews, Batch, Layout
+from .arena import NUM_DECODES, ArenaViews, Batch, Layout
 from .device import CpuDevice, open_device
 from .limits import CachePlan, check_weights_fit, longest_context, plan_cache
 from .sampler import StepResult, sample
@@ -114,7 +113,8 @@ class ModelRunner:
             )
         num_blocks = int(views.arrays["kv_start"][num_seqs])
         view = BatchView(
-            token_ids=self._resolve(views, batch.num_tokens),
+            token_ids=columns["token_ids"][: batch.num_tokens],
+            picked=self._last_tokens,
             positions=columns["positions"][: batch.num_tokens],
             slots=columns["slots"][: batch.num_tokens],
             query_start=columns["query_start"][: num_seqs + 1],
@@ -122,16 +122,11 @@ class ModelRunner:
             kv_start=columns["kv_start"][: num_seqs + 1],
             kv_blocks=columns["kv_blocks"][:num_blocks],
             sample_rows=columns["sample_rows"][: batch.num_sampled],
-            num_decodes=batch.num_decodes,
+            num_decodes=columns["header"][NUM_DECODES : NUM_DECODES + 1],
+            max_decodes=batch.num_decodes,
+            max_prompts=num_seqs - batch.num_decodes,
             max_query_len=batch.max_query_len,
         )
         logits = self.decoder(view)
         self._last_tokens, result = sample(logits, views, batch)
         return result
-
-    def _resolve(self, views: ArenaViews, num_tokens: int) -> Tensor:
-        ids = views.tensors["token_ids"][:num_tokens]
-        if views.arrays["token_ids"][:num_tokens].min() >= 0:
-            return ids
-        rows = (-ids - 1).clamp_(min=0)
-        return torch.where(ids < 0, self._last_tokens[rows], ids)
