@@ -255,7 +255,8 @@ void bind_results(py::module_& m) {
       .def_readonly("num_adjustments", &Batch::num_adjustments)
       .def_readonly("bytes_used", &Batch::bytes_used)
       .def_readonly("padded_tokens", &Batch::padded_tokens)
-      .def_readonly("padded_seqs", &Batch::padded_seqs);
+      .def_readonly("padded_seqs", &Batch::padded_seqs)
+      .def_readonly("is_padded", &Batch::is_padded);
   py::class_<OutputColumn>(m, "_OutputColumn", py::buffer_protocol()).def_buffer(&OutputColumn::info);
   const auto column = [](auto Outputs::* items) {
     return

@@ -146,9 +146,9 @@ void BatchWriter::pad() {
   };
   const int64_t seqs = up(decodes_only ? config_.decode_sizes : config_.mixed_seq_sizes, batch_.num_seqs);
   const int64_t tokens = decodes_only ? seqs : up(config_.mixed_token_sizes, batch_.num_tokens);
-  const bool pads = seqs > 0 && tokens > 0;
-  batch_.padded_seqs = pads ? seqs : batch_.num_seqs;
-  batch_.padded_tokens = pads ? tokens : batch_.num_tokens;
+  batch_.is_padded = seqs > 0 && tokens > 0;
+  batch_.padded_seqs = batch_.is_padded ? seqs : batch_.num_seqs;
+  batch_.padded_tokens = batch_.is_padded ? tokens : batch_.num_tokens;
   for (int64_t row = batch_.num_tokens; row < batch_.padded_tokens; ++row) {
     at_.token_ids[row] = at_.positions[row] = 0;
     at_.slots[row] = -1;

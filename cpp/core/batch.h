@@ -67,6 +67,7 @@ struct Batch {
   int64_t step = 0, num_tokens = 0, num_seqs = 0, num_decodes = 0, num_sampled = 0;
   int64_t max_query_len = 0, max_seq_len = 0, num_copies = 0, num_adjustments = 0, bytes_used = 0;
   int64_t padded_tokens = 0, padded_seqs = 0;  // rows of the columns that hold values, see BatchWriter::pad
+  bool is_padded = false;  // to sizes of the configuration; false: the batch is larger than those. Not in the header.
   int64_t arena = 0;                           // not in the header: which of the scheduler's arenas holds it
 };
 

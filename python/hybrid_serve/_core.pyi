@@ -63,6 +63,7 @@ class Batch:
     bytes_used: int
     padded_tokens: int  # rows of the columns that hold values
     padded_seqs: int
+    is_padded: bool  # to sizes of the configuration
 
 class Outputs:
     """What a step gave, as columns grouped by client: client c owns rows [client_start[c], client_start[c+1]).

@@ -112,6 +112,8 @@ TEST(BatchWriter, pads_a_batch_up_to_the_next_size_of_its_kind) {
   EXPECT_EQ(decode.padded_seqs, 2);
   m.add(2, counting(13, 3), 20);
   const Batch large = m.step();
+  EXPECT_TRUE(decode.is_padded);
+  EXPECT_FALSE(large.is_padded);
   EXPECT_EQ(large.padded_tokens, 14) << "larger than the last size: as it is";
   EXPECT_EQ(large.padded_seqs, 2);
 }

@@ -45,8 +45,18 @@ def test_attention_over_stored_keys_and_values_is_torchs_attention(dtype: torch.
             )[0].transpose(0, 1)
         )
     out = ops.paged_attention(
-        q, caches[0], caches[1], ints(0, 1, 6), ints(*lengths), ints(0, 2, 5), ints(7, 2, 0, 8, 3),
-        torch.tensor([1]), 1, 1, 5, dim**-0.5,
+        q,
+        caches[0],
+        caches[1],
+        ints(0, 1, 6),
+        ints(*lengths),
+        ints(0, 2, 5),
+        ints(7, 2, 0, 8, 3),
+        torch.tensor([1]),
+        1,
+        1,
+        5,
+        dim**-0.5,
     )
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(out.float(), torch.cat(outs), atol=tolerance, rtol=tolerance)
