@@ -64,7 +64,7 @@ def test_captured_overlapped_and_padded_steps_give_the_tokens_of_plain_ones(tmp_
     folder = make_tiny_model(tmp_path, "qwen3", **WIDE)
     prompts = prompts_of([3, 40, 7, 90, 12, 200, 5])
     sampled: dict[str, Any] = {"temperature": 0.9, "top_k": 40, "top_p": 0.95, "seed": 7, "max_tokens": 40}
-    for params in ({"max_tokens": 40}, sampled, {**sampled, "logprobs": 3}):
+    for params in ({"max_tokens": 40}, sampled, {**sampled, "num_logprobs": 3}):
         plain = generator(folder, dtype, padded=False, enforce_eager=True).generate(prompts, **params)
         captured = generator(folder, dtype)
         assert captured.generate(prompts, **params) == plain
@@ -75,7 +75,7 @@ def test_tokens_equal_those_of_the_cpu_in_float32(tmp_path: Path) -> None:
     folder = make_tiny_model(tmp_path, "llama")
     prompts = prompts_of([3, 40, 7, 90])
     on_cpu = Generator(load_runner(folder, dtype="float32", device="cpu"))
-    for params in ({}, {"temperature": 0.8, "seed": 3}, {"frequency_penalty": 0.5, "logit_bias": {5: 3.0}}):
+    for params in ({}, {"temperature": 0.8, "seed": 3}, {"frequency_penalty": 0.5, "logit_bias": [(5, 3.0)]}):
         assert generator(folder, "float32").generate(prompts, max_tokens=30, **params) == on_cpu.generate(
             prompts, max_tokens=30, **params
         )
@@ -83,7 +83,7 @@ def test_tokens_equal_those_of_the_cpu_in_float32(tmp_path: Path) -> None:
 
 def test_log_probabilities_come_back_for_the_rows_that_asked(tmp_path: Path) -> None:
     run = generator(make_tiny_model(tmp_path, "llama", **WIDE), "bfloat16")
-    run.generate(prompts_of([5, 9]), max_tokens=6, logprobs=2)
+    run.generate(prompts_of([5, 9]), max_tokens=6, num_logprobs=2)
     for result in run.results:
         assert result.logprobs is not None
         assert result.logprobs.shape == (len(result.tokens), 3)
