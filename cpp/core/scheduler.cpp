@@ -77,6 +77,9 @@ void Scheduler::plan(Request& request, int64_t num_new) {
   tokens_left_ -= num_new;
   if (num_new == request.num_missing()) adjustments_left_ -= request.adjustments.size();
   plan_.push_back({&request, num_new});
+  // Already now, so that requests that come together share what the first of them computes: a step stores all of its
+  // keys and values before it reads any, and steps run in order.
+  kv_.publish(request, std::min(request.num_computed + num_new, std::ssize(request.tokens)));
 }
 
 const Batch* Scheduler::write_batch() {
