@@ -127,6 +127,6 @@ class ModelRunner:
             max_prompts=num_seqs - batch.num_decodes,
             max_query_len=batch.max_query_len,
         )
-        logits = self.decoder(view)
+        logits = self.decoder(view.with_plan(self.spec.num_heads, self.spec.num_kv_heads))
         self._last_tokens, result = sample(logits, views, batch)
         return result
