@@ -22,11 +22,9 @@ struct AttentionParams {
   int64_t out_row, out_head, q_row, q_head;  // strides in elements
   int64_t k_block, k_head, v_block, v_head;  // a head's tokens are contiguous
   const int64_t* __restrict__ num_decodes;   // or null: no decodes
-  int first_seq, seqs;                       // the call's sequences: [first_seq, first_seq + seqs)
+  int seqs;
   int kv_heads, group, dim, block_shift;     // group: query heads of a KV head; 2^block_shift tokens a block
   float scale_log2;                          // scale / ln 2: softmax is in base 2
-  float* __restrict__ partials;              // decode only
-  int32_t* __restrict__ counters;            // decode only: one a (sequence, KV head, 16 query heads)
 };
 
 constexpr float minus_infinity = -__builtin_huge_valf();
@@ -71,7 +69,7 @@ template <int dim>
 constexpr int row_packs = dim / 8 | 1;
 
 template <class T>
-void paged_decode(const AttentionParams<T>& p, int64_t cache_tokens, Stream stream);
+void paged_decode(const AttentionParams<T>& p, int64_t max_decodes, int32_t* plan, Stream stream);
 template <class T>
 void paged_prefill(const AttentionParams<T>& p, int64_t rows, Stream stream);
 

@@ -97,15 +97,12 @@ AttentionParams<T> params_of(const PagedAttention& a) {
           a.v_cache.strides[0],
           a.v_cache.strides[1],
           a.num_decodes.as<int64_t>(),
-          0,
           static_cast<int>(a.seq_lens.shape[0]),
           static_cast<int>(a.k_cache.shape[1]),
           static_cast<int>(a.q.shape[1] / a.k_cache.shape[1]),
           static_cast<int>(dim),
           std::countr_zero(static_cast<uint64_t>(block_size)),
-          a.scale * log2_e,
-          nullptr,
-          nullptr};
+          a.scale * log2_e};
 }
 
 }  // namespace
@@ -120,7 +117,7 @@ void paged_attention(const PagedAttention& a) {
         launch(float_attention_kernel, dim3(static_cast<unsigned>(rows), static_cast<unsigned>(a.q.shape[1])),
                warps * warp_size, 0, a.stream, p);
     } else {
-      if (a.max_decodes > 0) paged_decode<T>(p, a.kv_blocks.shape[0] << p.block_shift, a.stream);
+      if (a.max_decodes > 0) paged_decode<T>(p, a.max_decodes, a.plan.as<int32_t>(), a.stream);
       if (a.max_prompts > 0) paged_prefill<T>(p, rows, a.stream);
     }
   });

@@ -1,394 +1,396 @@
 // Paged attention of sequences with one query row each.
 //
-//   sequence   cut into units of 256 tokens (more above 16384, so that there are at most 64; 2048 at most)
+//   plan       cuts every sequence into units by its length alone and gives each block a run of them (decode_plan.cuh)
 //   unit       cut into tiles of 16 tokens; warp w of the block takes tiles w, w + 4, ...
-//   block      takes a run of consecutive (sequence, KV head, unit); all runs are equally long in tiles
+//   block      reads its run of units as one stream of tiles
 //
 // The grid is fixed and lengths are read on the device, so the launch can be captured. A unit's result is a function of
 // its own tokens and units merge from first to last, hence a row's bits depend on its own length alone, however the
-// runs fall. A block that owns all units of a sequence's head writes its output; else the partial results go to scratch
+// runs fall. A block that has all units of a sequence's head writes its output; else the partial results go to scratch
 // and the last block to arrive merges them. The query heads of a KV head are the rows of one m16n8k16 product (16 at a
-// time), so K and V are read once. Every warp feeds itself by a ring of cp.async tiles: no block barrier inside a unit,
-// and the next unit's first tiles are under way while the block merges the last one's sums. Moves the K and V of all
-// tokens once: memory-bound.
+// time), so K and V are read once. Every warp feeds itself by a ring of cp.async tiles that runs on over units and
+// sequences. Moves the K and V of all tokens once: memory-bound.
+//
+// What may be read before wait_for_previous_kernel(): plan_decode started no kernel before it and all work ahead of it
+// had ended, so the plan, the block tables and the keys and values of earlier steps are final when this kernel starts.
+// Of the cache, this step's earlier kernels write the newest token of each sequence only. So the ring is filled at once
+// with tiles that do not hold it: in the best case all K and V are here when the layer's query is.
 #include "decode_tile.cuh"
-#include "device.cuh"
 
 namespace hybrid::cuda {
 
 namespace {
 
 constexpr int warps = 4, threads = warps * warp_size;
-constexpr int most_seqs = 1024;  // of a launch
-constexpr int shortest_unit = 256, longest_unit = 2048, most_units = 64;
 
-__host__ __device__ constexpr int unit_length(int tokens) {
-  int length = shortest_unit;
-  while (length < longest_unit && tokens > length * most_units) length *= 2;
-  return length;
-}
+template <class T>
+struct DecodeParams : AttentionParams<T> {
+  int32_t* plan;
+  float* partials;    // most_units slots for each block that has the first unit of a sequence's head and not the last
+  int32_t* counters;  // of such: units that have arrived
+  int splits;         // (16 query heads) of a KV head
+};
 
-constexpr int partial_floats(int rows, int dim) { return (rows * (dim + 2) + 1 + 3) / 4 * 4; }
+__host__ __device__ constexpr int slot_floats(int rows, int dim) { return rows * dim + (rows + 1) / 2 * 4; }
 
-// Shared memory: rings, then the block's running result, then where its sequences' tiles start.
+// Shared memory: rings, what the warps summed over a unit, and the block's running result.
 template <int dim>
 struct Shared {
+  static constexpr int row_floats = WarpState<BFloat16, dim>::row_floats;
   uint4* ring;
-  float* total;           // [rows][dim]
-  float* total_state;     // [2][rows][2]: largest and sum, the two halves in turn
-  int32_t* tiles_before;  // [seqs + 1]
+  float* sums;          // [warps][rows][row_floats]; while units of other blocks are merged: their weights
+  float4* total;        // [rows][dim / 4], each element of one thread only
+  float2* total_state;  // [rows][dim / 4]: largest and sum, of the same thread
   __device__ Shared(void* base, int rows) {
     ring = static_cast<uint4*>(base);
-    total = reinterpret_cast<float*>(ring + warps * DecodeRing<dim>::warp_packs);
-    total_state = total + rows * dim;
-    tiles_before = reinterpret_cast<int32_t*>(total_state + 4 * rows);
+    sums = reinterpret_cast<float*>(ring + warps * DecodeRing<dim>::warp_packs);
+    total = reinterpret_cast<float4*>(sums + warps * rows * row_floats);
+    total_state = reinterpret_cast<float2*>(total + rows * dim / 4);
   }
-  static size_t bytes(int rows, int seqs) {
-    return size_t{warps} * DecodeRing<dim>::warp_packs * 16 + (static_cast<size_t>(rows) * (dim + 4) + seqs + 1) * 4;
+  static size_t bytes(int rows) {
+    return size_t{warps} * DecodeRing<dim>::warp_packs * 16 +
+           static_cast<size_t>(rows) * (warps * row_floats * 4 + dim / 4 * 24);
   }
 };
 
-// tiles_before[i] = tiles of the sequences before i
-template <class T>
-__device__ void count_tiles(const AttentionParams<T>& p, int32_t* tiles_before) {
-  __shared__ int32_t warp_total[warps];
-  const int lane = threadIdx.x % warp_size, warp = threadIdx.x / warp_size;
-  const int each = (p.seqs + threads - 1) / threads, begin = min(p.seqs, static_cast<int>(threadIdx.x) * each),
-            end = min(p.seqs, begin + each);
-  const int64_t decodes = *p.num_decodes;
-  int32_t mine = 0;
-  for (int s = begin; s < end; ++s) {
-    const int32_t* start = p.query_start + p.first_seq + s;
-    const int32_t tokens = p.first_seq + s < decodes && start[1] > start[0] ? p.seq_lens[p.first_seq + s] : 0;
-    mine += (max(tokens, 0) + tile - 1) / tile;
-    tiles_before[s + 1] = mine;
-  }
-  int32_t before = mine;
-#pragma unroll
-  for (int step = 1; step < warp_size; step *= 2) {
-    const int32_t other = __shfl_up_sync(0xffffffffu, before, step);
-    if (lane >= step) before += other;
-  }
-  if (lane == warp_size - 1) warp_total[warp] = before;
-  __syncthreads();
-  before -= mine;
-  for (int w = 0; w < warp; ++w) before += warp_total[w];
-  for (int s = begin; s < end; ++s) tiles_before[s + 1] += before;
-  if (threadIdx.x == 0) tiles_before[0] = 0;
-  __syncthreads();
+// Four neighbouring elements of a Partial.
+struct Partial4 {
+  float largest, sum;
+  float4 out;
+};
+
+__device__ inline float4 weigh(const float4& a, float keep_a, const float4& b, float keep_b) {
+  return {__fmaf_rn(a.x, keep_a, __fmul_rn(b.x, keep_b)), __fmaf_rn(a.y, keep_a, __fmul_rn(b.y, keep_b)),
+          __fmaf_rn(a.z, keep_a, __fmul_rn(b.z, keep_b)), __fmaf_rn(a.w, keep_a, __fmul_rn(b.w, keep_b))};
+}
+__device__ inline Partial4 merge(const Partial4& a, const Partial4& b) {
+  const float largest = fmaxf(a.largest, b.largest);
+  const float keep_a = exp2_of(a.largest - largest), keep_b = exp2_of(b.largest - largest);
+  return {largest, __fmaf_rn(a.sum, keep_a, __fmul_rn(b.sum, keep_b)), weigh(a.out, keep_a, b.out, keep_b)};
 }
 
-// Where a block stands: a sequence's KV head (and 16 query heads of it), and what that needs.
-struct Place {
-  int seq, head, row0, rows;  // row0: first query head of the group, rows: how many
-  int tokens, tiles, unit_tiles, units;
-  int64_t slot;  // of the first unit's partial result
-};
-
-// Units [first, last) of a place.
-struct Run {
-  Place at;
-  int first, last;
-};
-
-// A warp's tiles of a unit: begin, begin + 4, ...
-struct Tiles {
-  int begin, count, block;  // block: lane i has the cache block of tile number i, of at most 32
+// A unit and the KV head and query heads of it that a position of the plan stands for.
+struct Work {
+  DecodeUnit unit;
+  int head, row0;  // row0: first query head of the group
+  int tiles;       // of the unit
+  __device__ int first_token() const { return unit.index * unit_length(unit.tokens); }
 };
 
 template <class T, int dim>
 class Decode {
+  using Layout = TileLayout<dim>;
+  using Ring = DecodeRing<dim>;
+  using State = WarpState<T, dim>;
+
  public:
-  __device__ Decode(const AttentionParams<T>& p, void* shared, int rows)
-      : p_(p), memory_(shared, rows), most_(rows), splits_((p.group + most_rows - 1) / most_rows) {}
+  __device__ Decode(const DecodeParams<T>& p, void* shared, int rows)
+      : p_(p),
+        memory_(shared, rows),
+        most_(rows),
+        lane_(threadIdx.x % warp_size),
+        warp_(threadIdx.x / warp_size),
+        plan_(p.plan),
+        ring_(shared_address(memory_.ring + warp_ * Ring::warp_packs)) {}
 
   __device__ void run() {
-    count_tiles(p_, memory_.tiles_before);
-    heads_ = p_.kv_heads * splits_;
-    const int64_t total = int64_t{memory_.tiles_before[p_.seqs]} * heads_;
-    begin_ = total * blockIdx.x / gridDim.x, end_ = total * (blockIdx.x + 1) / gridDim.x;
-    if (begin_ == end_) return;
-    // The last sequence that starts at or before begin_.
-    for (int step = most_seqs / 2; step > 0; step /= 2)
-      if (seq_ + step < p_.seqs && start_of(seq_ + step) <= begin_) seq_ += step;
-    const int tiles = memory_.tiles_before[seq_ + 1] - memory_.tiles_before[seq_];
-    head_ = static_cast<int>((begin_ - start_of(seq_)) / tiles);
+    const int2 start = __ldcg(reinterpret_cast<const int2*>(plan_.starts + blockIdx.x));
+    begin_ = start.x, origin_ = start.y, end_ = __ldcg(&plan_.starts[blockIdx.x + 1].begin);
+    units_ = __ldcg(plan_.units);
+    if (begin_ == end_) return wait_for_previous_kernel();
+    open_stream();
+    int early = 0;
+    for (; early < Ring::depth - 1 && is_tile_final(); ++early) load_tile(early);
+    wait_for_previous_kernel();
+    for (; early < Ring::depth - 1; ++early) load_tile(early);
 
-    Run now;
-    if (!next_run(now)) return;
-    Tiles tiles_now = find_tiles(now.at, now.first);
-    start(now.at, tiles_now);
-    while (true) {
-      Run next;
-      bool more = true;
-      uint32_t q[dim / 16][4];
-      load_query(q, now.at);
-      for (int unit = now.first; unit < now.last; ++unit) {
-        sum_unit(now.at, q, tiles_now);
-        if (unit + 1 < now.last) {
-          tiles_now = find_tiles(now.at, unit + 1);
-          start(now.at, tiles_now);
-        } else if ((more = next_run(next))) {
-          tiles_now = find_tiles(next.at, next.first);
-          start(next.at, tiles_now);
-        }
-        __syncthreads();
-        merge_unit(now, unit);
-        __syncthreads();
-      }
-      if (now.last - now.first < now.at.units) finish(now);
+    uint32_t q[dim / 16][4];
+    Work now = work_at(begin_, unit_at(begin_));
+    first_ = now.unit.index;
+    load_query(q, now);
+    for (int position = begin_;;) {
+      DecodeUnit next{};
+      const bool more = position + 1 < end_;
+      if (more) next = unit_at(position + 1);
+      sum_unit(now, q);
+      __syncthreads();
+      const int units = units_of(now);
+      const bool is_place_done = now.unit.index + 1 == units || !more;
+      merge_unit(now, units, is_place_done);
+      __syncthreads();
+      if (is_place_done && now.unit.index + 1 - first_ < units) finish(now, position, units);
       if (!more) return;
-      now = next;
+      now = work_at(++position, next);
+      if (now.unit.index == 0) load_query(q, now), first_ = 0;
     }
   }
 
  private:
-  __device__ int64_t start_of(int seq) const { return int64_t{memory_.tiles_before[seq]} * heads_; }
+  // The plan.
 
-  // The next units of one place among those that start in [begin_, end_).
-  __device__ bool next_run(Run& run) {
-    for (; seq_ < p_.seqs && start_of(seq_) < end_; ++seq_, head_ = 0) {
-      const int tiles = memory_.tiles_before[seq_ + 1] - memory_.tiles_before[seq_];
-      for (; tiles > 0 && head_ < heads_; ++head_) {
-        const int64_t start = start_of(seq_) + int64_t{head_} * tiles;
-        if (start >= end_) return false;
-        run.at = place(seq_, head_, tiles);
-        const auto units_before = [&](int64_t position) {
-          const int64_t offset = min(max(position - start, int64_t{0}), int64_t{tiles});
-          return static_cast<int>((offset + run.at.unit_tiles - 1) / run.at.unit_tiles);
-        };
-        run.first = units_before(begin_), run.last = units_before(end_);
-        if (run.first == run.last) continue;
-        ++head_;
-        return true;
+  __device__ DecodeUnit unit_at(int position) const {
+    const int4 u = __ldcg(reinterpret_cast<const int4*>(plan_.unit + position % units_));
+    return {u.x, u.y, u.z, u.w};
+  }
+  __device__ Work work_at(int position, const DecodeUnit& unit) const {
+    const int place = position / units_, length = unit_length(unit.tokens);
+    return {unit, place / p_.splits, place % p_.splits * most_rows,
+            (min(unit.tokens - unit.index * length, length) + tile - 1) / tile};
+  }
+  __device__ static int units_of(const Work& work) {
+    const int length = unit_length(work.unit.tokens);
+    return work.unit.tokens / length + (work.unit.tokens % length > 0);
+  }
+  __device__ int rows_of(const Work& work) const { return min(most_rows, p_.group - work.row0); }
+  // Tiles of a unit that are this warp's: warp, warp + 4, ...
+  __device__ int tiles_of_warp(const Work& work) const { return (work.tiles - warp_ + warps - 1) / warps; }
+
+  // The stream of tiles to load: one unit being loaded, the next one's block table and the description of the one after
+  // it on their way.
+
+  __device__ void open_stream() {
+    at_ = begin_;
+    source_ = work_at(at_, unit_at(at_));
+    blocks_ = find_blocks(source_, 0);
+    ahead_ = unit_at(min(at_ + 1, end_ - 1));
+    blocks_ahead_ = find_blocks(work_at(min(at_ + 1, end_ - 1), ahead_), 0);
+    far_ = unit_at(min(at_ + 2, end_ - 1));
+    skip_empty();
+  }
+  __device__ void next_source() {
+    ++at_, tile_ = 0;
+    if (at_ >= end_) return;
+    source_ = work_at(at_, ahead_);
+    blocks_ = blocks_ahead_, ahead_ = far_;
+    blocks_ahead_ = find_blocks(work_at(min(at_ + 1, end_ - 1), ahead_), 0);
+    far_ = unit_at(min(at_ + 2, end_ - 1));
+  }
+  __device__ void skip_empty() {
+    while (at_ < end_ && tile_ == tiles_of_warp(source_)) next_source();
+  }
+  // Lane i gets the cache block of this warp's tile number from + i.
+  __device__ int find_blocks(const Work& work, int from) const {
+    const int i = from + lane_;
+    if (i >= tiles_of_warp(work)) return 0;
+    const int token = work.first_token() + (warp_ + i * warps) * tile;
+    return __ldcg(p_.kv_blocks + work.unit.kv_start + (token >> p_.block_shift));
+  }
+  // Is the next tile without the newest token?
+  __device__ bool is_tile_final() const {
+    return at_ < end_ && source_.first_token() + (warp_ + tile_ * warps) * tile + tile < source_.unit.tokens;
+  }
+  // The next tile of K and V into a stage. One group of copies, empty behind the last one.
+  __device__ void load_tile(int stage) {
+    if (at_ < end_) {
+      if (tile_ > 0 && tile_ % warp_size == 0) blocks_ = find_blocks(source_, tile_);
+      const int block = __shfl_sync(0xffffffffu, blocks_, tile_ % warp_size);
+      const int first = source_.first_token() + (warp_ + tile_ * warps) * tile;
+      const int64_t token = int64_t{first & ((1 << p_.block_shift) - 1)} * dim;
+      const T* keys = p_.k_cache + block * p_.k_block + source_.head * p_.k_head + token;
+      const T* values = p_.v_cache + block * p_.v_block + source_.head * p_.v_head + token;
+      const uint32_t to = ring_ + stage * Ring::stage_packs * 16;
+#pragma unroll
+      for (int i = 0; i < dim / 16; ++i) {
+        const int pack = i * warp_size + lane_, row = pack / (dim / 8);
+        const uint32_t place = to + Layout::pack(row, pack % (dim / 8)) * 16;
+        const bool valid = first + row < source_.unit.tokens;
+        copy_async(place, keys + pack * 8, valid);
+        copy_async(place + Layout::packs * 16, values + pack * 8, valid);
       }
+      ++tile_;
+      skip_empty();
     }
-    return false;
+    commit_copies();
   }
 
-  __device__ Place place(int seq, int head, int tiles) const {
-    Place at;
-    at.seq = p_.first_seq + seq;
-    at.head = head / splits_;
-    at.row0 = head % splits_ * most_rows;
-    at.rows = min(most_rows, p_.group - at.row0);
-    at.tokens = p_.seq_lens[at.seq];
-    at.tiles = tiles;
-    at.unit_tiles = unit_length(at.tokens) / tile;
-    at.units = (tiles + at.unit_tiles - 1) / at.unit_tiles;
-    // kv_start bounds the units of the sequences before: no second prefix sum.
-    at.slot = (int64_t{p_.kv_start[at.seq]} << p_.block_shift) / shortest_unit + seq;
-    return at;
-  }
-
-  __device__ float* partial(const Place& at, int unit) const {
-    const int64_t index = ((at.slot + unit) * p_.kv_heads + at.head) * splits_ + at.row0 / most_rows;
-    return p_.partials + index * partial_floats(most_, dim);
-  }
-
-  __device__ void load_query(uint32_t (&q)[dim / 16][4], const Place& at) const {
-    const int lane = threadIdx.x % warp_size, g = lane / 4, t = lane % 4;
+  __device__ void load_query(uint32_t (&q)[dim / 16][4], const Work& work) const {
+    const int g = lane_ / 4, t = lane_ % 4, rows = rows_of(work);
     const T* from =
-        p_.q + p_.query_start[at.seq] * p_.q_row + (int64_t{at.head} * p_.group + at.row0 + g) * p_.q_head + 2 * t;
+        p_.q + work.unit.row * p_.q_row + (int64_t{work.head} * p_.group + work.row0 + g) * p_.q_head + 2 * t;
     const auto word = [&](int64_t offset, bool valid) {
       return valid ? *reinterpret_cast<const uint32_t*>(from + offset) : 0u;
     };
 #pragma unroll
     for (int k = 0; k < dim / 16; ++k) {
-      q[k][0] = word(k * 16, g < at.rows);
-      q[k][1] = word(k * 16 + 8 * p_.q_head, g + 8 < at.rows);
-      q[k][2] = word(k * 16 + 8, g < at.rows);
-      q[k][3] = word(k * 16 + 8 + 8 * p_.q_head, g + 8 < at.rows);
+      q[k][0] = word(k * 16, g < rows);
+      q[k][1] = word(k * 16 + 8 * p_.q_head, g + 8 < rows);
+      q[k][2] = word(k * 16 + 8, g < rows);
+      q[k][3] = word(k * 16 + 8 + 8 * p_.q_head, g + 8 < rows);
     }
   }
 
-  // A tile of K and V into a stage of this warp's ring. `block`: the cache block that holds it.
-  __device__ void load_tile(const Place& at, int first_token, int block, uint32_t stage) const {
-    const int lane = threadIdx.x % warp_size;
-    const int64_t token = int64_t{first_token & ((1 << p_.block_shift) - 1)} * dim;
-    const T* keys = p_.k_cache + block * p_.k_block + at.head * p_.k_head + token;
-    const T* values = p_.v_cache + block * p_.v_block + at.head * p_.v_head + token;
-#pragma unroll
-    for (int i = 0; i < dim / 16; ++i) {
-      const int pack = i * warp_size + lane, row = pack / (dim / 8), column = pack % (dim / 8);
-      const uint32_t to = stage + (row * row_packs<dim> + column) * 16;
-      const bool valid = first_token + row < at.tokens;
-      copy_async(to, keys + pack * 8, valid);
-      copy_async(to + DecodeRing<dim>::packs * 16, values + pack * 8, valid);
-    }
-  }
-
-  __device__ Tiles find_tiles(const Place& at, int unit) const {
-    const int lane = threadIdx.x % warp_size, warp = threadIdx.x / warp_size;
-    Tiles tiles;
-    tiles.begin = unit * at.unit_tiles + warp;
-    const int end = min(at.tiles, (unit + 1) * at.unit_tiles);
-    tiles.count = tiles.begin < end ? (end - tiles.begin + warps - 1) / warps : 0;
-    tiles.block = 0;
-    if (lane < tiles.count)
-      tiles.block = p_.kv_blocks[p_.kv_start[at.seq] + ((tiles.begin + lane * warps) * tile >> p_.block_shift)];
-    return tiles;
-  }
-
-  __device__ uint4* ring() const { return memory_.ring + threadIdx.x / warp_size * DecodeRing<dim>::warp_packs; }
-  // Where warp w leaves its sums: the ring's last stage, which `start` does not touch.
-  __device__ float* sums_of_warp(int w) const {
-    static_assert(DecodeRing<dim>::stage_packs * 16 >= most_rows * (dim + 2) * static_cast<int>(sizeof(float)));
-    return reinterpret_cast<float*>(memory_.ring + w * DecodeRing<dim>::warp_packs +
-                                    (DecodeRing<dim>::depth - 1) * DecodeRing<dim>::stage_packs);
-  }
-
-  __device__ void load(const Place& at, const Tiles& tiles, int i, int stage) const {
-    const int block = __shfl_sync(0xffffffffu, tiles.block, i & 31);
-    if (i < tiles.count)
-      load_tile(at, (tiles.begin + i * warps) * tile, block,
-                shared_address(ring()) + stage * DecodeRing<dim>::stage_packs * 16);
-    commit_copies();
-  }
-  __device__ void start(const Place& at, const Tiles& tiles) const {
-    for (int i = 0; i < DecodeRing<dim>::depth - 1; ++i) load(at, tiles, i, i);
-  }
-
-  // This warp's tiles of a unit that has been started; their sums go to sums_of_warp.
-  __device__ void sum_unit(const Place& at, const uint32_t (&q)[dim / 16][4], const Tiles& tiles) const {
-    using Ring = DecodeRing<dim>;
-    WarpState<T, dim> state;
-    int stage = 0;
-    for (int i = 0; i < tiles.count; ++i) {
+  // This warp's tiles of a unit; what they sum to goes to shared memory.
+  __device__ void sum_unit(const Work& work, const uint32_t (&q)[dim / 16][4]) {
+    State state;
+    const int count = tiles_of_warp(work);
+    int first = work.first_token() + warp_ * tile;
+    for (int i = 0; i < count; ++i, first += warps * tile) {
       wait_copies<Ring::depth - 2>();
       __syncwarp();
-      load(at, tiles, i + Ring::depth - 1, stage == 0 ? Ring::depth - 1 : stage - 1);
-      const uint32_t keys = shared_address(ring()) + stage * Ring::stage_packs * 16;
-      state.add_tile(q, keys, keys + Ring::packs * 16, (tiles.begin + i * warps) * tile, at.tokens, p_.scale_log2);
-      stage = stage == Ring::depth - 1 ? 0 : stage + 1;
+      load_tile(stage_ == 0 ? Ring::depth - 1 : stage_ - 1);
+      const uint32_t keys = ring_ + stage_ * Ring::stage_packs * 16;
+      state.add_tile(q, keys, keys + Layout::packs * 16, first, work.unit.tokens, p_.scale_log2);
+      stage_ = stage_ == Ring::depth - 1 ? 0 : stage_ + 1;
     }
-    wait_copies<0>();
-    __syncwarp();
-    state.store(sums_of_warp(threadIdx.x / warp_size), at.rows);
+    state.store(memory_.sums + warp_ * most_ * State::row_floats, rows_of(work));
   }
 
-  // One element of the unit's result from the four warps.
-  __device__ Partial unit_element(const Place& at, int row, int column) const {
+  // body(row, first of four columns, index of these four) of this thread.
+  template <class Body>
+  __device__ void for_elements(int rows, Body&& body) const {
+    for (int i = threadIdx.x; i < rows * (dim / 4); i += threads) body(i / (dim / 4), i % (dim / 4) * 4, i);
+  }
+
+  __device__ Partial4 unit_sum(int row, int column) const {
     const auto of_warp = [&](int w) {
-      const float* from = sums_of_warp(w);
-      const float2 state = *reinterpret_cast<const float2*>(from + at.rows * dim + row * 2);
-      return Partial{state.x, state.y, from[row * dim + column]};
+      const float* from = memory_.sums + (w * most_ + row) * State::row_floats;
+      const float2 state = *reinterpret_cast<const float2*>(from + dim);
+      return Partial4{state.x, state.y, *reinterpret_cast<const float4*>(from + column)};
     };
-    Partial sum = of_warp(0);
+    Partial4 sum = of_warp(0);
 #pragma unroll
     for (int w = 1; w < warps; ++w) sum = merge(sum, of_warp(w));
     return sum;
   }
 
-  __device__ void write_out(const Place& at, int row, int column, const Partial& sum) const {
-    p_.out[p_.query_start[at.seq] * p_.out_row + (int64_t{at.head} * p_.group + at.row0 + row) * p_.out_head + column] =
-        from_float<T>(sum.out / sum.sum);
+  __device__ void write_out(const Work& work, int row, int column, const float4& out, float sum) const {
+    const int64_t at =
+        work.unit.row * p_.out_row + (int64_t{work.head} * p_.group + work.row0 + row) * p_.out_head + column;
+    *reinterpret_cast<uint2*>(p_.out + at) =
+        make_uint2(pair_of<T>(out.x / sum, out.y / sum), pair_of<T>(out.z / sum, out.w / sum));
   }
 
-  __device__ static void write_partial(float* to, int rows, int row, int column, const Partial& sum) {
-    to[row * dim + column] = sum.out;
-    if (column == 0) to[rows * dim + row * 2] = sum.largest, to[rows * dim + row * 2 + 1] = sum.sum;
+  // The block that has the first unit of the sequence's head that `now` belongs to names its slots.
+  __device__ float* slot(int origin, int unit) const {
+    return p_.partials + (int64_t{origin} * most_units + unit) * slot_floats(most_, dim);
   }
+  __device__ int origin_of() const { return first_ > 0 ? origin_ : blockIdx.x; }
 
-  // The unit's sums join the block's running result if the run began with the sequence's first unit; else they go to
+  // The unit's sums join the block's running result if that began with the sequence's first unit; else they go to
   // scratch on their own.
-  __device__ void merge_unit(const Run& run, int unit) const {
-    const Place& at = run.at;
-    const float* old_state = memory_.total_state + (unit + 1) % 2 * 2 * most_;
-    float* new_state = memory_.total_state + unit % 2 * 2 * most_;
-    const bool is_last = unit + 1 == run.last;
-    for (int e = threadIdx.x; e < at.rows * dim; e += threads) {
-      const int row = e / dim, column = e % dim;
-      Partial sum = unit_element(at, row, column);
-      if (run.first > 0) {
-        write_partial(partial(at, unit), at.rows, row, column, sum);
-        continue;
-      }
-      if (unit > 0) sum = merge({old_state[row * 2], old_state[row * 2 + 1], memory_.total[e]}, sum);
-      if (is_last && run.last == at.units) {
-        write_out(at, row, column, sum);
-      } else if (is_last) {
-        write_partial(partial(at, 0), at.rows, row, column, sum);
+  __device__ void merge_unit(const Work& work, int units, bool is_last_here) const {
+    const int unit = work.unit.index, rows = rows_of(work);
+    for_elements(rows, [&](int row, int column, int i) {
+      Partial4 sum = unit_sum(row, column);
+      const bool is_alone = first_ > 0;
+      if (!is_alone && unit > 0)
+        sum = merge({memory_.total_state[i].x, memory_.total_state[i].y, memory_.total[i]}, sum);
+      if (!is_alone && unit + 1 == units) {
+        write_out(work, row, column, sum.out, sum.sum);
+      } else if (is_alone || is_last_here) {
+        float* to = slot(origin_of(), is_alone ? unit : 0);
+        __stcg(reinterpret_cast<float4*>(to) + i, sum.out);
+        if (column == 0) __stcg(reinterpret_cast<float2*>(to + rows * dim) + row, make_float2(sum.largest, sum.sum));
       } else {
-        memory_.total[e] = sum.out;
-        if (column == 0) new_state[row * 2] = sum.largest, new_state[row * 2 + 1] = sum.sum;
+        memory_.total[i] = sum.out, memory_.total_state[i] = make_float2(sum.largest, sum.sum);
       }
-    }
+    });
   }
 
-  // The last block to bring its units of a place merges all of them, from first to last. Slot 0 holds as many units as
-  // the block that began with the first one had; it says so behind its sums.
-  __device__ void finish(const Run& run) const {
-    const Place& at = run.at;
-    const int brought = run.last - run.first;
+  // The last block to bring its units of a sequence's head merges all of them, from first to last. Slot 0 holds as many
+  // units as the block that began with the first one had; the others hold one each.
+  __device__ void finish(const Work& work, int position, int units) const {
     __shared__ bool is_last;
-    int32_t* covered = reinterpret_cast<int32_t*>(partial(at, 0) + at.rows * (dim + 2));
-    if (threadIdx.x == 0 && run.first == 0) *covered = run.last;
-    __threadfence();
-    __syncthreads();
+    const int origin = origin_of(), rows = rows_of(work);
     if (threadIdx.x == 0) {
-      int32_t* counter = p_.counters + (int64_t{at.seq} * p_.kv_heads + at.head) * splits_ + at.row0 / most_rows;
-      is_last = atomicAdd(counter, brought) + brought == at.units;
-      if (is_last) *counter = 0;
+      __threadfence();
+      const int brought = work.unit.index + 1 - first_;
+      is_last = atomicAdd(p_.counters + origin, brought) + brought == units;
+      if (is_last) p_.counters[origin] = 0;
       __threadfence();
     }
     __syncthreads();
     if (!is_last) return;
-    const int begin = __ldcg(covered);
-    for (int e = threadIdx.x; e < at.rows * dim; e += threads) {
-      const int row = e / dim, column = e % dim;
-      const auto of_unit = [&](int unit) {
-        const float* from = partial(at, unit);
-        return Partial{__ldcg(from + at.rows * dim + row * 2), __ldcg(from + at.rows * dim + row * 2 + 1),
-                       __ldcg(from + e)};
-      };
-      Partial sum = of_unit(0);
-#pragma unroll 4
-      for (int unit = begin; unit < at.units; ++unit) sum = merge(sum, of_unit(unit));
-      write_out(at, row, column, sum);
+    const int covered = __ldcg(&plan_.starts[origin + 1].begin) - (position - work.unit.index);
+    const int count = units - covered + 1;
+    const auto from = [&](int i) { return slot(origin, i == 0 ? 0 : covered + i - 1); };
+    // What merging would keep of the sums so far and of this slot, for all at once.
+    float4* keep = reinterpret_cast<float4*>(memory_.sums);  // [rows][most_units]
+    static_assert(most_units * 16 <= warps * State::row_floats * 4 && most_units == 2 * warp_size);
+    for (int row = warp_; row < rows; row += warps) {
+      float before = minus_infinity;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int i = half * warp_size + lane_;
+        float2 state = make_float2(minus_infinity, 0.0f);
+        if (i < count) state = __ldcg(reinterpret_cast<const float2*>(from(i) + rows * dim) + row);
+        float largest = fmaxf(state.x, before);
+#pragma unroll
+        for (int step = 1; step < warp_size; step *= 2) {
+          const float other = __shfl_up_sync(0xffffffffu, largest, step);
+          if (lane_ >= step) largest = fmaxf(largest, other);
+        }
+        float previous = __shfl_up_sync(0xffffffffu, largest, 1);
+        if (lane_ == 0) previous = before;
+        const float keep_this = exp2_of(state.x - largest);
+        if (i < count)
+          keep[row * most_units + i] =
+              make_float4(exp2_of(previous - largest), keep_this, __fmul_rn(state.y, keep_this), 0.0f);
+        before = __shfl_sync(0xffffffffu, largest, warp_size - 1);
+      }
     }
+    __syncthreads();
+    for_elements(rows, [&](int row, int column, int e) {
+      float4 out{};
+      float sum = 0.0f;
+#pragma unroll 8
+      for (int i = 0; i < count; ++i) {
+        const float4 part = __ldcg(reinterpret_cast<const float4*>(from(i)) + e), k = keep[row * most_units + i];
+        out = weigh(out, k.x, part, k.y);
+        sum = __fmaf_rn(sum, k.x, k.z);
+      }
+      write_out(work, row, column, out, sum);
+    });
+    __syncthreads();
   }
 
-  const AttentionParams<T>& p_;
+  const DecodeParams<T>& p_;
   Shared<dim> memory_;
-  int most_, splits_, heads_ = 0;
-  int64_t begin_ = 0, end_ = 0;  // this block's share of all tiles, in the order sequence, head, tile
-  int seq_ = 0, head_ = 0;       // where next_run goes on
+  int most_, lane_, warp_;
+  PlanView plan_;
+  uint32_t ring_;
+  int begin_ = 0, end_ = 0, origin_ = 0, units_ = 0;
+  int first_ = 0;  // unit that this block began the current sequence's head with
+  int stage_ = 0;  // next to be read
+  // What is to be loaded next: tile number tile_ of this warp in unit source_ at position at_.
+  int at_ = 0, tile_ = 0, blocks_ = 0, blocks_ahead_ = 0;
+  Work source_;
+  DecodeUnit ahead_, far_;
 };
 
 template <class T, int dim>
-__global__ void __launch_bounds__(threads) paged_decode_kernel(const __grid_constant__ AttentionParams<T> p) {
+__global__ void __launch_bounds__(threads) paged_decode_kernel(const __grid_constant__ DecodeParams<T> p) {
   let_next_kernel_start();
-  wait_for_previous_kernel();
-  extern __shared__ uint4 shared[];
+  extern __shared__ __align__(1024) uint4 shared[];
   Decode<T, dim>(p, shared, min(p.group, most_rows)).run();
 }
 
 }  // namespace
 
 template <class T>
-void paged_decode(const AttentionParams<T>& all, int64_t cache_tokens, Stream stream) {
-  by_head_dim(all.dim, [&]<int head_dim>() {
-    AttentionParams<T> p = all;
-    const int rows = std::min(p.group, most_rows);
-    const int64_t places = int64_t{p.kv_heads} * ceil_div(p.group, most_rows);
-    const int64_t slots = cache_tokens / shortest_unit + std::min(p.seqs, most_seqs);
-    p.partials = static_cast<float*>(
-        scratch(static_cast<size_t>(slots * places * partial_floats(rows, head_dim)) * sizeof(float), stream));
-    p.counters = zeroed_counters(static_cast<size_t>(p.seqs * places), stream);
-    for (int first = 0; first < all.seqs; first += most_seqs) {
-      p.first_seq = first;
-      p.seqs = std::min(all.seqs - first, most_seqs);
-      const size_t bytes = Shared<head_dim>::bytes(rows, p.seqs);
-      const int64_t blocks =
-          std::clamp<int64_t>(shared_bytes_per_multiprocessor() / (static_cast<int64_t>(bytes) + 1024), 1, 4);
-      launch(paged_decode_kernel<T, head_dim>, static_cast<unsigned>(blocks * multiprocessors()), threads, bytes,
-             stream, p);
+void paged_decode(const AttentionParams<T>& attention, int64_t max_decodes, int32_t* plan, Stream stream) {
+  by_head_dim(attention.dim, [&]<int head_dim>() {
+    const int rows = std::min(attention.group, most_rows);
+    const int64_t blocks = decode_blocks(), splits = ceil_div(attention.group, most_rows);
+    const size_t partial_bytes = static_cast<size_t>(blocks * most_units * slot_floats(rows, head_dim)) * sizeof(float),
+                 plan_bytes = plan == nullptr ? static_cast<size_t>(decode_plan_size(max_decodes)) * 4 : 0;
+    char* memory = static_cast<char*>(scratch(partial_bytes + plan_bytes, stream));
+    if (plan == nullptr) {
+      plan = reinterpret_cast<int32_t*>(memory + partial_bytes);
+      launch_plan_decode(plan,
+                         {attention.query_start, attention.seq_lens, attention.kv_start, attention.num_decodes,
+                          static_cast<int>(std::min<int64_t>(attention.seqs, max_decodes)),
+                          static_cast<int>(attention.kv_heads * splits)},
+                         stream);
     }
+    launch(paged_decode_kernel<T, head_dim>, static_cast<unsigned>(blocks), threads, Shared<head_dim>::bytes(rows),
+           stream,
+           DecodeParams<T>{attention, plan, reinterpret_cast<float*>(memory),
+                           zeroed_counters(static_cast<size_t>(blocks), stream), static_cast<int>(splits)});
   });
 }
 
-template void paged_decode<BFloat16>(const AttentionParams<BFloat16>&, int64_t, Stream);
-template void paged_decode<Float16>(const AttentionParams<Float16>&, int64_t, Stream);
+template void paged_decode<BFloat16>(const AttentionParams<BFloat16>&, int64_t, int32_t*, Stream);
+template void paged_decode<Float16>(const AttentionParams<Float16>&, int64_t, int32_t*, Stream);
 
 }  // namespace hybrid::cuda

@@ -179,6 +179,12 @@ void check(const StoreKv& a) {
 
 namespace {
 
+void check_plan(Call& call, const TensorView& plan, int64_t max_decodes) {
+  call.packed("plan", plan, DType::i32, {any});
+  call.need(plan.shape[0] >= decode_plan_size(max_decodes), "plan has ", plan.shape[0], " elements, ", max_decodes,
+            " decodes need ", decode_plan_size(max_decodes));
+}
+
 // The ragged columns, readable on a CPU only: every query row and every position has to lie in what the call was given.
 void check_sequences(const Call& call, const PagedAttention& a) {
   if (a.out.device != Device::cpu) return;
@@ -206,6 +212,19 @@ void check_sequences(const Call& call, const PagedAttention& a) {
 
 }  // namespace
 
+void check(const PlanDecode& a) {
+  Call call("plan_decode");
+  call.need(a.max_decodes >= 0, "max_decodes is ", a.max_decodes, ", must not be negative");
+  call.need(a.kv_heads > 0 && a.heads > 0 && a.heads % a.kv_heads == 0, a.heads, " query heads cannot share ",
+            a.kv_heads, " key/value heads");
+  call.tensor("seq_lens", a.seq_lens, DType::i32, {any});
+  const int64_t seqs = a.seq_lens.shape[0];
+  call.packed("query_start", a.query_start, DType::i32, {seqs + 1});
+  call.packed("kv_start", a.kv_start, DType::i32, {seqs + 1});
+  call.packed("num_decodes", a.num_decodes, DType::i64, {1});
+  check_plan(call, a.plan, a.max_decodes);
+}
+
 void check(const PagedAttention& a) {
   Call call("paged_attention");
   call.float_type("q", a.q);
@@ -227,6 +246,7 @@ void check(const PagedAttention& a) {
   if (a.num_decodes.defined()) call.packed("num_decodes", a.num_decodes, DType::i64, {1});
   call.need(a.max_decodes == 0 || a.num_decodes.defined(), "max_decodes is ", a.max_decodes,
             ", but num_decodes is missing");
+  if (a.plan.defined()) check_plan(call, a.plan, a.max_decodes);
   call.need(a.max_prompts >= seqs - a.max_decodes, seqs, " sequences, but at most ", a.max_decodes, " decodes and ",
             a.max_prompts, " others");
   check_sequences(call, a);

@@ -13,6 +13,7 @@ void check(const RmsNorm&);
 void check(const Rotary&);
 void check(const SiluMul&);
 void check(const StoreKv&);
+void check(const PlanDecode&);
 void check(const PagedAttention&);
 void check(const CopyBlocks&);
 void check(const Sample&);

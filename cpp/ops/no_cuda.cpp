@@ -21,6 +21,7 @@ void rms_norm(const RmsNorm&) { missing("rms_norm"); }
 void rotary(const Rotary&) { missing("rotary"); }
 void silu_mul(const SiluMul&) { missing("silu_mul"); }
 void store_kv(const StoreKv&) { missing("store_kv"); }
+void plan_decode(const PlanDecode&) { missing("plan_decode"); }
 void paged_attention(const PagedAttention&) { missing("paged_attention"); }
 void copy_blocks(const CopyBlocks&) { missing("copy_blocks"); }
 void sample(const Sample&) { missing("sample"); }

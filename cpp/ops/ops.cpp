@@ -9,6 +9,9 @@ namespace hybrid {
 
 void not_a_float_type(DType dtype) { throw InternalError(concat("kernel called with ", name_of(dtype))); }
 
+// Of cuda/decode_plan.cuh, for every device: a fixed part and 64 units of 4 numbers a sequence.
+int64_t decode_plan_size(int64_t max_decodes) { return 1024 + 256 * max_decodes; }
+
 namespace {
 
 // `sized_by`: the tensor whose emptiness means that there is nothing to do.
@@ -28,6 +31,7 @@ void rms_norm(const RmsNorm& args) { run(args, args.out, cpu::rms_norm, cuda::rm
 void rotary(const Rotary& args) { run(args, args.q, cpu::rotary, cuda::rotary); }
 void silu_mul(const SiluMul& args) { run(args, args.out, cpu::silu_mul, cuda::silu_mul); }
 void store_kv(const StoreKv& args) { run(args, args.k, cpu::store_kv, cuda::store_kv); }
+void plan_decode(const PlanDecode& args) { run(args, args.seq_lens, cpu::plan_decode, cuda::plan_decode); }
 void paged_attention(const PagedAttention& args) { run(args, args.out, cpu::paged_attention, cuda::paged_attention); }
 void copy_blocks(const CopyBlocks& args) { run(args, args.src, cpu::copy_blocks, cuda::copy_blocks); }
 void sample(const Sample& args) { run(args, args.tokens, cpu::sample, cuda::sample); }

@@ -81,6 +81,19 @@ struct StoreKv {
   Stream stream;
 };
 
+// Divides the decodes of a step over the device, once for all layers: paged_attention of each takes `plan`. Everything
+// that the plan is made of, and all keys and values but the decodes' newest, must have been written by work queued
+// before this op, and stay as it is until the last layer is done. Does nothing on a CPU.
+struct PlanDecode {
+  TensorView plan;                             // i32 [decode_plan_size(max_decodes) or more], 16-byte aligned
+  TensorView query_start, seq_lens, kv_start;  // as in PagedAttention
+  TensorView num_decodes;                      // i64 [1]
+  int64_t max_decodes;
+  int64_t heads, kv_heads;  // of the model
+  Stream stream;
+};
+int64_t decode_plan_size(int64_t max_decodes);  // elements
+
 // Causal attention of ragged queries over the paged cache (K and V of the new tokens are already stored).
 // Sequence s owns query rows [query_start[s], query_start[s+1]), the last of which sits at position seq_lens[s] - 1,
 // and the cache blocks kv_blocks[kv_start[s] .. kv_start[s+1]).
@@ -97,6 +110,7 @@ struct PagedAttention {
   int64_t max_decodes = 0, max_prompts = std::numeric_limits<int64_t>::max();  // there are no more of each kind
   int64_t max_query_len;
   float scale;
+  TensorView plan;  // i32, of plan_decode with the same columns, bounds and heads; undefined: the call makes its own
   Stream stream;
 };
 
@@ -140,6 +154,7 @@ void rms_norm(const RmsNorm&);
 void rotary(const Rotary&);
 void silu_mul(const SiluMul&);
 void store_kv(const StoreKv&);
+void plan_decode(const PlanDecode&);
 void paged_attention(const PagedAttention&);
 void copy_blocks(const CopyBlocks&);
 void sample(const Sample&);
@@ -152,6 +167,7 @@ void rms_norm(const RmsNorm&);
 void rotary(const Rotary&);
 void silu_mul(const SiluMul&);
 void store_kv(const StoreKv&);
+void plan_decode(const PlanDecode&);
 void paged_attention(const PagedAttention&);
 void copy_blocks(const CopyBlocks&);
 void sample(const Sample&);
@@ -166,6 +182,7 @@ void rms_norm(const RmsNorm&);
 void rotary(const Rotary&);
 void silu_mul(const SiluMul&);
 void store_kv(const StoreKv&);
+void plan_decode(const PlanDecode&);
 void paged_attention(const PagedAttention&);
 void copy_blocks(const CopyBlocks&);
 void sample(const Sample&);

@@ -15,6 +15,17 @@ def rms_norm(out: Any, x: Any, weight: Any, residual: Any | None, eps: float) ->
 def rotary(q: Any, k: Any, cos_sin: Any, positions: Any) -> None: ...
 def silu_mul(out: Any, x: Any) -> None: ...
 def store_kv(k_cache: Any, v_cache: Any, k: Any, v: Any, slots: Any) -> None: ...
+def decode_plan_size(max_decodes: int) -> int: ...
+def plan_decode(
+    plan: Any,
+    query_start: Any,
+    seq_lens: Any,
+    kv_start: Any,
+    num_decodes: Any,
+    max_decodes: int,
+    heads: int,
+    kv_heads: int,
+) -> None: ...
 def paged_attention(
     out: Any,
     q: Any,
@@ -29,6 +40,7 @@ def paged_attention(
     max_prompts: int,
     max_query_len: int,
     scale: float,
+    plan: Any | None,
 ) -> None: ...
 def copy_blocks(cache: Any, src: Any, dst: Any) -> None: ...
 def sample(

@@ -86,6 +86,22 @@ def store_kv(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slots: Tens
     _kernels.store_kv(k_cache, v_cache, k, v, slots)
 
 
+def plan_decode(
+    query_start: Tensor,
+    seq_lens: Tensor,
+    kv_start: Tensor,
+    num_decodes: Tensor,
+    max_decodes: int,
+    heads: int,
+    kv_heads: int,
+) -> Tensor:
+    """What ``paged_attention`` of every layer needs to share out a step's decodes; called once a step, behind
+    ``copy_blocks``. i32 [decode_plan_size(max_decodes)], undefined on a CPU, which needs none."""
+    plan = seq_lens.new_empty(_kernels.decode_plan_size(max_decodes))
+    _kernels.plan_decode(plan, query_start, seq_lens, kv_start, num_decodes, max_decodes, heads, kv_heads)
+    return plan
+
+
 def paged_attention(
     q: Tensor,
     k_cache: Tensor,
@@ -100,8 +116,10 @@ def paged_attention(
     max_query_len: int,
     scale: float,
     out: Tensor | None = None,
+    plan: Tensor | None = None,
 ) -> Tensor:
-    """q: T [rows, heads, dim] -> the same shape; see cpp/ops/ops.h for the ragged columns."""
+    """q: T [rows, heads, dim] -> the same shape; see cpp/ops/ops.h for the ragged columns. ``plan``: ``plan_decode``'s,
+    or None: the call makes its own."""
     if out is None:
         out = torch.empty_like(q)
     _kernels.paged_attention(
@@ -118,6 +136,7 @@ def paged_attention(
         max_prompts,
         max_query_len,
         scale,
+        plan,
     )
     return out
 

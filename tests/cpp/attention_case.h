@@ -64,7 +64,7 @@ class AttentionCase {
     const auto prompts = static_cast<int64_t>(sequences_.size()) - decodes;
     return {out.view,      q.view,        k_cache.view,   v_cache.view,     query_start.view,
             seq_lens.view, kv_start.view, kv_blocks.view, num_decodes.view, decodes,
-            prompts,       longest,       scale,          nullptr};
+            prompts,       longest,       scale,          {},               nullptr};
   }
 
   // What the sequence's row for `position` should be, head by head.

@@ -123,6 +123,7 @@ TEST_P(StoreKvTest, CachesOfMoreThanTwoToThe32ElementsAreAddressed) {
                                1,
                                1,
                                0.1f,
+                               {},
                                nullptr});
   for (const BFloat16 x : out.data) ASSERT_EQ(float(x), 2.0f);
 }

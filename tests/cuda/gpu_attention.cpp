@@ -34,6 +34,7 @@ class Batch {
         kv_start({size() + 1}),
         kv_blocks({blocks_of(shape, sequences) + 3}),
         num_decodes({1}),
+        plan({decode_plan_size(size())}),
         decodes_(decodes) {
     if (decodes_ < 0)
       for (decodes_ = 0; decodes_ < size() && sequences[static_cast<size_t>(decodes_)].queries == 1;) ++decodes_;
@@ -76,8 +77,22 @@ class Batch {
     a.scale = 1.0f / std::sqrt(static_cast<float>(shape_.dim));
     return a;
   }
+  // The same with the plan of all layers, which is made here.
+  PagedAttention planned_args(Stream stream = nullptr) {
+    PagedAttention a = args(Device::cuda);
+    a.plan = plan.on(Device::cuda), a.stream = stream;
+    plan_decode({a.plan, a.query_start, a.seq_lens, a.kv_start, a.num_decodes, a.max_decodes, shape_.heads,
+                 shape_.kv_heads, stream});
+    return a;
+  }
+  // On the GPU with a plan and without: no bit may differ.
   void run_both() {
     for (Device device : {Device::cpu, Device::cuda}) paged_attention(args(device));
+    const std::vector<T> on_its_own = out.download();
+    cuda::check(cudaMemset(out.on(Device::cuda).data, 0xff, out.bytes()));
+    paged_attention(planned_args());
+    const std::vector<T> with_plan = out.download();
+    ASSERT_EQ(std::memcmp(on_its_own.data(), with_plan.data(), out.bytes()), 0) << "a plan changed bits";
   }
 
  private:
@@ -115,6 +130,7 @@ class Batch {
   Twin<T> cache, qkv, out;
   Twin<int32_t> query_start, seq_lens, kv_start, kv_blocks;
   Twin<int64_t> num_decodes;
+  Twin<int32_t> plan;
 
  private:
   int64_t decodes_;
@@ -235,17 +251,17 @@ TYPED_TEST(GpuAttentionBits, replays_a_captured_decode_with_other_lengths_and_pa
   Batch<T> batch({8, 2, 128, 16}, sequences, this->rng);
   cudaStream_t stream = nullptr;
   cuda::check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
-  PagedAttention args = batch.args(Device::cuda);
-  args.stream = stream;
-  paged_attention(args);  // scratch grows outside of capture
+  paged_attention(batch.planned_args(stream));  // scratch grows outside of capture
   cuda::check(cudaStreamSynchronize(stream));
   cudaGraph_t graph = nullptr;
   cudaGraphExec_t executable = nullptr;
   cuda::check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-  paged_attention(args);
+  const PagedAttention args = batch.planned_args(stream);
+  for (int layer = 0; layer < 3; ++layer) paged_attention(args);
   cuda::check(cudaStreamEndCapture(stream, &graph));
   cuda::check(cudaGraphInstantiate(&executable, graph, 0));
-  for (const auto& lens : {std::vector<int32_t>{3000, 10, 512, 2000}, {1, 10, 500, 1999}, {2999, 9, 257, 0}}) {
+  for (const auto& lens :
+       {std::vector<int32_t>{3000, 10, 512, 2000}, {1, 10, 500, 1999}, {2999, 9, 257, 0}, {17, 1, 1, 0}}) {
     batch.seq_lens.host() = lens;
     batch.query_start.host() = {0, 1, 2, 3, lens[3] > 0 ? 4 : 3};
     batch.seq_lens.upload(), batch.query_start.upload(), batch.out.poison();
@@ -262,6 +278,67 @@ TYPED_TEST(GpuAttentionBits, replays_a_captured_decode_with_other_lengths_and_pa
   cuda::check(cudaGraphExecDestroy(executable));
   cuda::check(cudaGraphDestroy(graph));
   cuda::check(cudaStreamDestroy(stream));
+}
+
+// The plan lets attention start while the kernel before it still runs: old tokens may be read at once, new ones not.
+TYPED_TEST(GpuAttentionBits, reads_the_newest_tokens_only_when_the_kernel_ahead_has_stored_them) {
+  using T = TypeParam;
+  const Shape shape{14, 2, 64, 16};
+  std::vector<Sequence> sequences;
+  for (int32_t tokens : {1, 2, 16, 17, 128, 129, 1024, 1500, 4096, 4097}) sequences.push_back({1, tokens});
+  Batch<T> batch(shape, sequences, this->rng);
+  const PagedAttention on_cpu = batch.args(Device::cpu);
+  paged_attention(on_cpu);
+  const int64_t rows = batch.size(), padding = 20000;  // rows without a slot keep store_kv busy
+  Twin<T> kv({2, rows + padding, shape.kv_heads, shape.dim});
+  Twin<int64_t> slots({rows + padding});
+  std::fill(slots.host().begin(), slots.host().end(), -1);
+  const auto at = [&](const TensorView& cache, int64_t slot, int64_t head) {
+    return cache.as<T>() + slot / shape.block_size * cache.strides[0] + head * cache.strides[1] +
+           slot % shape.block_size * shape.dim;
+  };
+  for (int64_t s = 0; s < rows; ++s) {
+    const auto i = static_cast<size_t>(s);
+    const int32_t newest = sequences[i].tokens - 1;
+    const int64_t slot =
+        batch.kv_blocks.host()[static_cast<size_t>(batch.kv_start.host()[i]) + newest / shape.block_size] *
+            shape.block_size +
+        newest % shape.block_size;
+    slots.host()[static_cast<size_t>(padding + s)] = slot;
+    for (int64_t which : {0, 1})
+      for (int64_t head = 0; head < shape.kv_heads; ++head)
+        std::copy_n(at(which == 0 ? on_cpu.k_cache : on_cpu.v_cache, slot, head), shape.dim,
+                    kv.host().data() + ((which * (rows + padding) + padding + s) * shape.kv_heads + head) * shape.dim);
+  }
+  kv.upload(), slots.upload();
+  TensorView k = kv.on(Device::cuda);
+  k.ndim = 3;
+  for (int i = 0; i < 3; ++i) k.shape[i] = k.shape[i + 1], k.strides[i] = k.strides[i + 1];
+  TensorView v = k;
+  v.data = v.as<T>() + kv.numel() / 2;
+  for (int again = 0; again < 20; ++again) {
+    const PagedAttention args = batch.planned_args();
+    cuda::check(cudaMemset(args.out.data, 0xff, batch.out.bytes()));
+    for (int64_t s = 0; s < rows; ++s)
+      for (const TensorView* cache : {&args.k_cache, &args.v_cache})
+        for (int64_t head = 0; head < shape.kv_heads; ++head)
+          cuda::check(cudaMemset(at(*cache, slots.host()[static_cast<size_t>(padding + s)], head), 0xff,
+                                 static_cast<size_t>(shape.dim) * sizeof(T)));
+    store_kv({args.k_cache, args.v_cache, k, v, slots.on(Device::cuda), nullptr});
+    paged_attention(args);
+    expect_close(batch.out, rounding<T>(), absolute<T>(), "out");
+    if (this->HasFatalFailure()) return;
+  }
+}
+
+TYPED_TEST(GpuAttentionBits, writes_nothing_where_a_captured_step_turns_out_to_have_no_decodes) {
+  using T = TypeParam;
+  Batch<T> batch({8, 2, 128, 16}, {{1, 3000}, {1, 10}}, this->rng);
+  batch.num_decodes.host()[0] = 0, batch.num_decodes.upload();
+  const std::vector<T> before = batch.out.download();
+  for (int again = 0; again < 2; ++again) paged_attention(batch.planned_args());
+  const std::vector<T> after = batch.out.download();
+  EXPECT_EQ(std::memcmp(before.data(), after.data(), batch.out.bytes()), 0);
 }
 
 // The same blocks close together and more than 2^31 elements apart give the same bits.
@@ -294,7 +371,7 @@ TEST(GpuAttentionLarge, addresses_caches_beyond_two_billion_elements) {
     v.data = v.as<BFloat16>() + block / 2;
     paged_attention({(spread ? far_out : near_out).on(Device::cuda), q.on(Device::cuda), k, v,
                      query_start.on(Device::cuda), seq_lens.on(Device::cuda), kv_start.on(Device::cuda),
-                     kv_blocks.on(Device::cuda), num_decodes.on(Device::cuda), 1, 1, 2, 0.1f, nullptr});
+                     kv_blocks.on(Device::cuda), num_decodes.on(Device::cuda), 1, 1, 2, 0.1f, {}, nullptr});
   }
   const std::vector<BFloat16> wanted = near_out.download(), got = far_out.download();
   for (size_t i = 0; i < got.size(); ++i) {

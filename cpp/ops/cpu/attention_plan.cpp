@@ -52,4 +52,6 @@ void AttentionPlan::build(const PagedAttention& a, int64_t tile_tokens, int thre
   }
 }
 
+void plan_decode(const PlanDecode&) {}  // every call builds its own AttentionPlan
+
 }  // namespace hybrid::cpu

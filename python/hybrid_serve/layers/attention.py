@@ -88,5 +88,6 @@ class Attention:
             batch.max_query_len,
             self.scale,
             scratch.mixed,
+            batch.plan,
         )
         return self.output(scratch.mixed_rows, scratch.out)

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from .. import ops
+
 
 class BatchView(NamedTuple):
     """T tokens of S sequences, R of them sampled. Sequence s owns query rows [query_start[s], query_start[s + 1]) and
@@ -26,3 +28,17 @@ class BatchView(NamedTuple):
     max_decodes: int  # bounds known on the host, see ops.h
     max_prompts: int
     max_query_len: int
+    plan: Tensor | None = None  # of the decodes, for all layers
+
+    def with_plan(self, num_heads: int, num_kv_heads: int) -> BatchView:
+        """Plans on the device, from the columns above: call it behind whatever writes them or copies cache blocks."""
+        plan = ops.plan_decode(
+            self.query_start,
+            self.seq_lens,
+            self.kv_start,
+            self.num_decodes,
+            self.max_decodes,
+            num_heads,
+            num_kv_heads,
+        )
+        return self._replace(plan=plan)

@@ -1,0 +1,140 @@
+// plan_decode: cuts the decodes of a step into units and divides them over the blocks of paged_decode (decode_plan.cuh).
+//
+// One block: a prefix sum over the sequences, then every sequence's thread lists its units and every other thread finds
+// where a block starts. Unlike other kernels it lets its successor start only when its result is written: whatever is
+// launched behind it may read the plan, the columns it read and everything else that earlier kernels wrote before
+// waiting for its own predecessor. paged_decode does: old keys and values are on their way while the layer still
+// computes the new ones.
+#include "decode_plan.cuh"
+#include "launch.cuh"
+#include "reduce.cuh"
+
+namespace hybrid::cuda {
+
+namespace {
+
+constexpr int threads = 1024;
+constexpr int64_t most_seqs = 16384;  // prefix sums in shared memory
+
+struct PlanParams {
+  int32_t* plan;
+  DecodeColumns columns;
+  int blocks;
+};
+
+// Sums of the values of all threads before this one; `total`: of all.
+__device__ uint64_t sum_before(uint64_t mine, uint64_t& total) {
+  __shared__ uint64_t warp_sums[warp_size];
+  const int lane = threadIdx.x % warp_size, warp = threadIdx.x / warp_size;
+  const auto scan = [lane](uint64_t x) {
+#pragma unroll
+    for (int step = 1; step < warp_size; step *= 2) {
+      const uint64_t other = __shfl_up_sync(0xffffffffu, x, step);
+      if (lane >= step) x += other;
+    }
+    return x;
+  };
+  const uint64_t in_warp = scan(mine);
+  if (lane == warp_size - 1) warp_sums[warp] = in_warp;
+  __syncthreads();
+  if (warp == 0) warp_sums[lane] = scan(warp_sums[lane]);
+  __syncthreads();
+  const uint64_t before = in_warp - mine + (warp > 0 ? warp_sums[warp - 1] : 0);
+  total = warp_sums[warp_size - 1];
+  __syncthreads();
+  return before;
+}
+
+// The last i in [0, count) with value(i) <= x; value(0) <= x and values ascend.
+template <class Value>
+__device__ int last_at_most(int64_t x, int count, Value&& value) {
+  int low = 0, high = count;
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    (value(middle) <= x ? low : high) = middle;
+  }
+  return low;
+}
+
+__global__ void __launch_bounds__(threads) plan_decode_kernel(const __grid_constant__ PlanParams params) {
+  wait_for_previous_kernel();
+  // Before sequence s, in the high half the tiles and in the low half the units of all earlier ones.
+  extern __shared__ uint64_t before[];
+  const PlanView plan(params.plan);
+  const DecodeColumns& p = params.columns;
+  const int seqs = static_cast<int>(min(int64_t{p.seqs}, *p.num_decodes));
+  uint64_t total = 0;
+  for (int first = 0; first < seqs; first += threads) {
+    const int s = first + static_cast<int>(threadIdx.x);
+    DecodeUnit unit{};
+    int units = 0;
+    if (s < seqs) {
+      unit.row = p.query_start[s], unit.kv_start = p.kv_start[s];
+      unit.tokens = p.query_start[s + 1] > unit.row ? max(p.seq_lens[s], 0) : 0;
+      const int length = unit_length(unit.tokens);
+      units = unit.tokens / length + (unit.tokens % length > 0);
+    }
+    const uint64_t mine = (static_cast<uint64_t>((int64_t{unit.tokens} + tile - 1) / tile) << 32) | units;
+    uint64_t all;
+    const uint64_t start = total + sum_before(mine, all);
+    if (s < seqs) before[s] = start;
+    for (int i = 0; i < units; ++i) {
+      unit.index = i;
+      plan.unit[static_cast<uint32_t>(start) + i] = unit;
+    }
+    total += all;
+  }
+  if (threadIdx.x == 0) before[seqs] = total, *plan.units = static_cast<int32_t>(total);
+  __syncthreads();
+
+  const int64_t tiles = static_cast<int64_t>(total >> 32);
+  const int units = static_cast<int>(total);
+  const auto first_unit = [&](int s) { return static_cast<int>(static_cast<uint32_t>(before[s])); };
+  const auto first_tile = [&](int s) { return static_cast<int64_t>(before[s] >> 32); };
+  // The first unit that starts at or behind this block's share of the tiles, and its index among its sequence's.
+  const auto start_of = [&](int block, int& index) {
+    const int64_t share = tiles * p.places * block / params.blocks;
+    index = 0;
+    if (share == tiles * p.places) return p.places * units;
+    const int head = static_cast<int>(share / tiles);
+    const int64_t at = share % tiles;
+    const int s = last_at_most(at, seqs, first_tile);
+    const int64_t offset = at - first_tile(s), unit_tiles = unit_length(p.seq_lens[s]) / tile;
+    const int here = first_unit(s + 1) - first_unit(s);
+    index = static_cast<int>((offset + unit_tiles - 1) / unit_tiles);
+    const int unit = first_unit(s) + index;
+    if (index == here) index = 0;
+    return head * units + unit;
+  };
+  __shared__ int32_t begins[PlanView::most_blocks + 1];
+  int index = 0;
+  const int block = threadIdx.x;  // there are fewer than threads
+  if (block <= params.blocks) begins[block] = start_of(block, index);
+  __syncthreads();
+  if (block <= params.blocks)
+    plan.starts[block] = {
+        begins[block], last_at_most(begins[block] - index, params.blocks + 1, [&](int b) { return int64_t{begins[b]}; })};
+  __threadfence();
+  __syncthreads();
+  let_next_kernel_start();
+}
+
+}  // namespace
+
+void launch_plan_decode(int32_t* plan, const DecodeColumns& c, Stream stream) {
+  require(c.seqs <= most_seqs, "plan_decode: ", c.seqs, " sequences, at most ", most_seqs, " fit");
+  launch(plan_decode_kernel, 1, threads, static_cast<size_t>(c.seqs + 1) * sizeof(uint64_t), stream,
+         PlanParams{plan, c, static_cast<int>(decode_blocks())});
+}
+
+void plan_decode(const PlanDecode& a) {
+  if (a.max_decodes == 0) return;
+  require(reinterpret_cast<uintptr_t>(a.plan.data) % 16 == 0, "plan_decode: plan must be 16-byte aligned");
+  launch_plan_decode(a.plan.as<int32_t>(),
+                     {a.query_start.as<int32_t>(), a.seq_lens.as<int32_t>(), a.kv_start.as<int32_t>(),
+                      a.num_decodes.as<int64_t>(), static_cast<int>(std::min(a.max_decodes, a.seq_lens.shape[0])),
+                      decode_places(a.heads, a.kv_heads)},
+                     a.stream);
+}
+
+}  // namespace hybrid::cuda
