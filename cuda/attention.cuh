@@ -26,7 +26,7 @@ struct AttentionParams {
   int kv_heads, group, dim, block_shift;     // group: query heads of a KV head; 2^block_shift tokens a block
   float scale_log2;                          // scale / ln 2: softmax is in base 2
   float* __restrict__ partials;              // decode only
-  int32_t* __restrict__ counters;            // decode only: one a (sequence, KV head, 16 query heads)
+  int32_t* __restrict__ counters;            // decode: one a (sequence, KV head, 16 query heads); sm_90 prefill: one
 };
 
 constexpr float minus_infinity = -__builtin_huge_valf();
