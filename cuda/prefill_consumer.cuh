@@ -53,8 +53,8 @@ class Consumer {
     if (tile_tokens > seen_by_all) mask(scores, limit, 0);
     soften(scores, largest, sum, keep);
     round_weights(weights, scores);
-    for (int tile = 1; tile < tiles; ++tile) {
-      layout_.k.wait_full(used_k_);
+    if (tiles > 1) layout_.k.wait_full(used_k_);
+    const auto step = [&]<bool masked>(int tile) {
       take_turn();
       start_scores(scores, query, layout_.key_tile(used_k_));
       layout_.v.wait_full(used_v_);
@@ -63,8 +63,10 @@ class Consumer {
       wait_products<1>();
       pin(scores);
       release(layout_.k, used_k_);
-      if ((tile + 1) * tile_tokens > seen_by_all) mask(scores, limit, tile * tile_tokens);
+      if constexpr (masked) mask(scores, limit, tile * tile_tokens);
       soften(scores, largest, sum, keep);
+      pin(scores);
+      if (tile + 1 < tiles) layout_.k.wait_full(used_k_);
       wait_products<0>();
       pin(out);
       release(layout_.v, used_v_);
@@ -73,7 +75,11 @@ class Consumer {
       for (int d = 0; d < out_columns; ++d)
 #pragma unroll
         for (int j = 0; j < 4; ++j) out[d][j] *= keep[j / 2];
-    }
+    };
+    const int whole = min(tiles, seen_by_all / tile_tokens);
+    int tile = 1;
+    for (; tile < whole; ++tile) step.template operator()<false>(tile);
+    for (; tile < tiles; ++tile) step.template operator()<true>(tile);
     release_work(n);
     layout_.v.wait_full(used_v_);
     clear_unseen(layout_.value_tile(used_v_), share.visible - (tiles - 1) * tile_tokens);
