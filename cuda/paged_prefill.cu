@@ -225,7 +225,7 @@ __global__ void __launch_bounds__(threads) paged_prefill_kernel(const __grid_con
   wait_for_previous_kernel();
   extern __shared__ uint4 shared[];
   Share share;
-  const int64_t index = gridDim.x - 1 - blockIdx.x;  // late rows see most tokens: the longest work first
+  const int index = gridDim.x - 1 - blockIdx.x;  // late rows see most tokens: the longest work first
   if (Prompts<Tile<dim>::rows>(p).find(p, index, blockIdx.y, share)) Prefill<T, dim>(p, share, shared).run();
 }
 

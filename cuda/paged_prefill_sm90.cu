@@ -28,13 +28,12 @@ class KvProducer {
       : params_(params), p_(params.attention), layout_(layout), slots_(slots), lane_(threadIdx.x % warp_size) {}
 
   __device__ void run() {
-    const Prompts<share_rows> prompts(p_);
-    const int64_t shares = prompts.shares(), indices = shares * p_.kv_heads;
+    const Prompts<Layout::share_rows> prompts(p_);
+    const int shares = prompts.shares(), indices = shares * p_.kv_heads;
     uint32_t works = 0;
     Share share{};
-    for (int64_t index = blockIdx.x; index < indices; index = next_index(indices)) {
-      const int head = static_cast<int>(index % p_.kv_heads);
-      if (!prompts.find(p_, shares - 1 - index / p_.kv_heads, head, share)) continue;
+    for (int index = blockIdx.x; index < indices; index = next_index(indices)) {
+      if (!prompts.find(p_, shares - 1 - index / p_.kv_heads, index % p_.kv_heads, share)) continue;
       hand_out(works++, share);
       load(share);
     }
@@ -44,13 +43,13 @@ class KvProducer {
 
  private:
   // Counts from the blocks' first indices on. Each of `indices` asks once: the last leaves zero for the next kernel.
-  __device__ int64_t next_index(int64_t indices) const {
+  __device__ int next_index(int indices) const {
     int taken = 0;
     if (lane_ == 0) {
       taken = atomicAdd(p_.counters, 1);
       if (taken == indices - 1) *p_.counters = 0;
     }
-    return int64_t{gridDim.x} + __shfl_sync(0xffffffffu, taken, 0);
+    return gridDim.x + __shfl_sync(0xffffffffu, taken, 0);
   }
 
   __device__ void hand_out(uint32_t n, const Share& share) const {
@@ -117,7 +116,7 @@ __device__ void load_queries(const AttentionParams<T>& p, const Layout<dim>& lay
     const Share share = slots[n % stages];
     if (share.seq < 0) return;
 #pragma unroll 2
-    for (int i = thread; i < share_rows * packs; i += query_threads) {
+    for (int i = thread; i < Layout<dim>::share_rows * packs; i += query_threads) {
       const int row = i / packs, pack = i % packs, packed = share.row0 + row;
       const bool valid = packed < share.rows;
       const int token = valid ? packed / p.group : 0, head = valid ? packed % p.group : 0;
@@ -135,7 +134,8 @@ __device__ void load_queries(const AttentionParams<T>& p, const Layout<dim>& lay
 
 // Only sm_90a has these instructions; has_wgmma() keeps other devices, and builds without sm_90a, away from here.
 template <class T, int dim>
-__global__ void __launch_bounds__(threads, 1) paged_prefill_sm90_kernel(const __grid_constant__ Params<T> params) {
+__global__ void __launch_bounds__(Layout<dim>::threads, 1)
+    paged_prefill_sm90_kernel(const __grid_constant__ Params<T> params) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ uint4 shared[];
   const uint32_t begin = shared_address(shared), start = (begin + 1023) / 1024 * 1024;
@@ -150,13 +150,13 @@ __global__ void __launch_bounds__(threads, 1) paged_prefill_sm90_kernel(const __
   let_next_kernel_start();
   wait_for_previous_kernel();
   if (threadIdx.x < group_threads) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(producer_registers));
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Layout<dim>::producer_registers));
     if (threadIdx.x < warp_size)
       KvProducer<T, dim>(params, layout, slots).run();
     else
       load_queries<T, dim>(params.attention, layout, slots);
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(consumer_registers));
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Layout<dim>::consumer_registers));
     Consumer<T, dim>(params.attention, layout, slots).run();
   }
 #endif
@@ -187,9 +187,9 @@ void launch_prefill(const AttentionParams<T>& p, int64_t rows, Stream stream) {
   params.k_map = map_of(p.k_cache, p, p.k_head, p.k_block, params.box_tokens);
   params.v_map = map_of(p.v_cache, p, p.v_head, p.v_block, params.box_tokens);
   params.attention.counters = zeroed_counters(1, stream);
-  const int64_t shares = (rows * p.group / share_rows + p.seqs) * p.kv_heads;
+  const int64_t shares = (rows * p.group / Layout<dim>::share_rows + p.seqs) * p.kv_heads;
   const dim3 grid(static_cast<unsigned>(std::min(shares, multiprocessors())));
-  launch(paged_prefill_sm90_kernel<T, dim>, grid, threads, Layout<dim>::bytes, stream, params);
+  launch(paged_prefill_sm90_kernel<T, dim>, grid, Layout<dim>::threads, Layout<dim>::bytes, stream, params);
 }
 
 }  // namespace prefill

@@ -22,7 +22,7 @@ class Consumer {
         row_(group_ * group_rows + threadIdx.x % group_threads / warp_size * 16 + lane_ / 4) {}
 
   __device__ void run() {
-    if (group_ == 1) pass_turn();  // the first turn is group 0's
+    if (group_ == Layout::groups - 1) pass_turn();  // the first turn is group 0's
     for (uint32_t n = 0;; ++n) {
       layout_.work.wait_full(n);
       const Share share = slots_[n % stages];
@@ -90,8 +90,10 @@ class Consumer {
     write_out(share, out, sum);
   }
 
-  __device__ void take_turn() const { meet(turn_barrier + group_, groups * group_threads); }
-  __device__ void pass_turn() const { pass(turn_barrier + 1 - group_, groups * group_threads); }
+  // Named barriers: one a warpgroup for its turn, one for its own threads.
+  __device__ void take_turn() const { meet(1 + group_, 2 * group_threads); }
+  __device__ void pass_turn() const { pass(1 + (group_ + 1) % Layout::groups, 2 * group_threads); }
+  __device__ void meet_group() const { meet(1 + Layout::groups + group_, group_threads); }
   __device__ void release(const Ring<stages>& ring, uint32_t& n) const {
     __syncwarp();
     if (lane_ == 0) arrive(ring.empty(n));
@@ -179,7 +181,7 @@ class Consumer {
                      "r"(0)
                      : "memory");
     publish_shared();
-    meet(group_barrier + group_, group_threads);
+    meet_group();
   }
 
   __device__ void write_out(const Share& share, const float (&out)[out_columns][4], const float (&sum)[2]) const {
@@ -189,13 +191,32 @@ class Consumer {
       total += __shfl_xor_sync(0xffffffffu, total, 1);
       total += __shfl_xor_sync(0xffffffffu, total, 2);
       const int packed = share.row0 + row_ + r * 8;
-      if (packed >= share.rows) continue;
       const float scale = 1.0f / total;
       T* to = p_.out + (share.first_row + packed / p_.group) * p_.out_row +
-              (int64_t{share.head} * p_.group + packed % p_.group) * p_.out_head + lane_ % 4 * 2;
+              (int64_t{share.head} * p_.group + packed % p_.group) * p_.out_head + lane_ % 4 * 8;
 #pragma unroll
-      for (int d = 0; d < out_columns; ++d)
-        *reinterpret_cast<uint32_t*>(to + d * 8) = pair_of<T>(out[d][2 * r] * scale, out[d][2 * r + 1] * scale);
+      for (int d = 0; d < out_columns; d += 4) {
+        uint32_t pairs[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) pairs[i] = pair_of<T>(out[d + i][2 * r] * scale, out[d + i][2 * r + 1] * scale);
+        transpose(pairs);
+        if (packed < share.rows) *reinterpret_cast<uint4*>(to + d * 8) = {pairs[0], pairs[1], pairs[2], pairs[3]};
+      }
+    }
+  }
+
+  // Of every four lanes: lane i's word j becomes lane j's word i.
+  __device__ void transpose(uint32_t (&words)[4]) const {
+#pragma unroll
+    for (int step = 1; step <= 2; step *= 2) {
+      const bool upper = lane_ & step;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (i & step) continue;
+        uint32_t &low = words[i], &high = words[i + step];
+        const uint32_t got = __shfl_xor_sync(0xffffffffu, upper ? low : high, step);
+        low = upper ? got : low, high = upper ? high : got;
+      }
     }
   }
 

@@ -6,13 +6,9 @@
 
 namespace hybrid::cuda::prefill {
 
-constexpr int group_threads = 128, groups = 2, group_rows = 64, share_rows = groups * group_rows;
-constexpr int threads = (1 + groups) * group_threads, query_threads = 3 * warp_size;
+constexpr int group_threads = 128, group_rows = 64, query_threads = 3 * warp_size;
 constexpr int tile_tokens = 128, stages = 2;
-constexpr int producer_registers = 40, consumer_registers = 232;
 constexpr int column_bytes = 128;  // a tile's rows are cut into columns of 64 elements, each swizzled on its own
-// Named barriers: one a warpgroup for its turn, one for its own threads.
-constexpr int turn_barrier = 1, group_barrier = 1 + groups;
 
 template <class T>
 struct Params {
@@ -24,6 +20,10 @@ struct Params {
 // Where things lie in shared memory.
 template <int dim>
 struct Layout {
+  // Of computing warpgroups as many as there are registers for.
+  static constexpr int groups = dim == 64 ? 3 : 2, share_rows = groups * group_rows;
+  static constexpr int threads = (1 + groups) * group_threads;
+  static constexpr int producer_registers = groups == 3 ? 32 : 40, consumer_registers = groups == 3 ? 160 : 232;
   static constexpr int columns = dim / 64;
   static constexpr int query_column = share_rows * column_bytes, kv_column = tile_tokens * column_bytes;
   static constexpr int query_bytes = columns * query_column, kv_bytes = columns * kv_column;

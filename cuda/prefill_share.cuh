@@ -30,27 +30,27 @@ struct Prompts {
     starts = p.query_start + first_seq, group = p.group;
   }
 
-  __device__ int64_t first_share(int s) const { return (int64_t{starts[s]} - starts[0]) * group / share_rows + s; }
+  __device__ int first_share(int s) const { return (starts[s] - starts[0]) * group / share_rows + s; }
 
   // By one warp. Sequences at the end that own nothing have no share.
-  __device__ int64_t shares() const {
+  __device__ int shares() const {
     if (seqs <= 0 || starts[seqs] == starts[0]) return 0;
-    const int64_t last = starts[seqs] - 1;
+    const int last = starts[seqs] - 1;
     const int count = last_not_above(last, seqs, [&](int s) { return starts[s]; }) + 1;
     return (last + 1 - starts[0]) * group / share_rows + count;
   }
 
   // By one warp; false if nobody needs this index.
   template <class T>
-  __device__ bool find(const AttentionParams<T>& p, int64_t index, int head, Share& share) const {
+  __device__ bool find(const AttentionParams<T>& p, int index, int head, Share& share) const {
     if (seqs <= 0) return false;
     const int s = last_not_above(index, seqs, [&](int i) { return first_share(i); });
     const int queries = starts[s + 1] - starts[s];
-    const int64_t row0 = (index - first_share(s)) * share_rows;
-    if (row0 >= int64_t{queries} * group) return false;
+    const int row0 = (index - first_share(s)) * share_rows;
+    if (row0 >= queries * group) return false;
     share.seq = first_seq + s;
     share.head = head;
-    share.row0 = static_cast<int>(row0);
+    share.row0 = row0;
     share.rows = queries * group;
     share.position = p.seq_lens[share.seq] - queries;
     share.visible = share.position + (min(share.rows, share.row0 + share_rows) - 1) / group + 1;
