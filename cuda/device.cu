@@ -74,6 +74,12 @@ bool can_overlap_launches() {
   return current().capability >= 9;
 }
 
+bool has_wgmma() {
+  if (!HYBRID_SM90A) return false;
+  const std::lock_guard lock(guard);
+  return current().capability == 9;
+}
+
 void* scratch(size_t bytes, Stream stream) {
   const std::lock_guard lock(guard);
   return at_least(current().scratch, bytes, stream);

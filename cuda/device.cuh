@@ -10,6 +10,7 @@ namespace hybrid::cuda {
 
 int64_t multiprocessors();
 int64_t shared_bytes_per_multiprocessor();
+bool has_wgmma();  // Hopper's own instructions: on the device, and compiled for it (sm_90a)
 
 // At least `bytes` of scratch of the current device, 256-byte aligned, contents undefined. Its users are ordered on one
 // stream per device: two streams of a device must not run ops that take scratch at the same time.

@@ -1,12 +1,13 @@
 // Paged attention of sequences with several query rows each (prompts, or chunks of them).
 //
-// The query heads of a KV head are packed: row r of a sequence is head r % group of query token r / group. A block
-// takes 128 such rows (64 for head size 256) of one KV head and walks the KV tokens in tiles of 64 (32), always from
-// token 0 and always in order: a row's bits depend on its position alone, not on how a prompt was cut. K and V tiles
-// come by cp.async through the block table, one ahead of the products; scores and outputs stay in registers (m16n8k16,
-// 4 warps of 32 or 16 rows). Blocks find their sequence on the device: the grid depends on the number of rows only.
-// Compute-bound: 2 products of 2 x rows x visible tokens x dim operations a head.
-#include "attention.cuh"
+// Here the choice of the kernel, and the one for any device since sm_80. A block takes a share (prefill_share.cuh) of
+// 128 packed rows (64 for head size 256) and walks the KV tokens in tiles of 64 (32), always from token 0 and always in
+// order: a row's bits depend on its position alone, not on how a prompt was cut. K and V tiles come by cp.async through
+// the block table, one ahead of the products; scores and outputs stay in registers (m16n8k16, 4 warps of 32 or 16
+// rows). Compute-bound: 2 products of 2 x rows x visible tokens x dim operations a head.
+#include "device.cuh"
+#include "paged_prefill.cuh"
+#include "prefill_share.cuh"
 
 namespace hybrid::cuda {
 
@@ -22,37 +23,6 @@ struct Tile {
   static constexpr int kv_packs = tokens * row_packs<dim>;
   static constexpr size_t bytes = (size_t{rows} * row_packs<dim> + 4 * kv_packs) * 16;
 };
-
-// A block's share: packed rows [row0, row0 + Tile::rows) of a sequence and KV head.
-struct Share {
-  int seq, head;
-  int row0, rows;     // `rows`: of the whole sequence, packed
-  int position;       // of the sequence's first query row
-  int visible;        // KV tokens that the last row of the share sees
-  int64_t first_row;  // of q and out
-};
-
-// Sequences own consecutive block indices, at least as many as they need: floor sums bound the ceilings.
-template <class T, int dim>
-__device__ bool find_share(const AttentionParams<T>& p, Share& share) {
-  const int first_seq = p.num_decodes != nullptr ? static_cast<int>(*p.num_decodes) : 0, seqs = p.seqs - first_seq;
-  if (seqs <= 0) return false;
-  const int32_t* starts = p.query_start + first_seq;
-  const int64_t index = gridDim.x - 1 - blockIdx.x;  // late rows see most tokens: the longest work first
-  const auto first_block = [&](int s) { return (int64_t{starts[s]} - starts[0]) * p.group / Tile<dim>::rows + s; };
-  const int s = last_not_above(index, seqs, first_block);
-  const int queries = starts[s + 1] - starts[s];
-  const int64_t row0 = (index - first_block(s)) * Tile<dim>::rows;
-  if (row0 >= int64_t{queries} * p.group) return false;
-  share.seq = first_seq + s;
-  share.head = blockIdx.y;
-  share.row0 = static_cast<int>(row0);
-  share.rows = queries * p.group;
-  share.position = p.seq_lens[share.seq] - queries;
-  share.visible = share.position + (min(share.rows, share.row0 + Tile<dim>::rows) - 1) / p.group + 1;
-  share.first_row = starts[s];
-  return true;
-}
 
 template <class T, int dim>
 class Prefill {
@@ -255,13 +225,15 @@ __global__ void __launch_bounds__(threads) paged_prefill_kernel(const __grid_con
   wait_for_previous_kernel();
   extern __shared__ uint4 shared[];
   Share share;
-  if (find_share<T, dim>(p, share)) Prefill<T, dim>(p, share, shared).run();
+  const int index = gridDim.x - 1 - blockIdx.x;  // late rows see most tokens: the longest work first
+  if (Prompts<Tile<dim>::rows>(p).find(p, index, blockIdx.y, share)) Prefill<T, dim>(p, share, shared).run();
 }
 
 }  // namespace
 
 template <class T>
 void paged_prefill(const AttentionParams<T>& p, int64_t rows, Stream stream) {
+  if (has_wgmma() && (p.dim == 64 || p.dim == 128)) return paged_prefill_sm90<T>(p, rows, stream);
   by_head_dim(p.dim, [&]<int head_dim>() {
     const dim3 grid(static_cast<unsigned>(rows * p.group / Tile<head_dim>::rows + p.seqs),
                     static_cast<unsigned>(p.kv_heads));

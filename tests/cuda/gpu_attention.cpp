@@ -245,6 +245,86 @@ TYPED_TEST(GpuAttentionBits, gives_a_prompt_the_same_bits_however_it_is_cut) {
   }
 }
 
+// Tiles that end in the middle of a sequence, a block or a group; a long context; a sequence that owns nothing.
+TYPED_TEST(GpuAttentionBits, equals_its_cpu_twin_for_prompts_of_every_group_and_block_size) {
+  using T = TypeParam;
+  const std::vector<Sequence> batches[] = {{{128, 128}, {0, 0}, {1, 1}, {129, 257}, {16, 143}, {1, 385}},
+                                           {{300, 300}, {31, 2081}, {0, 0}}};
+  for (int64_t dim : {64, 128})
+    for (int64_t group : {1, 4, 7, 8})
+      for (int64_t block_size : {16, 32, 64, 256})
+        for (const auto& sequences : batches) {
+          SCOPED_TRACE(concat("dim ", dim, " group ", group, " block ", block_size, " first ", sequences[0].queries));
+          Batch<T> batch({2 * group, 2, dim, block_size}, sequences, this->rng, 0);
+          batch.run_both();
+          expect_close(batch.out, rounding<T>(), absolute<T>(), "out");
+          if (this->HasFatalFailure()) return;
+        }
+}
+
+TYPED_TEST(GpuAttentionBits, gives_a_prompt_the_same_bits_alone_in_a_batch_and_again) {
+  using T = TypeParam;
+  for (int64_t dim : {64, 128}) {
+    Batch<T> batch({14, 2, dim, 16}, {{200, 200}, {333, 900}, {64, 64}, {700, 1500}}, this->rng, 0);
+    paged_attention(batch.args(Device::cuda));
+    const std::vector<T> together = batch.out.download();
+    for (int again = 0; again < 20; ++again) {
+      batch.out.poison();
+      paged_attention(batch.args(Device::cuda));
+      const std::vector<T> got = batch.out.download();
+      ASSERT_EQ(std::memcmp(got.data(), together.data(), got.size() * sizeof(T)), 0) << "run " << again;
+    }
+    // The second sequence alone: the others own nothing.
+    batch.query_start.host() = {200, 200, 533, 533, 533}, batch.query_start.upload();
+    batch.seq_lens.host() = {0, 900, 0, 0}, batch.seq_lens.upload(), batch.out.poison();
+    paged_attention(batch.args(Device::cuda));
+    const std::vector<T> got = batch.out.download();
+    const size_t row = static_cast<size_t>(14 * dim);
+    ASSERT_EQ(std::memcmp(got.data() + 200 * row, together.data() + 200 * row, 333 * row * sizeof(T)), 0) << dim;
+  }
+}
+
+TYPED_TEST(GpuAttentionBits, replays_captured_prompts_with_other_lengths_kinds_and_padding) {
+  using T = TypeParam;
+  struct Case {
+    std::vector<int32_t> query_start, seq_lens;
+    int64_t decodes;
+  };
+  for (int64_t dim : {64, 80, 128}) {
+    Batch<T> batch({8, 2, dim, 16}, {{1, 300}, {70, 200}, {100, 100}, {129, 600}}, this->rng);
+    cudaStream_t stream = nullptr;
+    cuda::check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+    PagedAttention args = batch.args(Device::cuda);
+    args.stream = stream, args.max_decodes = 3, args.max_prompts = 4;
+    paged_attention(args);  // scratch grows outside of capture
+    cuda::check(cudaStreamSynchronize(stream));
+    cudaGraph_t graph = nullptr;
+    cudaGraphExec_t executable = nullptr;
+    cuda::check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+    paged_attention(args);
+    cuda::check(cudaStreamEndCapture(stream, &graph));
+    cuda::check(cudaGraphInstantiate(&executable, graph, 0));
+    for (const Case& c : {Case{{0, 1, 71, 171, 300}, {300, 200, 100, 600}, 1}, Case{{0, 300, 300, 300, 300}, {300}, 0},
+                          Case{{0, 1, 2, 3, 200}, {20, 199, 3, 598}, 3}, Case{{0, 1, 2, 2, 2}, {17, 128}, 2},
+                          Case{{0, 0, 0, 0, 0}, {}, 0}, Case{{0, 2, 131, 131, 131}, {299, 177}, 0}}) {
+      SCOPED_TRACE(concat("dim ", dim, ", rows of the first ", c.query_start[1], ", of all ", c.query_start[4]));
+      batch.query_start.host() = c.query_start, batch.seq_lens.host() = c.seq_lens;
+      batch.seq_lens.host().resize(4), batch.num_decodes.host()[0] = c.decodes;
+      batch.query_start.upload(), batch.seq_lens.upload(), batch.num_decodes.upload(), batch.out.poison();
+      cuda::check(cudaGraphLaunch(executable, stream));
+      cuda::check(cudaStreamSynchronize(stream));
+      PagedAttention on_cpu = batch.args(Device::cpu);
+      on_cpu.max_decodes = c.decodes, on_cpu.max_prompts = 4, on_cpu.max_query_len = 300;
+      paged_attention(on_cpu);
+      expect_close(batch.out, rounding<T>(), absolute<T>(), "out");  // rows of nobody stay poisoned
+      if (this->HasFatalFailure()) return;
+    }
+    cuda::check(cudaGraphExecDestroy(executable));
+    cuda::check(cudaGraphDestroy(graph));
+    cuda::check(cudaStreamDestroy(stream));
+  }
+}
+
 TYPED_TEST(GpuAttentionBits, replays_a_captured_decode_with_other_lengths_and_padding) {
   using T = TypeParam;
   const std::vector<Sequence> sequences{{1, 3000}, {1, 10}, {1, 512}, {1, 2000}};

@@ -1,0 +1,208 @@
+// Paged attention of prompts for Hopper: the products of paged_prefill.cu on wgmma, head sizes 64 and 128.
+//
+// A block stays on its multiprocessor and takes shares (prefill_share.cuh) of 128 packed rows, those that see most
+// tokens first, from a counter. Its warps have roles: one finds the shares and has the copy engine fill two-stage rings
+// of K and of V tiles through the block table; three load the queries of the share after the present one; two
+// warpgroups compute 64 rows each. A computing warpgroup starts the scores of the next KV tile and then the outputs of
+// this one, and does the softmax of the next while the outputs are computed; the two take turns at starting, so that
+// one's softmax runs under the other's products as well.
+//
+// KV tiles are of 128 tokens, always from token 0 and in order, and a tile of which a row sees nothing changes none of
+// its bits: a row's bits depend on its position alone, not on how a prompt was cut.
+// Compute-bound: 2 products of 2 x rows x visible tokens x dim operations a head.
+#include "device.cuh"
+#include "paged_prefill.cuh"
+#include "prefill_consumer.cuh"
+
+namespace hybrid::cuda {
+
+namespace prefill {
+
+// One warp: finds shares, tells the others, and fills the rings of K and V.
+template <class T, int dim>
+class KvProducer {
+  using Layout = Layout<dim>;
+
+ public:
+  __device__ KvProducer(const Params<T>& params, const Layout& layout, Share* slots)
+      : params_(params), p_(params.attention), layout_(layout), slots_(slots), lane_(threadIdx.x % warp_size) {}
+
+  __device__ void run() {
+    const Prompts<Layout::share_rows> prompts(p_);
+    const int shares = prompts.shares(), indices = shares * p_.kv_heads;
+    uint32_t works = 0;
+    Share share{};
+    for (int index = blockIdx.x; index < indices; index = next_index(indices)) {
+      if (!prompts.find(p_, shares - 1 - index / p_.kv_heads, index % p_.kv_heads, share)) continue;
+      hand_out(works++, share);
+      load(share);
+    }
+    share.seq = -1;
+    hand_out(works, share);
+  }
+
+ private:
+  // Counts from the blocks' first indices on. Each of `indices` asks once: the last leaves zero for the next kernel.
+  __device__ int next_index(int indices) const {
+    int taken = 0;
+    if (lane_ == 0) {
+      taken = atomicAdd(p_.counter, 1);
+      if (taken == indices - 1) *p_.counter = 0;
+    }
+    return gridDim.x + __shfl_sync(0xffffffffu, taken, 0);
+  }
+
+  __device__ void hand_out(uint32_t n, const Share& share) const {
+    layout_.work.wait_empty(n);
+    if (lane_ == 0) {
+      slots_[n % stages] = share;
+      arrive(layout_.work.full(n));
+    }
+    __syncwarp();
+  }
+
+  // Lane i copies box i of a tile. K runs ahead of V by a tile, as its use does.
+  __device__ void load(const Share& share) {
+    const int tiles = (share.visible + tile_tokens - 1) / tile_tokens;
+    int block = block_of(share, 0), next_block = 0;
+    load_tile(share, 0, block, params_.k_map, layout_.k, used_k_, layout_.key_tile(used_k_));
+    for (int tile = 0; tile < tiles; ++tile) {
+      if (tile + 1 < tiles) {
+        next_block = block_of(share, tile + 1);
+        load_tile(share, tile + 1, next_block, params_.k_map, layout_.k, used_k_, layout_.key_tile(used_k_));
+      }
+      load_tile(share, tile, block, params_.v_map, layout_.v, used_v_, layout_.value_tile(used_v_));
+      block = next_block;
+    }
+  }
+  __device__ int token_of(int tile) const { return tile * tile_tokens + lane_ * params_.box_tokens; }
+  __device__ bool has_box(const Share& share, int tile) const {
+    return lane_ * params_.box_tokens < tile_tokens && token_of(tile) < share.visible;
+  }
+  __device__ int block_of(const Share& share, int tile) const {
+    return has_box(share, tile) ? p_.kv_blocks[p_.kv_start[share.seq] + (token_of(tile) >> p_.block_shift)] : 0;
+  }
+  __device__ void load_tile(const Share& share, int tile, int block, const CUtensorMap& map, const Ring<stages>& ring,
+                            uint32_t& n, uint32_t to) const {
+    const bool mine = has_box(share, tile);
+    const int box_bytes = params_.box_tokens * dim * 2, boxes = __popc(__ballot_sync(0xffffffffu, mine));
+    ring.wait_empty(n);
+    if (lane_ == 0) arrive_expecting(ring.full(n), boxes * box_bytes);
+    __syncwarp();
+    if (mine)
+#pragma unroll
+      for (int column = 0; column < Layout::columns; ++column)
+        copy_box(to + column * Layout::kv_column + lane_ * params_.box_tokens * column_bytes, &map, column * 64,
+                 token_of(tile) & ((1 << p_.block_shift) - 1), share.head, block, ring.full(n));
+    __syncwarp();
+    ++n;
+  }
+
+  const Params<T>& params_;
+  const AttentionParams<T>& p_;
+  const Layout& layout_;
+  Share* slots_;
+  const int lane_;
+  uint32_t used_k_ = 0, used_v_ = 0;
+};
+
+// Three warps: the queries of every share, zeros beyond the sequence's last row.
+template <class T, int dim>
+__device__ void load_queries(const AttentionParams<T>& p, const Layout<dim>& layout, const Share* slots) {
+  constexpr int packs = dim / 8;
+  const int thread = threadIdx.x % group_threads - warp_size;
+  for (uint32_t n = 0;; ++n) {
+    layout.work.wait_full(n);
+    const Share share = slots[n % stages];
+    if (share.seq < 0) return;
+#pragma unroll 2
+    for (int i = thread; i < Layout<dim>::share_rows * packs; i += query_threads) {
+      const int row = i / packs, pack = i % packs, packed = share.row0 + row;
+      const bool valid = packed < share.rows;
+      const int token = valid ? packed / p.group : 0, head = valid ? packed % p.group : 0;
+      const T* from =
+          p.q + (share.first_row + token) * p.q_row + (int64_t{share.head} * p.group + head) * p.q_head + pack * 8;
+      const uint32_t column = layout.query_tile(n) + pack / 8 * Layout<dim>::query_column;
+      copy_async(column + row * column_bytes + (pack % 8 ^ row % 8) * 16, from, valid);
+    }
+    commit_copies();
+    wait_copies<0>();
+    publish_shared();
+    arrive(layout.queries.full(n));
+  }
+}
+
+// Only sm_90a has these instructions; has_wgmma() keeps other devices, and builds without sm_90a, away from here.
+template <class T, int dim>
+__global__ void __launch_bounds__(Layout<dim>::threads, 1)
+    paged_prefill_sm90_kernel(const __grid_constant__ Params<T> params) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  extern __shared__ uint4 shared[];
+  const uint32_t begin = shared_address(shared), start = (begin + 1023) / 1024 * 1024;
+  const Layout<dim> layout(start);
+  Share* slots = reinterpret_cast<Share*>(reinterpret_cast<char*>(shared) + (start - begin) + Layout<dim>::shares);
+  if (threadIdx.x == 0) {
+    layout.init_barriers();
+    prefetch_map(&params.k_map);
+    prefetch_map(&params.v_map);
+  }
+  __syncthreads();
+  let_next_kernel_start();
+  wait_for_previous_kernel();
+  if (threadIdx.x < group_threads) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Layout<dim>::producer_registers));
+    if (threadIdx.x < warp_size)
+      KvProducer<T, dim>(params, layout, slots).run();
+    else
+      load_queries<T, dim>(params.attention, layout, slots);
+  } else {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Layout<dim>::consumer_registers));
+    Consumer<T, dim>(params.attention, layout, slots).run();
+  }
+#endif
+}
+
+// Tokens x heads x blocks of one side of the cache, to be copied in boxes of `box_tokens` x 64 elements.
+template <class T>
+CUtensorMap map_of(const T* cache, const AttentionParams<T>& p, int64_t head_stride, int64_t block_stride,
+                   int box_tokens) {
+  const cuuint64_t dim = static_cast<cuuint64_t>(p.dim), block_size = cuuint64_t{1} << p.block_shift;
+  const cuuint64_t shape[] = {dim, block_size, static_cast<cuuint64_t>(p.kv_heads), cuuint64_t{1} << 31};
+  const cuuint64_t strides[] = {dim * sizeof(T), static_cast<cuuint64_t>(head_stride) * sizeof(T),
+                                static_cast<cuuint64_t>(block_stride) * sizeof(T)};
+  const cuuint32_t box[] = {64, static_cast<cuuint32_t>(box_tokens), 1, 1}, steps[] = {1, 1, 1, 1};
+  CUtensorMap map;
+  const CUresult result =
+      tensor_map_encoder()(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, const_cast<T*>(cache), shape, strides, box, steps,
+                           CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                           CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  require(result == CUDA_SUCCESS, "paged_attention: the driver refuses a tensor map, error ", static_cast<int>(result),
+          ", head stride ", head_stride, ", block stride ", block_stride);
+  return map;
+}
+
+template <class T, int dim>
+void launch_prefill(const AttentionParams<T>& p, int64_t rows, Stream stream) {
+  Params<T> params{p, std::min(1 << p.block_shift, tile_tokens), {}, {}};
+  params.k_map = map_of(p.k_cache, p, p.k_head, p.k_block, params.box_tokens);
+  params.v_map = map_of(p.v_cache, p, p.v_head, p.v_block, params.box_tokens);
+  params.attention.counter = zeroed_counters(1, stream);
+  const int64_t shares = (rows * p.group / Layout<dim>::share_rows + p.seqs) * p.kv_heads;
+  const dim3 grid(static_cast<unsigned>(std::min(shares, multiprocessors())));
+  launch(paged_prefill_sm90_kernel<T, dim>, grid, Layout<dim>::threads, Layout<dim>::bytes, stream, params);
+}
+
+}  // namespace prefill
+
+template <class T>
+void paged_prefill_sm90(const AttentionParams<T>& p, int64_t rows, Stream stream) {
+  if (p.dim == 64)
+    prefill::launch_prefill<T, 64>(p, rows, stream);
+  else
+    prefill::launch_prefill<T, 128>(p, rows, stream);
+}
+
+template void paged_prefill_sm90<BFloat16>(const AttentionParams<BFloat16>&, int64_t, Stream);
+template void paged_prefill_sm90<Float16>(const AttentionParams<Float16>&, int64_t, Stream);
+
+}  // namespace hybrid::cuda

@@ -1,0 +1,98 @@
+// Products of a warpgroup on Hopper's tensor cores (sm_90a): 64 rows a warpgroup, operands of a 16-bit type, float
+// sums.
+//
+// Of a 64-row tile, warp w holds rows [16 w, 16 w + 16) laid out as by mma.sync (mma.cuh): c[n][0..3] are columns
+// [8 n, 8 n + 8). Products run in the background: wgmma_fence() before the first, after registers they use changed;
+// commit_products() closes a group; until wait_products() the registers of a group may not be touched.
+#pragma once
+
+#include "mma.cuh"
+
+namespace hybrid::cuda {
+
+// A tile of shared memory, 128-byte rows of 64 elements with 16-byte pack i of row r stored at pack i ^ r % 8, as a
+// product's operand. Rows lie 128 bytes apart; a tile starts at a multiple of 1024 bytes. For a tile whose rows run
+// along the depth of the product (transposed), `next_columns` is the distance to the next 64 columns, in bytes.
+__device__ inline uint64_t swizzled_tile(uint32_t address, uint32_t next_columns = 0) {
+  constexpr uint64_t swizzle_128 = uint64_t{1} << 62, next_8_rows = uint64_t{1024 >> 4} << 32;
+  return swizzle_128 | next_8_rows | uint64_t{next_columns >> 4} << 16 | (address & 0x3ffff) >> 4;
+}
+
+__device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ inline void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int pending>
+__device__ inline void wait_products() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
+}
+
+// Keeps the compiler from moving uses of registers that a product in the background works on.
+template <int columns>
+__device__ inline void pin(float (&c)[columns][4]) {
+#pragma unroll
+  for (int n = 0; n < columns; ++n)
+#pragma unroll
+    for (int j = 0; j < 4; ++j) asm volatile("" : "+f"(c[n][j])::"memory");
+}
+
+#define HYBRID_C2(c, n)                                                                                                \
+  "+f"(c[n][0]), "+f"(c[n][1]), "+f"(c[n][2]), "+f"(c[n][3]), "+f"(c[n + 1][0]), "+f"(c[n + 1][1]), "+f"(c[n + 1][2]), \
+      "+f"(c[n + 1][3])
+#define HYBRID_C8(c, n) HYBRID_C2(c, n), HYBRID_C2(c, n + 2), HYBRID_C2(c, n + 4), HYBRID_C2(c, n + 6)
+#define HYBRID_32                                                                                   \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, " \
+  "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define HYBRID_64                                                                                    \
+  HYBRID_32                                                                                          \
+      ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, " \
+      "%50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+
+// c = a . b^T or, with `add`, c += a . b^T: 64 x 128 elements over a depth of 16; both operands' rows run along the
+// depth.
+template <class T>
+__device__ inline void product(float (&c)[16][4], uint64_t a, uint64_t b, bool add) {
+#define HYBRID_PRODUCT(type)                                                                                     \
+  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\nwgmma.mma_async.sync.aligned.m64n128k16.f32." type \
+               "." type " {" HYBRID_64 "}, %64, %65, add, 1, 1, 0, 0;\n}"                                        \
+               : HYBRID_C8(c, 0), HYBRID_C8(c, 8)                                                                \
+               : "l"(a), "l"(b), "r"(static_cast<int>(add)))
+  if constexpr (std::is_same_v<T, BFloat16>)
+    HYBRID_PRODUCT("bf16");
+  else
+    HYBRID_PRODUCT("f16");
+#undef HYBRID_PRODUCT
+}
+
+// c += a . b: a in registers as by mma.sync, the rows of b run along the columns of c, 64 or 128 of them.
+template <class T>
+__device__ inline void add_product(float (&c)[16][4], const uint32_t (&a)[4], uint64_t b) {
+#define HYBRID_PRODUCT(type)                                                               \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " {" HYBRID_64 \
+               "}, {%64, %65, %66, %67}, %68, 1, 1, 1, 1;"                                 \
+               : HYBRID_C8(c, 0), HYBRID_C8(c, 8)                                          \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+  if constexpr (std::is_same_v<T, BFloat16>)
+    HYBRID_PRODUCT("bf16");
+  else
+    HYBRID_PRODUCT("f16");
+#undef HYBRID_PRODUCT
+}
+template <class T>
+__device__ inline void add_product(float (&c)[8][4], const uint32_t (&a)[4], uint64_t b) {
+#define HYBRID_PRODUCT(type)                                                              \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " {" HYBRID_32 \
+               "}, {%32, %33, %34, %35}, %36, 1, 1, 1, 1;"                                \
+               : HYBRID_C8(c, 0)                                                          \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+  if constexpr (std::is_same_v<T, BFloat16>)
+    HYBRID_PRODUCT("bf16");
+  else
+    HYBRID_PRODUCT("f16");
+#undef HYBRID_PRODUCT
+}
+
+#undef HYBRID_C2
+#undef HYBRID_C8
+#undef HYBRID_32
+#undef HYBRID_64
+
+}  // namespace hybrid::cuda
