@@ -229,29 +229,49 @@ void linear_cases() {
       if (rows < 2048 || n < 100000) linear_case(name, n, k, rows);
 }
 
+void rotate_and_store_case(const Heads& h, bool normed, int64_t rows) {
+  const std::string name = "rotate_and_store " + std::to_string(rows) + " " + h.name + (normed ? " normed" : "");
+  if (!selected(name)) return;
+  Memory memory;
+  const int64_t heads = h.heads + 2 * h.kv_heads, blocks = (rows + block_size - 1) / block_size;
+  const double bytes = 4.0 * static_cast<double>(rows * heads * h.dim);  // read and written
+  const int64_t sets = sets_of(bytes, 64);
+  const TensorView cache = memory.random({sets, 2, blocks, h.kv_heads, block_size, h.dim}),
+                   qkv = memory.random({sets, rows, heads, h.dim}), weight = memory.random({h.dim});
+  std::vector<int64_t> slots(static_cast<size_t>(rows));
+  std::vector<int32_t> positions(slots.size());
+  for (size_t i = 0; i < slots.size(); ++i) slots[i] = static_cast<int64_t>(i), positions[i] = static_cast<int32_t>(i);
+  const auto part = [](const TensorView& t, int64_t offset, int first_dim) {
+    TensorView p = t;
+    p.ndim = 0, p.data = t.as<BFloat16>() + offset;
+    for (int d = first_dim; d < t.ndim; ++d) p.shape[p.ndim] = t.shape[d], p.strides[p.ndim] = t.strides[d], ++p.ndim;
+    return p;
+  };
+  const auto heads_of = [&](int64_t set, int64_t first, int64_t count) {
+    TensorView p = part(qkv, set * qkv.strides[0] + first * h.dim, 1);
+    p.shape[1] = count;
+    return p;
+  };
+  RotateAndStore a{};
+  a.cos_sin = memory.random({rows, h.dim}, DType::f32);
+  a.positions = memory.column(positions, DType::i32), a.slots = memory.column(slots, DType::i64);
+  if (normed) a.q_weight = a.k_weight = weight;
+  a.eps = 1e-6f, a.stream = stream;
+  const double time = time_of_launch(sets, [&](int64_t set) {
+    a.q = heads_of(set, 0, h.heads);
+    a.k = heads_of(set, h.heads, h.kv_heads), a.v = heads_of(set, h.heads + h.kv_heads, h.kv_heads);
+    a.k_cache = part(cache, set * cache.strides[0], 2);
+    a.v_cache = part(cache, set * cache.strides[0] + cache.strides[1], 2);
+    rotate_and_store(a);
+  });
+  report(name, time, bytes, 0);
+}
+
 void elementwise_cases() {
-  for (int64_t rows : {512, 4096, 16384}) {
-    const std::string name = "store_kv " + std::to_string(rows) + " x 8 x 128";
-    if (!selected(name)) continue;
-    Memory memory;
-    const int64_t blocks = rows / block_size, layers = 16;
-    const TensorView cache = memory.random({2 * layers, blocks, 8, block_size, 128}),
-                     kv = memory.random({layers, rows, 2, 8, 128});
-    std::vector<int64_t> slots(static_cast<size_t>(rows));
-    for (size_t i = 0; i < slots.size(); ++i) slots[i] = static_cast<int64_t>(i);
-    const TensorView slot = memory.column(slots, DType::i64);
-    const double time = time_of_launch(layers, [&](int64_t i) {
-      const auto part = [](const TensorView& t, int64_t offset, std::initializer_list<int> dims) {
-        TensorView p = t;
-        p.ndim = 0, p.data = t.as<BFloat16>() + offset;
-        for (int d : dims) p.shape[p.ndim] = t.shape[d], p.strides[p.ndim] = t.strides[d], ++p.ndim;
-        return p;
-      };
-      store_kv({part(cache, 2 * i * cache.strides[0], {1, 2, 3, 4}),
-                part(cache, (2 * i + 1) * cache.strides[0], {1, 2, 3, 4}), part(kv, i * kv.strides[0], {1, 3, 4}),
-                part(kv, i * kv.strides[0] + kv.strides[2], {1, 3, 4}), slot, stream});
-    });
-    report(name, time, 4.0 * static_cast<double>(rows * 8 * 128 * 2), 0);
+  for (const int64_t rows : {1, 8, 32, 128, 512, 4096, 16384}) {
+    for (const Heads& h : head_shapes) rotate_and_store_case(h, false, rows);
+    rotate_and_store_case(head_shapes[1], true, rows);
+    rotate_and_store_case({"1/8x128", 1, 8, 128}, false, rows);  // the cache write, nearly alone
   }
   for (const auto& [rows, dim] : {std::pair<int64_t, int64_t>{1, 4096}, {256, 896}, {256, 4096}, {8192, 4096}}) {
     const std::string shape = std::to_string(rows) + " x " + std::to_string(dim);
@@ -271,7 +291,7 @@ void elementwise_cases() {
              time_of_launch(sets,
                             [&](int64_t i) {
                               rms_norm({part(x, i, dim, dim), part(x, i, 0, dim), weight, part(residual, i, 0, dim),
-                                        1e-6f, stream});
+                                        1e-6f, false, stream});
                             }),
              4 * bytes, 0);
     if (selected("silu_mul " + shape))

@@ -23,11 +23,12 @@ __global__ void silu_mul_kernel(const __grid_constant__ SiluMulParams<T> p) {
   const int64_t packs = p.dim / per, total = p.rows * packs;
   for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < total; i += int64_t{gridDim.x} * blockDim.x) {
     const int64_t row = i / packs, at = i % packs * per;
-    const Pack<T> gate = Pack<T>::load(p.x + row * p.x_row + at), up = Pack<T>::load(p.x + row * p.x_row + p.dim + at);
-    Pack<T> out;
+    float gate[per], up[per];
+    Pack<T>::load(p.x + row * p.x_row + at).widen(gate);
+    Pack<T>::load(p.x + row * p.x_row + p.dim + at).widen(up);
 #pragma unroll
-    for (int j = 0; j < per; ++j) out.set(j, gate.at(j) / (1.0f + __expf(-gate.at(j))) * up.at(j));
-    out.store(p.out + row * p.out_row + at);
+    for (int j = 0; j < per; ++j) up[j] *= gate[j] / (1.0f + __expf(-gate[j]));
+    Pack<T>::narrow(up).store(p.out + row * p.out_row + at);
   }
 }
 

@@ -127,22 +127,9 @@ void check(const RmsNorm& a) {
   call.tensor("x", a.x, a.x.dtype, {any, any});
   call.tensor("out", a.out, a.x.dtype, {a.x.shape[0], a.x.shape[1]});
   call.tensor("weight", a.weight, a.x.dtype, {a.x.shape[1]});
+  call.need(!a.begins_residual || a.residual.defined(), "begins_residual without a residual");
   const DType sum = a.residual.dtype == DType::f32 ? DType::f32 : a.x.dtype;
   if (a.residual.defined()) call.tensor("residual", a.residual, sum, {a.x.shape[0], a.x.shape[1]});
-}
-
-void check(const Rotary& a) {
-  Call call("rotary");
-  call.float_type("q", a.q);
-  call.tensor("q", a.q, a.q.dtype, {any, any, any});
-  const int64_t rows = a.q.shape[0], dim = a.q.shape[2];
-  call.tensor("k", a.k, a.q.dtype, {rows, any, dim});
-  call.tensor("cos_sin", a.cos_sin, DType::f32, {any, any});
-  const int64_t rotary_dim = a.cos_sin.shape[1];
-  call.need(rotary_dim % 2 == 0 && rotary_dim <= dim, "cos_sin has rotary_dim ", rotary_dim,
-            ", expected an even number of at most dim = ", dim);
-  call.packed("positions", a.positions, DType::i32, {rows});
-  call.indices<int32_t>("positions", a.positions, 0, a.cos_sin.shape[0]);
 }
 
 void check(const SiluMul& a) {
@@ -164,17 +151,28 @@ void check_cache(Call& call, const char* name, const TensorView& t, DType dtype,
 
 }  // namespace
 
-void check(const StoreKv& a) {
-  Call call("store_kv");
-  call.float_type("k_cache", a.k_cache);
-  check_cache(call, "k_cache", a.k_cache, a.k_cache.dtype, {any, any, any, any});
-  const int64_t blocks = a.k_cache.shape[0], heads = a.k_cache.shape[1], size = a.k_cache.shape[2],
-                dim = a.k_cache.shape[3];
-  check_cache(call, "v_cache", a.v_cache, a.k_cache.dtype, {blocks, heads, size, dim});
-  call.tensor("k", a.k, a.k_cache.dtype, {any, heads, dim});
-  call.tensor("v", a.v, a.k_cache.dtype, {a.k.shape[0], heads, dim});
-  call.packed("slots", a.slots, DType::i64, {a.k.shape[0]});
-  call.indices<int64_t>("slots", a.slots, std::numeric_limits<int64_t>::min(), blocks * size);
+void check(const RotateAndStore& a) {
+  Call call("rotate_and_store");
+  call.float_type("q", a.q);
+  call.tensor("q", a.q, a.q.dtype, {any, any, any});
+  const int64_t rows = a.q.shape[0], dim = a.q.shape[2];
+  check_cache(call, "k_cache", a.k_cache, a.q.dtype, {any, any, any, dim});
+  const int64_t blocks = a.k_cache.shape[0], kv_heads = a.k_cache.shape[1], block_size = a.k_cache.shape[2];
+  check_cache(call, "v_cache", a.v_cache, a.q.dtype, {blocks, kv_heads, block_size, dim});
+  call.tensor("k", a.k, a.q.dtype, {rows, kv_heads, dim});
+  call.tensor("v", a.v, a.q.dtype, {rows, kv_heads, dim});
+  call.packed("cos_sin", a.cos_sin, DType::f32, {any, any});
+  const int64_t rotary_dim = a.cos_sin.shape[1];
+  call.need(rotary_dim % 2 == 0 && rotary_dim <= dim, "cos_sin has rotary_dim ", rotary_dim,
+            ", expected an even number of at most dim = ", dim);
+  call.packed("positions", a.positions, DType::i32, {rows});
+  call.indices<int32_t>("positions", a.positions, 0, a.cos_sin.shape[0]);
+  call.packed("slots", a.slots, DType::i64, {rows});
+  call.indices<int64_t>("slots", a.slots, std::numeric_limits<int64_t>::min(), blocks * block_size);
+  call.need(a.q_weight.defined() == a.k_weight.defined(), "q_weight and k_weight go together, one is missing");
+  if (!a.q_weight.defined()) return;
+  call.tensor("q_weight", a.q_weight, a.q.dtype, {dim});
+  call.tensor("k_weight", a.k_weight, a.q.dtype, {dim});
 }
 
 namespace {

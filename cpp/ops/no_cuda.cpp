@@ -17,9 +17,8 @@ void embedding(const Embedding&) { missing("embedding"); }
 void pack_weight(const PackWeight&) { missing("pack_weight"); }
 void linear(const Linear&) { missing("linear"); }
 void rms_norm(const RmsNorm&) { missing("rms_norm"); }
-void rotary(const Rotary&) { missing("rotary"); }
+void rotate_and_store(const RotateAndStore&) { missing("rotate_and_store"); }
 void silu_mul(const SiluMul&) { missing("silu_mul"); }
-void store_kv(const StoreKv&) { missing("store_kv"); }
 void paged_attention(const PagedAttention&) { missing("paged_attention"); }
 void copy_blocks(const CopyBlocks&) { missing("copy_blocks"); }
 void sample(const Sample&) { missing("sample"); }

@@ -56,21 +56,19 @@ def linear(
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x: T [rows, dim] -> the same shape."""
     out = torch.empty_like(x)
-    _kernels.rms_norm(out, x, weight, None, eps)
+    _kernels.rms_norm(out, x, weight, None, eps, False)
     return out
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
-    """residual (T or f32) += x, in place; returns norm(residual), of type T."""
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, out: Tensor | None = None, begins_residual: bool = False
+) -> Tensor:
+    """residual (T or f32) += x, in place; returns norm(residual), of type T. ``begins_residual``: residual = x instead,
+    whatever was in it."""
     if out is None:
         out = torch.empty_like(x)
-    _kernels.rms_norm(out, x, weight, residual, eps)
+    _kernels.rms_norm(out, x, weight, residual, eps, begins_residual)
     return out
-
-
-def rotary(q: Tensor, k: Tensor, cos_sin: Tensor, positions: Tensor) -> None:
-    """In place. q: T [rows, heads, dim], k: T [rows, kv_heads, dim], positions: i32 [rows]."""
-    _kernels.rotary(q, k, cos_sin, positions)
 
 
 def silu_mul(x: Tensor, out: Tensor | None = None) -> Tensor:
@@ -81,9 +79,22 @@ def silu_mul(x: Tensor, out: Tensor | None = None) -> Tensor:
     return out
 
 
-def store_kv(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> None:
-    """k, v: T [rows, kv_heads, dim] into caches T [blocks, kv_heads, block_size, dim] at slots i64 [rows]."""
-    _kernels.store_kv(k_cache, v_cache, k, v, slots)
+def rotate_and_store(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos_sin: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    eps: float = 0.0,
+) -> None:
+    """Norms (given weights, T [dim]) and rotates q, T [rows, heads, dim], in place; writes k, treated likewise, and v, T
+    [rows, kv_heads, dim], to caches T [blocks, kv_heads, block_size, dim] at slots i64 [rows]. positions: i32 [rows]."""
+    _kernels.rotate_and_store(q, k_cache, v_cache, k, v, cos_sin, positions, slots, q_weight, k_weight, eps)
 
 
 def paged_attention(
