@@ -267,39 +267,39 @@ void rotate_and_store_case(const Heads& h, bool normed, int64_t rows) {
   report(name, time, bytes, 0);
 }
 
+// x holds rows of three parts: input and output of the norm, or both inputs and the output of the product. The residual
+// is f32, as in the models.
+void row_cases(int64_t rows, int64_t dim) {
+  const std::string shape = std::to_string(rows) + " x " + std::to_string(dim);
+  const double bytes = 2.0 * static_cast<double>(rows * dim);
+  const int64_t sets = sets_of(4 * bytes, 64);
+  const bool norms = selected("add+rms_norm " + shape), gates = selected("silu_mul " + shape);
+  if (!norms && !gates) return;
+  Memory memory;
+  const TensorView x = memory.random({sets, rows, 3 * dim}), weight = memory.random({dim}),
+                   residual = memory.random({sets, rows, dim}, DType::f32);
+  const auto part = [&](const TensorView& t, int64_t i, int64_t first, int64_t size) {
+    TensorView p = t;
+    p.ndim = 2, p.shape[0] = rows, p.shape[1] = size, p.strides[0] = t.strides[1], p.strides[1] = 1;
+    p.data = t.as<char>() + (i * t.strides[0] + first) * item_size(t.dtype);
+    return p;
+  };
+  const auto norm = [&](int64_t i) {
+    rms_norm({part(x, i, dim, dim), part(x, i, 0, dim), weight, part(residual, i, 0, dim), 1e-6f, false, stream});
+  };
+  const auto gate = [&](int64_t i) { silu_mul({part(x, i, 2 * dim, dim), part(x, i, 0, 2 * dim), stream}); };
+  if (norms) report("add+rms_norm " + shape, time_of_launch(sets, norm), 6 * bytes, 0);
+  if (gates) report("silu_mul " + shape, time_of_launch(sets, gate), 3 * bytes, 0);
+}
+
 void elementwise_cases() {
   for (const int64_t rows : {1, 8, 32, 128, 512, 4096, 16384}) {
     for (const Heads& h : head_shapes) rotate_and_store_case(h, false, rows);
     rotate_and_store_case(head_shapes[1], true, rows);
     rotate_and_store_case({"1/8x128", 1, 8, 128}, false, rows);  // the cache write, nearly alone
   }
-  for (const auto& [rows, dim] : {std::pair<int64_t, int64_t>{1, 4096}, {256, 896}, {256, 4096}, {8192, 4096}}) {
-    const std::string shape = std::to_string(rows) + " x " + std::to_string(dim);
-    const double bytes = 2.0 * static_cast<double>(rows * dim);
-    const int64_t sets = sets_of(4 * bytes, 64);
-    Memory memory;
-    const TensorView x = memory.random({sets, rows, 3 * dim}), weight = memory.random({dim}),
-                     residual = memory.random({sets, rows, dim});
-    const auto part = [&](const TensorView& t, int64_t i, int64_t first, int64_t size) {
-      TensorView p = t;
-      p.ndim = 2, p.shape[0] = rows, p.shape[1] = size, p.strides[0] = t.strides[1], p.strides[1] = 1;
-      p.data = t.as<BFloat16>() + i * t.strides[0] + first;
-      return p;
-    };
-    if (selected("add+rms_norm " + shape))
-      report("add+rms_norm " + shape,
-             time_of_launch(sets,
-                            [&](int64_t i) {
-                              rms_norm({part(x, i, dim, dim), part(x, i, 0, dim), weight, part(residual, i, 0, dim),
-                                        1e-6f, false, stream});
-                            }),
-             4 * bytes, 0);
-    if (selected("silu_mul " + shape))
-      report("silu_mul " + shape,
-             time_of_launch(sets,
-                            [&](int64_t i) { silu_mul({part(residual, i, 0, dim), part(x, i, 0, 2 * dim), stream}); }),
-             3 * bytes, 0);
-  }
+  for (const int64_t rows : {1, 8, 256, 2048, 8192})
+    for (const int64_t dim : {896, 4096, 8192}) row_cases(rows, dim);
 }
 
 void sample_cases() {

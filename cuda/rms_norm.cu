@@ -119,9 +119,10 @@ void launch_rms_norm(const RmsNorm& a) {
   require(dim % per == 0 && packs <= most_threads * most_turns, "rms_norm: dimension ", dim, " must be a multiple of ",
           per, " of at most ", most_threads * most_turns * per);
   for (const TensorView* t : {&a.out, &a.x, &a.weight, &a.residual}) require_packs("rms_norm", *t);
-  const RmsNormParams<T, R> p{a.out.as<T>(),         a.x.as<T>(),           a.weight.as<T>(), a.residual.as<R>(),
-                              a.out.strides[0],      a.x.strides[0],        a.residual.strides[0],
-                              static_cast<int>(dim), a.eps,                 a.begins_residual};
+  const RmsNormParams<T, R> p{a.out.as<T>(),         a.x.as<T>(),           a.weight.as<T>(),
+                              a.residual.as<R>(),    a.out.strides[0],      a.x.strides[0],
+                              a.residual.strides[0], static_cast<int>(dim), a.eps,
+                              a.begins_residual};
   const auto run = [&]<int turns>() {
     const int64_t threads = ceil_div(ceil_div(packs, turns), warp_size) * warp_size;
     launch(rms_norm_kernel<T, R, turns>, static_cast<unsigned>(rows), static_cast<unsigned>(threads), 0, a.stream, p);
