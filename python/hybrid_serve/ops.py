@@ -92,8 +92,9 @@ def rotate_and_store(
     k_weight: Tensor | None = None,
     eps: float = 0.0,
 ) -> None:
-    """Norms (given weights, T [dim]) and rotates q, T [rows, heads, dim], in place; writes k, treated likewise, and v, T
-    [rows, kv_heads, dim], to caches T [blocks, kv_heads, block_size, dim] at slots i64 [rows]. positions: i32 [rows]."""
+    """q: T [rows, heads, dim], normed (given weights T [dim]) and rotated in place for positions i32 [rows]. k, treated
+    likewise, and v: T [rows, kv_heads, dim], only read, go to slots i64 [rows] of the caches, T [blocks, kv_heads,
+    block_size, dim]."""
     _kernels.rotate_and_store(q, k_cache, v_cache, k, v, cos_sin, positions, slots, q_weight, k_weight, eps)
 
 

@@ -41,8 +41,8 @@ class Attention:
         k_norm: Tensor | None = None,
         eps: float = 0.0,
     ) -> None:
-        """``qkv`` yields q, k and v side by side; ``cos_sin`` is the table of ``layers.rotary``. q_norm, k_norm: weights
-        T [head_dim] of the RMS norms of each query and key head (Qwen3)."""
+        """``qkv`` yields q, k and v side by side; ``cos_sin`` is the table of ``layers.rotary``. q_norm, k_norm:
+        weights, T [head_dim], of the RMS norms of each query and key head (Qwen3)."""
         self.qkv, self.output, self.shape, self.cos_sin = qkv, output, shape, cos_sin
         self.q_norm, self.k_norm, self.eps = q_norm, k_norm, eps
         self.scale = shape.head_dim**-0.5
