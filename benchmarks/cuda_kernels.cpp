@@ -123,7 +123,7 @@ bool selected(const std::string& name) {
 }
 
 void report(const std::string& name, double time, double bytes, double operations) {
-  std::printf("%-44s %9.2f us  %6.2f TB/s  %5.1f %% of copy  %7.1f TFLOP/s\n", name.c_str(), time * 1e6,
+  std::printf("%-44s %9.2f us  %6.3f TB/s  %5.1f %% of copy  %7.1f TFLOP/s\n", name.c_str(), time * 1e6,
               bytes / time * 1e-12, bytes / time / copy_bandwidth * 100, operations / time * 1e-12);
   std::fflush(stdout);
 }
@@ -235,7 +235,7 @@ void rotate_and_store_case(const Heads& h, bool normed, int64_t rows) {
   Memory memory;
   const int64_t heads = h.heads + 2 * h.kv_heads, blocks = (rows + block_size - 1) / block_size;
   const double bytes = 4.0 * static_cast<double>(rows * heads * h.dim);  // read and written
-  const int64_t sets = sets_of(bytes, 64);
+  const int64_t sets = rows <= 128 ? 1 : sets_of(bytes, 64);  // few rows are in L2, where the product left them
   const TensorView cache = memory.random({sets, 2, blocks, h.kv_heads, block_size, h.dim}),
                    qkv = memory.random({sets, rows, heads, h.dim}), weight = memory.random({h.dim});
   std::vector<int64_t> slots(static_cast<size_t>(rows));
@@ -300,6 +300,38 @@ void elementwise_cases() {
   }
   for (const int64_t rows : {1, 8, 256, 2048, 8192})
     for (const int64_t dim : {896, 4096, 8192}) row_cases(rows, dim);
+}
+
+// Blocks in no order: copied on the device, and moved between it and pinned memory. One block of all is a plain copy.
+void block_cases() {
+  constexpr int64_t total = int64_t{512} << 20;
+  if (!selected("copy_blocks swap_blocks to the device host KB")) return;
+  Memory memory;
+  void* pinned = nullptr;
+  cuda::check(cudaMallocHost(&pinned, total));
+  std::memset(pinned, 1, total);
+  const TensorView whole = memory.random({2, total / 2});
+  for (const int64_t block : {int64_t{32} << 10, int64_t{192} << 10, int64_t{2} << 20, total}) {
+    TensorView device = whole, host, twice;
+    device.shape[0] = total / block, device.shape[1] = device.strides[0] = block / 2;
+    host = twice = device;
+    host.device = Device::cpu, host.data = pinned, twice.shape[0] *= 2;
+    std::vector<int32_t> from(static_cast<size_t>(total / block)), to(from.size());
+    for (size_t i = 0; i < to.size(); ++i) from[i] = to[i] = static_cast<int32_t>(i);
+    std::shuffle(to.begin(), to.end(), std::mt19937(3));
+    TensorView src = memory.column(from, DType::i32), dst = src, above;
+    src.device = dst.device = Device::cpu, src.data = from.data(), dst.data = to.data();
+    const std::string size = std::to_string(block >> 10) + " KB";
+    const auto measure = [&](const std::string& name, const std::function<void()>& work) {
+      if (selected(name)) report(name, seconds(work), (name[0] == 'c' ? 2.0 : 1.0) * static_cast<double>(total), 0);
+    };
+    measure("swap_blocks to the device " + size, [&] { swap_blocks({device, host, dst, src, stream}); });
+    measure("swap_blocks to the host " + size, [&] { swap_blocks({host, device, dst, src, stream}); });
+    for (int32_t& block_above : to) block_above += static_cast<int32_t>(total / block);
+    above = memory.column(to, DType::i32), src = memory.column(from, DType::i32);
+    measure("copy_blocks " + size, [&] { copy_blocks({twice, src, above, stream}); });
+  }
+  cuda::check(cudaFreeHost(pinned));
 }
 
 void sample_cases() {
@@ -369,6 +401,7 @@ int main(int count, char** arguments) {
   attention_cases();
   linear_cases();
   elementwise_cases();
+  block_cases();
   sample_cases();
   return 0;
 }

@@ -58,8 +58,7 @@ void bind_layers(py::module_& m) {
         without_gil<RmsNorm>(rms_norm,
                              {out.view, x.view, weight.view, residual.view, eps, begins_residual, stream_of(out)});
       },
-      py::arg("out"), py::arg("x"), py::arg("weight"), py::arg("residual"), py::arg("eps"),
-      py::arg("begins_residual"));
+      py::arg("out"), py::arg("x"), py::arg("weight"), py::arg("residual"), py::arg("eps"), py::arg("begins_residual"));
   m.def(
       "silu_mul",
       [](const Output& out, const Input& x) { without_gil<SiluMul>(silu_mul, {out.view, x.view, stream_of(out)}); },
@@ -96,6 +95,13 @@ void bind_cache(py::module_& m) {
         without_gil<CopyBlocks>(copy_blocks, {cache.view, src.view, dst.view, stream_of(cache)});
       },
       py::arg("cache"), py::arg("src"), py::arg("dst"));
+  m.def(
+      "swap_blocks",
+      [](const Output& dst_cache, const Input& src_cache, const Input& dst, const Input& src) {
+        const Stream stream = stream_of(dst_cache.view.device == hybrid::Device::cpu ? src_cache : dst_cache);
+        without_gil<SwapBlocks>(swap_blocks, {dst_cache.view, src_cache.view, dst.view, src.view, stream});
+      },
+      py::arg("dst_cache"), py::arg("src_cache"), py::arg("dst"), py::arg("src"));
 }
 
 void bind_sample(py::module_& m) {

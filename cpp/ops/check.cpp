@@ -231,6 +231,20 @@ void check(const PagedAttention& a) {
   call.indices<int32_t>("kv_blocks", a.kv_blocks, 0, blocks);
 }
 
+namespace {
+
+// Copies run at the same time: a block that is written may appear only once. Returns the written blocks, sorted.
+std::vector<int64_t> written_once(const Call& call, const TensorView& dst) {
+  std::vector<int64_t> written;
+  for (int64_t i = 0; i < dst.shape[0]; ++i) written.push_back(dst.index_at(i));
+  std::sort(written.begin(), written.end());
+  const auto twice = std::adjacent_find(written.begin(), written.end());
+  call.need(twice == written.end(), "block ", twice == written.end() ? -1 : *twice, " is written twice");
+  return written;
+}
+
+}  // namespace
+
 void check(const CopyBlocks& a) {
   Call call("copy_blocks");
   call.tensor("cache", a.cache, a.cache.dtype, {any, any});
@@ -239,16 +253,30 @@ void check(const CopyBlocks& a) {
   call.indices<int32_t>("src", a.src, 0, a.cache.shape[0]);
   call.indices<int32_t>("dst", a.dst, 0, a.cache.shape[0]);
   if (a.dst.device != Device::cpu || a.dst.numel() == 0) return;
-  // Copies run at the same time: a block that is written may appear only once.
-  const int64_t pairs = a.dst.shape[0];
-  std::vector<int32_t> written(a.dst.as<int32_t>(), a.dst.as<int32_t>() + pairs);
-  std::sort(written.begin(), written.end());
-  const auto twice = std::adjacent_find(written.begin(), written.end());
-  call.need(twice == written.end(), "block ", twice == written.end() ? -1 : *twice, " is written twice");
-  for (int64_t i = 0; i < pairs; ++i) {
-    const int32_t block = a.src.as<int32_t>()[i];
+  const std::vector<int64_t> written = written_once(call, a.dst);
+  for (int64_t i = 0; i < a.src.shape[0]; ++i) {
+    const int64_t block = a.src.index_at(i);
     call.need(!std::binary_search(written.begin(), written.end(), block), "block ", block, " is both read and written");
   }
+}
+
+void check(const SwapBlocks& a) {
+  Call dst("swap_blocks"), src("swap_blocks"), lists("swap_blocks");  // each with a device of its own
+  dst.tensor("dst_cache", a.dst_cache, a.dst_cache.dtype, {any, any});
+  src.tensor("src_cache", a.src_cache, a.dst_cache.dtype, {any, a.dst_cache.shape[1]});
+  lists.need(a.dst_cache.device == Device::cpu || a.src_cache.device == Device::cpu,
+             "both caches are on a device, expected one of them on the host");
+  lists.need(a.dst.dtype == DType::i32 || a.dst.dtype == DType::i64, "dst is ", name_of(a.dst.dtype),
+             ", expected int32 or int64");
+  lists.packed("dst", a.dst, a.dst.dtype, {any});
+  lists.packed("src", a.src, a.dst.dtype, {a.dst.shape[0]});
+  lists.need(a.dst.device == Device::cpu, "dst and src are on a device, expected them on the host");
+  const auto inside = [&]<class Index>() {
+    lists.indices<Index>("dst", a.dst, 0, a.dst_cache.shape[0]);
+    lists.indices<Index>("src", a.src, 0, a.src_cache.shape[0]);
+  };
+  a.dst.dtype == DType::i32 ? inside.template operator()<int32_t>() : inside.template operator()<int64_t>();
+  written_once(lists, a.dst);
 }
 
 void check(const Sample& a) {

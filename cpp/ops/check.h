@@ -14,6 +14,7 @@ void check(const RotateAndStore&);
 void check(const SiluMul&);
 void check(const PagedAttention&);
 void check(const CopyBlocks&);
+void check(const SwapBlocks&);
 void check(const Sample&);
 
 }  // namespace hybrid

@@ -21,6 +21,7 @@ void rotate_and_store(const RotateAndStore&) { missing("rotate_and_store"); }
 void silu_mul(const SiluMul&) { missing("silu_mul"); }
 void paged_attention(const PagedAttention&) { missing("paged_attention"); }
 void copy_blocks(const CopyBlocks&) { missing("copy_blocks"); }
+void swap_blocks(const SwapBlocks&) { missing("swap_blocks"); }
 void sample(const Sample&) { missing("sample"); }
 
 }  // namespace hybrid::cuda

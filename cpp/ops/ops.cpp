@@ -29,6 +29,10 @@ void rotate_and_store(const RotateAndStore& args) { run(args, args.q, cpu::rotat
 void silu_mul(const SiluMul& args) { run(args, args.out, cpu::silu_mul, cuda::silu_mul); }
 void paged_attention(const PagedAttention& args) { run(args, args.out, cpu::paged_attention, cuda::paged_attention); }
 void copy_blocks(const CopyBlocks& args) { run(args, args.src, cpu::copy_blocks, cuda::copy_blocks); }
+void swap_blocks(const SwapBlocks& args) {
+  run(args, args.src_cache.device == Device::cpu ? args.dst_cache : args.src_cache, cpu::swap_blocks,
+      cuda::swap_blocks);
+}
 void sample(const Sample& args) { run(args, args.tokens, cpu::sample, cuda::sample); }
 
 }  // namespace hybrid

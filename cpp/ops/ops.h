@@ -109,6 +109,15 @@ struct CopyBlocks {
   Stream stream;
 };
 
+// Copies whole cache blocks between the host and a device: dst_cache[dst[i]] = src_cache[src[i]], each at most once.
+// Blocks that are neighbours on both sides travel as one piece. Host memory is to be pinned: with other memory the call
+// waits for the copies.
+struct SwapBlocks {
+  TensorView dst_cache, src_cache;  // any dtype [blocks, elements of a block]; one on a device, or both on the host
+  TensorView dst, src;              // i32 or i64 [pairs], on the host, read before the call returns
+  Stream stream;
+};
+
 // Picks one token a row. Order of work, as in the field: log-probabilities of the raw logits (when asked for), allowed
 // set, repetition penalty, additive adjustments, then temperature (0: argmax, lowest id wins a tie), top-k, top-p,
 // min-p, and a draw by Gumbel noise from Philox4x32-10 (ops/philox.h), a function of (seed, position, token id) alone,
@@ -142,6 +151,7 @@ void rotate_and_store(const RotateAndStore&);
 void silu_mul(const SiluMul&);
 void paged_attention(const PagedAttention&);
 void copy_blocks(const CopyBlocks&);
+void swap_blocks(const SwapBlocks&);
 void sample(const Sample&);
 
 namespace cpu {
@@ -153,6 +163,7 @@ void rotate_and_store(const RotateAndStore&);
 void silu_mul(const SiluMul&);
 void paged_attention(const PagedAttention&);
 void copy_blocks(const CopyBlocks&);
+void swap_blocks(const SwapBlocks&);
 void sample(const Sample&);
 }  // namespace cpu
 
@@ -165,6 +176,7 @@ void rotate_and_store(const RotateAndStore&);
 void silu_mul(const SiluMul&);
 void paged_attention(const PagedAttention&);
 void copy_blocks(const CopyBlocks&);
+void swap_blocks(const SwapBlocks&);
 void sample(const Sample&);
 }  // namespace cuda
 

@@ -137,3 +137,9 @@ def paged_attention(
 def copy_blocks(cache: Tensor, src: Tensor, dst: Tensor) -> None:
     """cache: [blocks, elements]; cache[dst[i]] = cache[src[i]]."""
     _kernels.copy_blocks(cache, src, dst)
+
+
+def swap_blocks(dst_cache: Tensor, src_cache: Tensor, dst: Tensor, src: Tensor) -> None:
+    """dst_cache[dst[i]] = src_cache[src[i]]; caches: [blocks, elements], one on a device and one pinned on the host;
+    dst, src: i32 or i64 [pairs] on the host."""
+    _kernels.swap_blocks(dst_cache, src_cache, dst, src)

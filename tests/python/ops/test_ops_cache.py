@@ -81,6 +81,13 @@ def test_copy_blocks_copies_whole_blocks() -> None:
     assert cache[:, -1].tolist() == [0, 4, 0, 3, 4]
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_swap_blocks_copies_whole_blocks_between_caches(dtype: torch.dtype) -> None:
+    here, there = torch.arange(5, dtype=torch.bfloat16)[:, None].repeat(1, 300), torch.full((3, 300), 9.0).bfloat16()
+    ops.swap_blocks(there, here, torch.tensor([2, 0], dtype=dtype), torch.tensor([1, 4], dtype=dtype))
+    assert there[:, 0].tolist() == there[:, -1].tolist() == [4, 9, 1]
+
+
 def sample(logits: Tensor, **columns: Any) -> dict[str, Tensor]:
     """Rows without adjustments, greedy unless told otherwise, each with its log-probability and the top 2."""
     rows = logits.shape[0]
