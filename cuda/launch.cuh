@@ -22,9 +22,9 @@ inline void check(cudaError_t result, std::source_location at = std::source_loca
 // that an earlier one writes or reads; ahead of that it may read only what no kernel writes (weights, tables). It
 // returns when the predecessor has ended and its writes are visible, hence, as that one waited too, when all earlier
 // ones have. let_next_kernel_start() only gives the successor leave to start; it is no fence.
-// A step's ids, positions and slots count as tables too: they come by a copy, which overlaps with nothing. Were they
-// written by a kernel, the one after it would have to be launched without overlap, as all others may start before it
-// ends.
+// A step's ids, positions, slots and lists of blocks count as tables too: they come by a copy, which overlaps with
+// nothing. Were they written by a kernel, the one after it would have to be launched without overlap, as all others may
+// start before it ends.
 __device__ inline void wait_for_previous_kernel() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
