@@ -3,6 +3,7 @@
 
 #include "device.cuh"
 #include "launch.cuh"
+#include "ops/ops.h"
 
 namespace hybrid::cuda {
 
@@ -65,6 +66,8 @@ int64_t shared_bytes_per_multiprocessor() {
   const std::lock_guard lock(guard);
   return current().shared_bytes;
 }
+
+bool is_built() { return true; }
 
 bool can_overlap_launches() {
   const std::lock_guard lock(guard);

@@ -168,6 +168,7 @@ void sample(const Sample&);
 }  // namespace cpu
 
 namespace cuda {
+bool is_built();  // whether these are kernels, or stand-ins that throw
 void embedding(const Embedding&);
 void pack_weight(const PackWeight&);
 void linear(const Linear&);

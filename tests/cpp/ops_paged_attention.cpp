@@ -221,6 +221,12 @@ TEST(PagedAttentionArguments, InconsistentRaggedColumnsAreRefused) {
   bad.scale = 0.0f;
   EXPECT_THROW(paged_attention(bad), std::invalid_argument);
   bad = c.args();
+  bad.max_decodes = 0;  // one is
+  EXPECT_THROW(paged_attention(bad), std::invalid_argument);
+  bad = c.args();
+  bad.num_decodes = {};
+  EXPECT_THROW(paged_attention(bad), std::invalid_argument);
+  bad = c.args();
   bad.max_query_len = 4;
   EXPECT_THROW(paged_attention(bad), std::invalid_argument);
   bad = c.args();

@@ -21,7 +21,7 @@ class BatchView(NamedTuple):
     seq_lens: Tensor  # i32 [S], these tokens included
     kv_start: Tensor  # i32 [S + 1]
     kv_blocks: Tensor  # i32
-    sample_rows: Tensor  # i32 [R], rows of T
+    sample_rows: Tensor | None  # i32 [R], rows of T; None: all of them
     num_decodes: Tensor  # i64 [1]
     max_decodes: int  # bounds known on the host, see ops.h
     max_prompts: int

@@ -77,8 +77,7 @@ class Decoder:
         scratch = self.layers[0].scratch(x)
         for layer in self.layers:
             x = layer(x, residual, batch, scratch)
-        rows = batch.sample_rows
-        if rows.shape[0] != x.shape[0]:
+        if (rows := batch.sample_rows) is not None:
             x, residual = x.index_select(0, rows), residual.index_select(0, rows)
         return self.lm_head(ops.add_rms_norm(x, residual, self.norm, self.eps))
 
@@ -88,7 +87,7 @@ def build_decoder(
 ) -> Decoder:
     """Loads layer by layer, several at once; ``report`` gets the share done, from this thread."""
     family = family_of(spec)
-    cos_sin = cos_sin_table(spec.rope, spec.head_dim, max_positions)
+    cos_sin = cos_sin_table(spec.rope, spec.head_dim, max_positions).to(weights.device)
     workers = min(LOADING_THREADS, len(os.sched_getaffinity(0)))
     layers: list[DecoderLayer] = []
     with ThreadPoolExecutor(workers) as pool:

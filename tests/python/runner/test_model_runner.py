@@ -181,7 +181,7 @@ def test_the_plan_follows_the_configuration(tmp_path: Path) -> None:
         cache=CacheConfig(num_gpu_blocks_override=7),
     )
     runner = ModelRunner.load(config, resolve(config.model), lambda phase, share: None)
-    assert (runner.plan_blocks().num_blocks, runner.plan_blocks().max_model_len) == (7, 100)
+    assert (runner.plan_memory().num_blocks, runner.plan_memory().max_model_len) == (7, 100)
     runner.allocate(7)
     assert runner.decoder.layers[1].attention.v_cache.shape == (7, 2, 16, 16)
 
