@@ -123,7 +123,7 @@ bool selected(const std::string& name) {
 }
 
 void report(const std::string& name, double time, double bytes, double operations) {
-  std::printf("%-44s %9.2f us  %6.2f TB/s  %5.1f %% of copy  %7.1f TFLOP/s\n", name.c_str(), time * 1e6,
+  std::printf("%-44s %9.2f us  %6.3f TB/s  %5.1f %% of copy  %7.1f TFLOP/s\n", name.c_str(), time * 1e6,
               bytes / time * 1e-12, bytes / time / copy_bandwidth * 100, operations / time * 1e-12);
   std::fflush(stdout);
 }
@@ -231,57 +231,109 @@ void linear_cases() {
       if (rows < 2048 || n < 100000) linear_case(name, n, k, rows);
 }
 
+void rotate_and_store_case(const Heads& h, bool normed, int64_t rows) {
+  const std::string name = "rotate_and_store " + std::to_string(rows) + " " + h.name + (normed ? " normed" : "");
+  if (!selected(name)) return;
+  Memory memory;
+  const int64_t heads = h.heads + 2 * h.kv_heads, blocks = (rows + block_size - 1) / block_size;
+  const double bytes = 4.0 * static_cast<double>(rows * heads * h.dim);  // read and written
+  const int64_t sets = rows <= 128 ? 1 : sets_of(bytes, 64);  // few rows are in L2, where the product left them
+  const TensorView cache = memory.random({sets, 2, blocks, h.kv_heads, block_size, h.dim}),
+                   qkv = memory.random({sets, rows, heads, h.dim}), weight = memory.random({h.dim});
+  std::vector<int64_t> slots(static_cast<size_t>(rows));
+  std::vector<int32_t> positions(slots.size());
+  for (size_t i = 0; i < slots.size(); ++i) slots[i] = static_cast<int64_t>(i), positions[i] = static_cast<int32_t>(i);
+  const auto part = [](const TensorView& t, int64_t offset, int first_dim) {
+    TensorView p = t;
+    p.ndim = 0, p.data = t.as<BFloat16>() + offset;
+    for (int d = first_dim; d < t.ndim; ++d) p.shape[p.ndim] = t.shape[d], p.strides[p.ndim] = t.strides[d], ++p.ndim;
+    return p;
+  };
+  const auto heads_of = [&](int64_t set, int64_t first, int64_t count) {
+    TensorView p = part(qkv, set * qkv.strides[0] + first * h.dim, 1);
+    p.shape[1] = count;
+    return p;
+  };
+  RotateAndStore a{};
+  a.cos_sin = memory.random({rows, h.dim}, DType::f32);
+  a.positions = memory.column(positions, DType::i32), a.slots = memory.column(slots, DType::i64);
+  if (normed) a.q_weight = a.k_weight = weight;
+  a.eps = 1e-6f, a.stream = stream;
+  const double time = time_of_launch(sets, [&](int64_t set) {
+    a.q = heads_of(set, 0, h.heads);
+    a.k = heads_of(set, h.heads, h.kv_heads), a.v = heads_of(set, h.heads + h.kv_heads, h.kv_heads);
+    a.k_cache = part(cache, set * cache.strides[0], 2);
+    a.v_cache = part(cache, set * cache.strides[0] + cache.strides[1], 2);
+    rotate_and_store(a);
+  });
+  report(name, time, bytes, 0);
+}
+
+// x holds rows of three parts: input and output of the norm, or both inputs and the output of the product. The residual
+// is f32, as in the models.
+void row_cases(int64_t rows, int64_t dim) {
+  const std::string shape = std::to_string(rows) + " x " + std::to_string(dim);
+  const double bytes = 2.0 * static_cast<double>(rows * dim);
+  const int64_t sets = sets_of(4 * bytes, 64);
+  const bool norms = selected("add+rms_norm " + shape), gates = selected("silu_mul " + shape);
+  if (!norms && !gates) return;
+  Memory memory;
+  const TensorView x = memory.random({sets, rows, 3 * dim}), weight = memory.random({dim}),
+                   residual = memory.random({sets, rows, dim}, DType::f32);
+  const auto part = [&](const TensorView& t, int64_t i, int64_t first, int64_t size) {
+    TensorView p = t;
+    p.ndim = 2, p.shape[0] = rows, p.shape[1] = size, p.strides[0] = t.strides[1], p.strides[1] = 1;
+    p.data = t.as<char>() + (i * t.strides[0] + first) * item_size(t.dtype);
+    return p;
+  };
+  const auto norm = [&](int64_t i) {
+    rms_norm({part(x, i, dim, dim), part(x, i, 0, dim), weight, part(residual, i, 0, dim), 1e-6f, false, stream});
+  };
+  const auto gate = [&](int64_t i) { silu_mul({part(x, i, 2 * dim, dim), part(x, i, 0, 2 * dim), stream}); };
+  if (norms) report("add+rms_norm " + shape, time_of_launch(sets, norm), 6 * bytes, 0);
+  if (gates) report("silu_mul " + shape, time_of_launch(sets, gate), 3 * bytes, 0);
+}
+
 void elementwise_cases() {
-  for (int64_t rows : {512, 4096, 16384}) {
-    const std::string name = "store_kv " + std::to_string(rows) + " x 8 x 128";
-    if (!selected(name)) continue;
-    Memory memory;
-    const int64_t blocks = rows / block_size, layers = 16;
-    const TensorView cache = memory.random({2 * layers, blocks, 8, block_size, 128}),
-                     kv = memory.random({layers, rows, 2, 8, 128});
-    std::vector<int64_t> slots(static_cast<size_t>(rows));
-    for (size_t i = 0; i < slots.size(); ++i) slots[i] = static_cast<int64_t>(i);
-    const TensorView slot = memory.column(slots, DType::i64);
-    const double time = time_of_launch(layers, [&](int64_t i) {
-      const auto part = [](const TensorView& t, int64_t offset, std::initializer_list<int> dims) {
-        TensorView p = t;
-        p.ndim = 0, p.data = t.as<BFloat16>() + offset;
-        for (int d : dims) p.shape[p.ndim] = t.shape[d], p.strides[p.ndim] = t.strides[d], ++p.ndim;
-        return p;
-      };
-      store_kv({part(cache, 2 * i * cache.strides[0], {1, 2, 3, 4}),
-                part(cache, (2 * i + 1) * cache.strides[0], {1, 2, 3, 4}), part(kv, i * kv.strides[0], {1, 3, 4}),
-                part(kv, i * kv.strides[0] + kv.strides[2], {1, 3, 4}), slot, stream});
-    });
-    report(name, time, 4.0 * static_cast<double>(rows * 8 * 128 * 2), 0);
+  for (const int64_t rows : {1, 8, 32, 128, 512, 4096, 16384}) {
+    for (const Heads& h : head_shapes) rotate_and_store_case(h, false, rows);
+    rotate_and_store_case(head_shapes[1], true, rows);
+    rotate_and_store_case({"1/8x128", 1, 8, 128}, false, rows);  // the cache write, nearly alone
   }
-  for (const auto& [rows, dim] : {std::pair<int64_t, int64_t>{1, 4096}, {256, 896}, {256, 4096}, {8192, 4096}}) {
-    const std::string shape = std::to_string(rows) + " x " + std::to_string(dim);
-    const double bytes = 2.0 * static_cast<double>(rows * dim);
-    const int64_t sets = sets_of(4 * bytes, 64);
-    Memory memory;
-    const TensorView x = memory.random({sets, rows, 3 * dim}), weight = memory.random({dim}),
-                     residual = memory.random({sets, rows, dim});
-    const auto part = [&](const TensorView& t, int64_t i, int64_t first, int64_t size) {
-      TensorView p = t;
-      p.ndim = 2, p.shape[0] = rows, p.shape[1] = size, p.strides[0] = t.strides[1], p.strides[1] = 1;
-      p.data = t.as<BFloat16>() + i * t.strides[0] + first;
-      return p;
+  for (const int64_t rows : {1, 8, 256, 2048, 8192})
+    for (const int64_t dim : {896, 4096, 8192}) row_cases(rows, dim);
+}
+
+// Blocks in no order: copied on the device, and moved between it and pinned memory. One block of all is a plain copy.
+void block_cases() {
+  constexpr int64_t total = int64_t{512} << 20;
+  if (!selected("copy_blocks swap_blocks to the device host KB")) return;
+  Memory memory;
+  void* pinned = nullptr;
+  cuda::check(cudaMallocHost(&pinned, total));
+  std::memset(pinned, 1, total);
+  const TensorView whole = memory.random({2, total / 2});
+  for (const int64_t block : {int64_t{32} << 10, int64_t{192} << 10, int64_t{2} << 20, total}) {
+    TensorView device = whole, host, twice;
+    device.shape[0] = total / block, device.shape[1] = device.strides[0] = block / 2;
+    host = twice = device;
+    host.device = Device::cpu, host.data = pinned, twice.shape[0] *= 2;
+    std::vector<int32_t> from(static_cast<size_t>(total / block)), to(from.size());
+    for (size_t i = 0; i < to.size(); ++i) from[i] = to[i] = static_cast<int32_t>(i);
+    std::shuffle(to.begin(), to.end(), std::mt19937(3));
+    TensorView src = memory.column(from, DType::i32), dst = src, above;
+    src.device = dst.device = Device::cpu, src.data = from.data(), dst.data = to.data();
+    const std::string size = std::to_string(block >> 10) + " KB";
+    const auto measure = [&](const std::string& name, const std::function<void()>& work) {
+      if (selected(name)) report(name, seconds(work), (name[0] == 'c' ? 2.0 : 1.0) * static_cast<double>(total), 0);
     };
-    if (selected("add+rms_norm " + shape))
-      report("add+rms_norm " + shape,
-             time_of_launch(sets,
-                            [&](int64_t i) {
-                              rms_norm({part(x, i, dim, dim), part(x, i, 0, dim), weight, part(residual, i, 0, dim),
-                                        1e-6f, stream});
-                            }),
-             4 * bytes, 0);
-    if (selected("silu_mul " + shape))
-      report("silu_mul " + shape,
-             time_of_launch(sets,
-                            [&](int64_t i) { silu_mul({part(residual, i, 0, dim), part(x, i, 0, 2 * dim), stream}); }),
-             3 * bytes, 0);
+    measure("swap_blocks to the device " + size, [&] { swap_blocks({device, host, dst, src, stream}); });
+    measure("swap_blocks to the host " + size, [&] { swap_blocks({host, device, dst, src, stream}); });
+    for (int32_t& block_above : to) block_above += static_cast<int32_t>(total / block);
+    above = memory.column(to, DType::i32), src = memory.column(from, DType::i32);
+    measure("copy_blocks " + size, [&] { copy_blocks({twice, src, above, stream}); });
   }
+  cuda::check(cudaFreeHost(pinned));
 }
 
 void sample_cases() {
@@ -351,6 +403,7 @@ int main(int count, char** arguments) {
   attention_cases();
   linear_cases();
   elementwise_cases();
+  block_cases();
   sample_cases();
   return 0;
 }

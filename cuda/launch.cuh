@@ -7,6 +7,7 @@
 #include <source_location>
 
 #include "common/check.h"
+#include "device.cuh"
 #include "ops/tensor.h"
 
 namespace hybrid::cuda {
@@ -21,6 +22,9 @@ inline void check(cudaError_t result, std::source_location at = std::source_loca
 // that an earlier one writes or reads; ahead of that it may read only what no kernel writes (weights, tables). It
 // returns when the predecessor has ended and its writes are visible, hence, as that one waited too, when all earlier
 // ones have. let_next_kernel_start() only gives the successor leave to start; it is no fence.
+// A step's ids, positions, slots and lists of blocks count as tables too: they come by a copy, which overlaps with
+// nothing. Were they written by a kernel, the one after it would have to be launched without overlap, as all others may
+// start before it ends.
 __device__ inline void wait_for_previous_kernel() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -59,7 +63,7 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // Blocks for n items of work when each block takes `per_block`: enough to cover them, not more than the device can
 // queue well (kernels loop with a grid stride).
 inline unsigned grid_for(int64_t n, int64_t per_block) {
-  return static_cast<unsigned>(std::clamp<int64_t>(ceil_div(n, per_block), 0, 132 * 16));
+  return static_cast<unsigned>(std::clamp<int64_t>(ceil_div(n, per_block), 0, multiprocessors() * 16));
 }
 
 }  // namespace hybrid::cuda

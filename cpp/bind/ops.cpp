@@ -54,16 +54,12 @@ void bind_layers(py::module_& m) {
       py::arg("out"), py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("n"), py::arg("k"));
   m.def(
       "rms_norm",
-      [](const Output& out, const Input& x, const Input& weight, const Output& residual, float eps) {
-        without_gil<RmsNorm>(rms_norm, {out.view, x.view, weight.view, residual.view, eps, stream_of(out)});
+      [](const Output& out, const Input& x, const Input& weight, const Output& residual, float eps,
+         bool begins_residual) {
+        without_gil<RmsNorm>(rms_norm,
+                             {out.view, x.view, weight.view, residual.view, eps, begins_residual, stream_of(out)});
       },
-      py::arg("out"), py::arg("x"), py::arg("weight"), py::arg("residual"), py::arg("eps"));
-  m.def(
-      "rotary",
-      [](const Output& q, const Output& k, const Input& cos_sin, const Input& positions) {
-        without_gil<Rotary>(rotary, {q.view, k.view, cos_sin.view, positions.view, stream_of(q)});
-      },
-      py::arg("q"), py::arg("k"), py::arg("cos_sin"), py::arg("positions"));
+      py::arg("out"), py::arg("x"), py::arg("weight"), py::arg("residual"), py::arg("eps"), py::arg("begins_residual"));
   m.def(
       "silu_mul",
       [](const Output& out, const Input& x) { without_gil<SiluMul>(silu_mul, {out.view, x.view, stream_of(out)}); },
@@ -72,11 +68,16 @@ void bind_layers(py::module_& m) {
 
 void bind_cache(py::module_& m) {
   m.def(
-      "store_kv",
-      [](const Output& k_cache, const Output& v_cache, const Input& k, const Input& v, const Input& slots) {
-        without_gil<StoreKv>(store_kv, {k_cache.view, v_cache.view, k.view, v.view, slots.view, stream_of(k_cache)});
+      "rotate_and_store",
+      [](const Output& q, const Output& k_cache, const Output& v_cache, const Input& k, const Input& v,
+         const Input& cos_sin, const Input& positions, const Input& slots, const Input& q_weight, const Input& k_weight,
+         float eps) {
+        without_gil<RotateAndStore>(rotate_and_store,
+                                    {q.view, k_cache.view, v_cache.view, k.view, v.view, cos_sin.view, positions.view,
+                                     slots.view, q_weight.view, k_weight.view, eps, stream_of(q)});
       },
-      py::arg("k_cache"), py::arg("v_cache"), py::arg("k"), py::arg("v"), py::arg("slots"));
+      py::arg("q"), py::arg("k_cache"), py::arg("v_cache"), py::arg("k"), py::arg("v"), py::arg("cos_sin"),
+      py::arg("positions"), py::arg("slots"), py::arg("q_weight"), py::arg("k_weight"), py::arg("eps"));
   m.def("decode_plan_size", &decode_plan_size, py::arg("max_decodes"));
   m.def(
       "plan_decode",
@@ -106,6 +107,13 @@ void bind_cache(py::module_& m) {
         without_gil<CopyBlocks>(copy_blocks, {cache.view, src.view, dst.view, stream_of(cache)});
       },
       py::arg("cache"), py::arg("src"), py::arg("dst"));
+  m.def(
+      "swap_blocks",
+      [](const Output& dst_cache, const Input& src_cache, const Input& dst, const Input& src) {
+        const Stream stream = stream_of(dst_cache.view.device == hybrid::Device::cpu ? src_cache : dst_cache);
+        without_gil<SwapBlocks>(swap_blocks, {dst_cache.view, src_cache.view, dst.view, src.view, stream});
+      },
+      py::arg("dst_cache"), py::arg("src_cache"), py::arg("dst"), py::arg("src"));
 }
 
 void bind_sample(py::module_& m) {

@@ -127,22 +127,9 @@ void check(const RmsNorm& a) {
   call.tensor("x", a.x, a.x.dtype, {any, any});
   call.tensor("out", a.out, a.x.dtype, {a.x.shape[0], a.x.shape[1]});
   call.tensor("weight", a.weight, a.x.dtype, {a.x.shape[1]});
+  call.need(!a.begins_residual || a.residual.defined(), "begins_residual without a residual");
   const DType sum = a.residual.dtype == DType::f32 ? DType::f32 : a.x.dtype;
   if (a.residual.defined()) call.tensor("residual", a.residual, sum, {a.x.shape[0], a.x.shape[1]});
-}
-
-void check(const Rotary& a) {
-  Call call("rotary");
-  call.float_type("q", a.q);
-  call.tensor("q", a.q, a.q.dtype, {any, any, any});
-  const int64_t rows = a.q.shape[0], dim = a.q.shape[2];
-  call.tensor("k", a.k, a.q.dtype, {rows, any, dim});
-  call.tensor("cos_sin", a.cos_sin, DType::f32, {any, any});
-  const int64_t rotary_dim = a.cos_sin.shape[1];
-  call.need(rotary_dim % 2 == 0 && rotary_dim <= dim, "cos_sin has rotary_dim ", rotary_dim,
-            ", expected an even number of at most dim = ", dim);
-  call.packed("positions", a.positions, DType::i32, {rows});
-  call.indices<int32_t>("positions", a.positions, 0, a.cos_sin.shape[0]);
 }
 
 void check(const SiluMul& a) {
@@ -164,17 +151,28 @@ void check_cache(Call& call, const char* name, const TensorView& t, DType dtype,
 
 }  // namespace
 
-void check(const StoreKv& a) {
-  Call call("store_kv");
-  call.float_type("k_cache", a.k_cache);
-  check_cache(call, "k_cache", a.k_cache, a.k_cache.dtype, {any, any, any, any});
-  const int64_t blocks = a.k_cache.shape[0], heads = a.k_cache.shape[1], size = a.k_cache.shape[2],
-                dim = a.k_cache.shape[3];
-  check_cache(call, "v_cache", a.v_cache, a.k_cache.dtype, {blocks, heads, size, dim});
-  call.tensor("k", a.k, a.k_cache.dtype, {any, heads, dim});
-  call.tensor("v", a.v, a.k_cache.dtype, {a.k.shape[0], heads, dim});
-  call.packed("slots", a.slots, DType::i64, {a.k.shape[0]});
-  call.indices<int64_t>("slots", a.slots, std::numeric_limits<int64_t>::min(), blocks * size);
+void check(const RotateAndStore& a) {
+  Call call("rotate_and_store");
+  call.float_type("q", a.q);
+  call.tensor("q", a.q, a.q.dtype, {any, any, any});
+  const int64_t rows = a.q.shape[0], dim = a.q.shape[2];
+  check_cache(call, "k_cache", a.k_cache, a.q.dtype, {any, any, any, dim});
+  const int64_t blocks = a.k_cache.shape[0], kv_heads = a.k_cache.shape[1], block_size = a.k_cache.shape[2];
+  check_cache(call, "v_cache", a.v_cache, a.q.dtype, {blocks, kv_heads, block_size, dim});
+  call.tensor("k", a.k, a.q.dtype, {rows, kv_heads, dim});
+  call.tensor("v", a.v, a.q.dtype, {rows, kv_heads, dim});
+  call.packed("cos_sin", a.cos_sin, DType::f32, {any, any});
+  const int64_t rotary_dim = a.cos_sin.shape[1];
+  call.need(rotary_dim % 2 == 0 && rotary_dim <= dim, "cos_sin has rotary_dim ", rotary_dim,
+            ", expected an even number of at most dim = ", dim);
+  call.packed("positions", a.positions, DType::i32, {rows});
+  call.indices<int32_t>("positions", a.positions, 0, a.cos_sin.shape[0]);
+  call.packed("slots", a.slots, DType::i64, {rows});
+  call.indices<int64_t>("slots", a.slots, std::numeric_limits<int64_t>::min(), blocks * block_size);
+  call.need(a.q_weight.defined() == a.k_weight.defined(), "q_weight and k_weight go together, one is missing");
+  if (!a.q_weight.defined()) return;
+  call.tensor("q_weight", a.q_weight, a.q.dtype, {dim});
+  call.tensor("k_weight", a.k_weight, a.q.dtype, {dim});
 }
 
 namespace {
@@ -253,6 +251,20 @@ void check(const PagedAttention& a) {
   call.indices<int32_t>("kv_blocks", a.kv_blocks, 0, blocks);
 }
 
+namespace {
+
+// Copies run at the same time: a block that is written may appear only once. Returns the written blocks, sorted.
+std::vector<int64_t> written_once(const Call& call, const TensorView& dst) {
+  std::vector<int64_t> written;
+  for (int64_t i = 0; i < dst.shape[0]; ++i) written.push_back(dst.index_at(i));
+  std::sort(written.begin(), written.end());
+  const auto twice = std::adjacent_find(written.begin(), written.end());
+  call.need(twice == written.end(), "block ", twice == written.end() ? -1 : *twice, " is written twice");
+  return written;
+}
+
+}  // namespace
+
 void check(const CopyBlocks& a) {
   Call call("copy_blocks");
   call.tensor("cache", a.cache, a.cache.dtype, {any, any});
@@ -261,16 +273,30 @@ void check(const CopyBlocks& a) {
   call.indices<int32_t>("src", a.src, 0, a.cache.shape[0]);
   call.indices<int32_t>("dst", a.dst, 0, a.cache.shape[0]);
   if (a.dst.device != Device::cpu || a.dst.numel() == 0) return;
-  // Copies run at the same time: a block that is written may appear only once.
-  const int64_t pairs = a.dst.shape[0];
-  std::vector<int32_t> written(a.dst.as<int32_t>(), a.dst.as<int32_t>() + pairs);
-  std::sort(written.begin(), written.end());
-  const auto twice = std::adjacent_find(written.begin(), written.end());
-  call.need(twice == written.end(), "block ", twice == written.end() ? -1 : *twice, " is written twice");
-  for (int64_t i = 0; i < pairs; ++i) {
-    const int32_t block = a.src.as<int32_t>()[i];
+  const std::vector<int64_t> written = written_once(call, a.dst);
+  for (int64_t i = 0; i < a.src.shape[0]; ++i) {
+    const int64_t block = a.src.index_at(i);
     call.need(!std::binary_search(written.begin(), written.end(), block), "block ", block, " is both read and written");
   }
+}
+
+void check(const SwapBlocks& a) {
+  Call dst("swap_blocks"), src("swap_blocks"), lists("swap_blocks");  // each with a device of its own
+  dst.tensor("dst_cache", a.dst_cache, a.dst_cache.dtype, {any, any});
+  src.tensor("src_cache", a.src_cache, a.dst_cache.dtype, {any, a.dst_cache.shape[1]});
+  lists.need(a.dst_cache.device == Device::cpu || a.src_cache.device == Device::cpu,
+             "both caches are on a device, expected one of them on the host");
+  lists.need(a.dst.dtype == DType::i32 || a.dst.dtype == DType::i64, "dst is ", name_of(a.dst.dtype),
+             ", expected int32 or int64");
+  lists.packed("dst", a.dst, a.dst.dtype, {any});
+  lists.packed("src", a.src, a.dst.dtype, {a.dst.shape[0]});
+  lists.need(a.dst.device == Device::cpu, "dst and src are on a device, expected them on the host");
+  const auto inside = [&]<class Index>() {
+    lists.indices<Index>("dst", a.dst, 0, a.dst_cache.shape[0]);
+    lists.indices<Index>("src", a.src, 0, a.src_cache.shape[0]);
+  };
+  a.dst.dtype == DType::i32 ? inside.template operator()<int32_t>() : inside.template operator()<int64_t>();
+  written_once(lists, a.dst);
 }
 
 void check(const Sample& a) {

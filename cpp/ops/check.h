@@ -10,12 +10,12 @@ void check(const Embedding&);
 void check(const PackWeight&);
 void check(const Linear&);
 void check(const RmsNorm&);
-void check(const Rotary&);
+void check(const RotateAndStore&);
 void check(const SiluMul&);
-void check(const StoreKv&);
 void check(const PlanDecode&);
 void check(const PagedAttention&);
 void check(const CopyBlocks&);
+void check(const SwapBlocks&);
 void check(const Sample&);
 
 }  // namespace hybrid

@@ -18,12 +18,12 @@ void embedding(const Embedding&) { missing("embedding"); }
 void pack_weight(const PackWeight&) { missing("pack_weight"); }
 void linear(const Linear&) { missing("linear"); }
 void rms_norm(const RmsNorm&) { missing("rms_norm"); }
-void rotary(const Rotary&) { missing("rotary"); }
+void rotate_and_store(const RotateAndStore&) { missing("rotate_and_store"); }
 void silu_mul(const SiluMul&) { missing("silu_mul"); }
-void store_kv(const StoreKv&) { missing("store_kv"); }
 void plan_decode(const PlanDecode&) { missing("plan_decode"); }
 void paged_attention(const PagedAttention&) { missing("paged_attention"); }
 void copy_blocks(const CopyBlocks&) { missing("copy_blocks"); }
+void swap_blocks(const SwapBlocks&) { missing("swap_blocks"); }
 void sample(const Sample&) { missing("sample"); }
 
 }  // namespace hybrid::cuda

@@ -28,12 +28,15 @@ void embedding(const Embedding& args) { run(args, args.out, cpu::embedding, cuda
 void pack_weight(const PackWeight& args) { run(args, args.weight, cpu::pack_weight, cuda::pack_weight); }
 void linear(const Linear& args) { run(args, args.out, cpu::linear, cuda::linear); }
 void rms_norm(const RmsNorm& args) { run(args, args.out, cpu::rms_norm, cuda::rms_norm); }
-void rotary(const Rotary& args) { run(args, args.q, cpu::rotary, cuda::rotary); }
+void rotate_and_store(const RotateAndStore& args) { run(args, args.q, cpu::rotate_and_store, cuda::rotate_and_store); }
 void silu_mul(const SiluMul& args) { run(args, args.out, cpu::silu_mul, cuda::silu_mul); }
-void store_kv(const StoreKv& args) { run(args, args.k, cpu::store_kv, cuda::store_kv); }
 void plan_decode(const PlanDecode& args) { run(args, args.seq_lens, cpu::plan_decode, cuda::plan_decode); }
 void paged_attention(const PagedAttention& args) { run(args, args.out, cpu::paged_attention, cuda::paged_attention); }
 void copy_blocks(const CopyBlocks& args) { run(args, args.src, cpu::copy_blocks, cuda::copy_blocks); }
+void swap_blocks(const SwapBlocks& args) {
+  run(args, args.src_cache.device == Device::cpu ? args.dst_cache : args.src_cache, cpu::swap_blocks,
+      cuda::swap_blocks);
+}
 void sample(const Sample& args) { run(args, args.tokens, cpu::sample, cuda::sample); }
 
 }  // namespace hybrid

@@ -46,22 +46,32 @@ struct Linear {
   Stream stream;
 };
 
-// out = x / rms(x) * weight over the last dimension. With `residual`: residual += x first, then out = norm(residual).
+// out = x / rms(x) * weight over the last dimension. With `residual`: residual += x first, then out = norm(residual);
+// where x begins the sum, residual = 0 + x, whatever was in it.
 struct RmsNorm {
-  TensorView out;       // T [rows, dim] (rows may be tokens x heads for the per-head norm of Qwen3); may alias x
+  TensorView out;       // T [rows, dim]; may alias x
   TensorView x;         // T [rows, dim]; row stride free
   TensorView weight;    // T [dim]
   TensorView residual;  // T or f32 [rows, dim], or undefined; updated in place. f32 keeps the sum of all layers exact.
   float eps;
+  bool begins_residual;
   Stream stream;
 };
 
-// Rotates q and k in place, "half" (NeoX) layout: pairs (i, i + rotary_dim/2).
-struct Rotary {
-  TensorView q;          // T [rows, heads, dim]; row stride free
-  TensorView k;          // T [rows, kv_heads, dim]; row stride free
-  TensorView cos_sin;    // f32 [max_positions, rotary_dim]: first half cos, second half sin (scaling of yarn included)
-  TensorView positions;  // i32 [rows]
+// All that happens to q, k and v between their product and attention: the RMS norm of every head of q and k, where the
+// model has one (Qwen3); the rotation of both in "half" (NeoX) layout, pairs (i, i + rotary_dim / 2); and the new
+// keys and values into the paged cache. q is rewritten in place, k and v are only read. slot = block * block_size +
+// offset; slot < 0: padding, not stored. On a device positions and slots come by a copy, never from a kernel: they are
+// read while the kernels before still run (cuda/launch.cuh).
+struct RotateAndStore {
+  TensorView q;                 // T [rows, heads, dim]; row and head stride free
+  TensorView k_cache, v_cache;  // T [blocks, kv_heads, block_size, dim]; block stride free
+  TensorView k, v;              // T [rows, kv_heads, dim]; row and head stride free
+  TensorView cos_sin;           // f32 [max_positions, rotary_dim]: first half cos, second half sin (yarn's scale in it)
+  TensorView positions;         // i32 [rows]
+  TensorView slots;             // i64 [rows]
+  TensorView q_weight, k_weight;  // T [dim], the norms' weights; both or neither
+  float eps;
   Stream stream;
 };
 
@@ -69,15 +79,6 @@ struct Rotary {
 struct SiluMul {
   TensorView out;  // T [rows, dim]
   TensorView x;    // T [rows, 2 * dim]
-  Stream stream;
-};
-
-// Writes the new tokens' keys and values into the paged cache. slot = block * block_size + offset; slot < 0: padding,
-// skipped.
-struct StoreKv {
-  TensorView k_cache, v_cache;  // T [blocks, kv_heads, block_size, dim]; block stride free
-  TensorView k, v;              // T [rows, kv_heads, dim]; row stride free
-  TensorView slots;             // i64 [rows]
   Stream stream;
 };
 
@@ -122,6 +123,15 @@ struct CopyBlocks {
   Stream stream;
 };
 
+// Copies whole cache blocks between the host and a device: dst_cache[dst[i]] = src_cache[src[i]], each at most once.
+// Blocks that are neighbours on both sides travel as one piece. Host memory is to be pinned: with other memory the call
+// waits for the copies.
+struct SwapBlocks {
+  TensorView dst_cache, src_cache;  // any dtype [blocks, elements of a block]; one on a device, or both on the host
+  TensorView dst, src;              // i32 or i64 [pairs], on the host, read before the call returns
+  Stream stream;
+};
+
 // Picks one token a row. Order of work, as in the field: log-probabilities of the raw logits (when asked for), allowed
 // set, repetition penalty, additive adjustments, then temperature (0: argmax, lowest id wins a tie), top-k, top-p,
 // min-p, and a draw by Gumbel noise from Philox4x32-10 (ops/philox.h), a function of (seed, position, token id) alone,
@@ -151,12 +161,12 @@ void embedding(const Embedding&);
 void pack_weight(const PackWeight&);
 void linear(const Linear&);
 void rms_norm(const RmsNorm&);
-void rotary(const Rotary&);
+void rotate_and_store(const RotateAndStore&);
 void silu_mul(const SiluMul&);
-void store_kv(const StoreKv&);
 void plan_decode(const PlanDecode&);
 void paged_attention(const PagedAttention&);
 void copy_blocks(const CopyBlocks&);
+void swap_blocks(const SwapBlocks&);
 void sample(const Sample&);
 
 namespace cpu {
@@ -164,12 +174,12 @@ void embedding(const Embedding&);
 void pack_weight(const PackWeight&);
 void linear(const Linear&);
 void rms_norm(const RmsNorm&);
-void rotary(const Rotary&);
+void rotate_and_store(const RotateAndStore&);
 void silu_mul(const SiluMul&);
-void store_kv(const StoreKv&);
 void plan_decode(const PlanDecode&);
 void paged_attention(const PagedAttention&);
 void copy_blocks(const CopyBlocks&);
+void swap_blocks(const SwapBlocks&);
 void sample(const Sample&);
 }  // namespace cpu
 
@@ -179,12 +189,12 @@ void embedding(const Embedding&);
 void pack_weight(const PackWeight&);
 void linear(const Linear&);
 void rms_norm(const RmsNorm&);
-void rotary(const Rotary&);
+void rotate_and_store(const RotateAndStore&);
 void silu_mul(const SiluMul&);
-void store_kv(const StoreKv&);
 void plan_decode(const PlanDecode&);
 void paged_attention(const PagedAttention&);
 void copy_blocks(const CopyBlocks&);
+void swap_blocks(const SwapBlocks&);
 void sample(const Sample&);
 }  // namespace cuda
 

@@ -45,6 +45,8 @@ struct TensorView {
   T* as() const {
     return static_cast<T*>(data);
   }
+  // Entry i of a contiguous column of i32 or i64 in host memory.
+  int64_t index_at(int64_t i) const { return dtype == DType::i64 ? as<int64_t>()[i] : as<int32_t>()[i]; }
   bool defined() const { return data != nullptr || ndim > 0; }
   int64_t numel() const {
     int64_t n = 1;

@@ -56,21 +56,19 @@ def linear(
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x: T [rows, dim] -> the same shape."""
     out = torch.empty_like(x)
-    _kernels.rms_norm(out, x, weight, None, eps)
+    _kernels.rms_norm(out, x, weight, None, eps, False)
     return out
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
-    """residual (T or f32) += x, in place; returns norm(residual), of type T."""
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, out: Tensor | None = None, begins_residual: bool = False
+) -> Tensor:
+    """residual (T or f32) += x, in place; returns norm(residual), of type T. ``begins_residual``: residual = x instead,
+    whatever was in it."""
     if out is None:
         out = torch.empty_like(x)
-    _kernels.rms_norm(out, x, weight, residual, eps)
+    _kernels.rms_norm(out, x, weight, residual, eps, begins_residual)
     return out
-
-
-def rotary(q: Tensor, k: Tensor, cos_sin: Tensor, positions: Tensor) -> None:
-    """In place. q: T [rows, heads, dim], k: T [rows, kv_heads, dim], positions: i32 [rows]."""
-    _kernels.rotary(q, k, cos_sin, positions)
 
 
 def silu_mul(x: Tensor, out: Tensor | None = None) -> Tensor:
@@ -81,9 +79,23 @@ def silu_mul(x: Tensor, out: Tensor | None = None) -> Tensor:
     return out
 
 
-def store_kv(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> None:
-    """k, v: T [rows, kv_heads, dim] into caches T [blocks, kv_heads, block_size, dim] at slots i64 [rows]."""
-    _kernels.store_kv(k_cache, v_cache, k, v, slots)
+def rotate_and_store(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos_sin: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    eps: float = 0.0,
+) -> None:
+    """q: T [rows, heads, dim], normed (given weights T [dim]) and rotated in place for positions i32 [rows]. k, treated
+    likewise, and v: T [rows, kv_heads, dim], only read, go to slots i64 [rows] of the caches, T [blocks, kv_heads,
+    block_size, dim]."""
+    _kernels.rotate_and_store(q, k_cache, v_cache, k, v, cos_sin, positions, slots, q_weight, k_weight, eps)
 
 
 def plan_decode(
@@ -144,3 +156,9 @@ def paged_attention(
 def copy_blocks(cache: Tensor, src: Tensor, dst: Tensor) -> None:
     """cache: [blocks, elements]; cache[dst[i]] = cache[src[i]]."""
     _kernels.copy_blocks(cache, src, dst)
+
+
+def swap_blocks(dst_cache: Tensor, src_cache: Tensor, dst: Tensor, src: Tensor) -> None:
+    """dst_cache[dst[i]] = src_cache[src[i]]; caches: [blocks, elements], one on a device and one pinned on the host;
+    dst, src: i32 or i64 [pairs] on the host."""
+    _kernels.swap_blocks(dst_cache, src_cache, dst, src)

@@ -33,7 +33,7 @@ TEST(RmsNorm, matches_a_plain_loop_for_any_width_and_row_stride) {
       const StridedTensor x = StridedTensor::random(dtype, {5, dim}, generator, dim + 3);
       const StridedTensor weight = StridedTensor::random(dtype, {dim}, generator);
       StridedTensor out(dtype, {5, dim}, dim + 1);
-      kernels.rms_norm({out, x, weight, {}, 1e-5f, nullptr});
+      kernels.rms_norm({out, x, weight, {}, 1e-5f, false, nullptr});
       for (int64_t row = 0; row < 5; ++row) {
         double sum = 0.0;
         for (int64_t i = 0; i < dim; ++i) sum += double{x.at(row, i)} * x.at(row, i);
@@ -56,8 +56,8 @@ TEST(RmsNorm, with_a_residual_adds_in_place_and_norms_what_it_stored) {
       const StridedTensor weight = StridedTensor::random(dtype, {dim}, generator);
       const StridedTensor before = StridedTensor::random(dtype, {4, dim}, generator, dim + 2);
       StridedTensor residual = before, out(dtype, {4, dim}), expected(dtype, {4, dim});
-      kernels.rms_norm({out, x, weight, residual, 1e-6f, nullptr});
-      kernels.rms_norm({expected, residual, weight, {}, 1e-6f, nullptr});
+      kernels.rms_norm({out, x, weight, residual, 1e-6f, false, nullptr});
+      kernels.rms_norm({expected, residual, weight, {}, 1e-6f, false, nullptr});
       for (int64_t row = 0; row < 4; ++row) {
         ASSERT_TRUE(out.row_equals(row, expected, row));
         for (int64_t i = 0; i < dim; ++i)
@@ -75,7 +75,7 @@ TEST(RmsNorm, keeps_a_float_residual_of_16_bit_rows_unrounded) {
     const StridedTensor weight = StridedTensor::random(dtype, {dim}, generator);
     const StridedTensor before = StridedTensor::random(DType::f32, {4, dim}, generator, dim + 2);
     StridedTensor residual = before, out(dtype, {4, dim});
-    kernels.rms_norm({out, x, weight, residual, 1e-6f, nullptr});
+    kernels.rms_norm({out, x, weight, residual, 1e-6f, false, nullptr});
     for (int64_t row = 0; row < 4; ++row) {
       double sum = 0.0;
       for (int64_t i = 0; i < dim; ++i) {
@@ -91,43 +91,34 @@ TEST(RmsNorm, keeps_a_float_residual_of_16_bit_rows_unrounded) {
   });
 }
 
+TEST(RmsNorm, that_begins_the_residual_equals_one_that_adds_to_zeros) {
+  std::mt19937 generator(2);
+  for_every_kernel([&](const cpu::Kernels& kernels, DType dtype) {
+    for (DType sum : {dtype, DType::f32}) {
+      constexpr int64_t dim = 77;
+      StridedTensor x = StridedTensor::random(dtype, {4, dim}, generator);
+      by_dtype(dtype, [&]<class T>() { x.view().as<T>()[3] = static_cast<T>(-0.0f); });
+      const StridedTensor weight = StridedTensor::random(dtype, {dim}, generator);
+      StridedTensor zeros(sum, {4, dim}, dim + 2), used = StridedTensor::random(sum, {4, dim}, generator, dim + 2);
+      StridedTensor expected(dtype, {4, dim}), out(dtype, {4, dim});
+      kernels.rms_norm({expected, x, weight, zeros, 1e-6f, false, nullptr});
+      kernels.rms_norm({out, x, weight, used, 1e-6f, true, nullptr});
+      for (int64_t row = 0; row < 4; ++row) {
+        ASSERT_TRUE(out.row_equals(row, expected, row));
+        ASSERT_TRUE(used.row_equals(row, zeros, row));
+      }
+    }
+  });
+}
+
 TEST(RmsNorm, may_write_over_its_input) {
   std::mt19937 generator(3);
   for_every_kernel([&](const cpu::Kernels& kernels, DType dtype) {
     StridedTensor x = StridedTensor::random(dtype, {3, 100}, generator), out(dtype, {3, 100});
     const StridedTensor weight = StridedTensor::random(dtype, {100}, generator);
-    kernels.rms_norm({out, x, weight, {}, 1e-5f, nullptr});
-    kernels.rms_norm({x, x, weight, {}, 1e-5f, nullptr});
+    kernels.rms_norm({out, x, weight, {}, 1e-5f, false, nullptr});
+    kernels.rms_norm({x, x, weight, {}, 1e-5f, false, nullptr});
     for (int64_t row = 0; row < 3; ++row) EXPECT_TRUE(out.row_equals(row, x, row));
-  });
-}
-
-TEST(Rotary, turns_pairs_half_a_head_apart_and_leaves_the_rest) {
-  std::mt19937 generator(4);
-  for_every_kernel([&](const cpu::Kernels& kernels, DType dtype) {
-    for (const auto& [dim, rotary_dim] : {std::pair{64, 64}, std::pair{10, 6}, std::pair{80, 34}, std::pair{128, 2}}) {
-      const int64_t half = rotary_dim / 2;
-      const StridedTensor q = StridedTensor::random(dtype, {3, 4, dim}, generator, 4 * dim + 7);
-      const StridedTensor k = StridedTensor::random(dtype, {3, 2, dim}, generator, 2 * dim + 1);
-      const StridedTensor table = StridedTensor::random(DType::f32, {9, rotary_dim}, generator);
-      const StridedTensor positions = StridedTensor::of({8, 0, 5});
-      StridedTensor turned_q = q, turned_k = k;
-      kernels.rotary({turned_q, turned_k, table, positions, nullptr});
-      const auto expect = [&](const StridedTensor& before, const StridedTensor& after, int64_t row, int64_t head) {
-        const int64_t position = positions.view().as<int32_t>()[row], base = head * dim;
-        for (int64_t i = 0; i < dim; ++i) {
-          const double a = before.at(row, base + i % half), b = before.at(row, base + i % half + half);
-          const double c = table.at(position, i % half), s = table.at(position, i % half + half);
-          const double expected = i >= rotary_dim ? before.at(row, base + i) : i < half ? a * c - b * s : b * c + a * s;
-          ASSERT_NEAR(after.at(row, base + i), expected,
-                      tolerance(dtype) * std::abs(expected) + 1e-6 * (std::abs(a) + std::abs(b)));
-        }
-      };
-      for (int64_t row = 0; row < 3; ++row) {
-        for (int64_t head = 0; head < 4; ++head) expect(q, turned_q, row, head);
-        for (int64_t head = 0; head < 2; ++head) expect(k, turned_k, row, head);
-      }
-    }
   });
 }
 
@@ -158,7 +149,7 @@ TEST(Elementwise, passes_nan_on_and_keeps_it_in_its_row) {
     by_dtype(dtype, [&]<class T>() { x.view().as<T>()[64 + 5] = static_cast<T>(NAN); });
     StridedTensor gated(dtype, {3, 32}), normed(dtype, {3, 64});
     kernels.silu_mul({gated, x, nullptr});
-    kernels.rms_norm({normed, x, StridedTensor::random(dtype, {64}, generator), {}, 1e-5f, nullptr});
+    kernels.rms_norm({normed, x, StridedTensor::random(dtype, {64}, generator), {}, 1e-5f, false, nullptr});
     for (int64_t row = 0; row < 3; ++row) {
       for (int64_t i = 0; i < 32; ++i) EXPECT_EQ(std::isnan(gated.at(row, i)), row == 1 && i == 5);
       for (int64_t i = 0; i < 64; ++i) EXPECT_EQ(std::isnan(normed.at(row, i)), row == 1);
@@ -176,12 +167,12 @@ TEST(Elementwise, gives_a_row_the_same_bits_alone_and_in_a_batch) {
     StridedTensor alone(dtype, {rows, dim}), together(dtype, {rows, dim});
     StridedTensor gated_alone(dtype, {rows, dim / 2}), gated_together(dtype, {rows, dim / 2});
     for (int64_t row = 0; row < rows; ++row) {
-      kernels.rms_norm({alone.rows(row, 1), x.rows(row, 1), weight, {}, 1e-5f, nullptr});
+      kernels.rms_norm({alone.rows(row, 1), x.rows(row, 1), weight, {}, 1e-5f, false, nullptr});
       kernels.silu_mul({gated_alone.rows(row, 1), x.rows(row, 1), nullptr});
     }
     for (int threads : {1, 2, 3}) {
       cpu::set_num_threads(threads);
-      kernels.rms_norm({together, x, weight, {}, 1e-5f, nullptr});
+      kernels.rms_norm({together, x, weight, {}, 1e-5f, false, nullptr});
       kernels.silu_mul({gated_together, x, nullptr});
       for (int64_t row = 0; row < rows; ++row) {
         ASSERT_TRUE(together.row_equals(row, alone, row));
@@ -204,20 +195,13 @@ std::string message_of(const Call& call) {
 
 TEST(Elementwise, refuses_wrong_arguments_with_the_numbers) {
   StridedTensor x(DType::f32, {2, 8}), narrow(DType::f32, {2, 3}), weight(DType::f32, {8}), half(DType::f16, {8});
-  StridedTensor q(DType::f32, {2, 1, 8}), odd(DType::f32, {9, 5}), wide(DType::f32, {9, 10}), table(DType::f32, {9, 8});
-  const StridedTensor positions = StridedTensor::of({0, 9});
-  EXPECT_EQ(message_of([&] { rms_norm({x, x, half, {}, 1e-5f, nullptr}); }),
+  const StridedTensor whole = StridedTensor::of({0, 9});
+  EXPECT_EQ(message_of([&] { rms_norm({x, x, half, {}, 1e-5f, false, nullptr}); }),
             "rms_norm: weight is float16, expected float32");
-  EXPECT_EQ(message_of([&] { rms_norm({x, x, weight, narrow, 1e-5f, nullptr}); }),
+  EXPECT_EQ(message_of([&] { rms_norm({x, x, weight, narrow, 1e-5f, false, nullptr}); }),
             "rms_norm: residual has shape [2, 3], expected [2, 8]");
   EXPECT_EQ(message_of([&] { silu_mul({narrow, x, nullptr}); }), "silu_mul: x has shape [2, 8], expected [2, 6]");
-  EXPECT_EQ(message_of([&] { rotary({q, q, odd, positions, nullptr}); }),
-            "rotary: cos_sin has rotary_dim 5, expected an even number of at most dim = 8");
-  EXPECT_EQ(message_of([&] { rotary({q, q, wide, positions, nullptr}); }),
-            "rotary: cos_sin has rotary_dim 10, expected an even number of at most dim = 8");
-  EXPECT_EQ(message_of([&] { rotary({q, q, table, positions, nullptr}); }),
-            "rotary: positions holds 9, expected values in [0, 9)");
-  EXPECT_EQ(message_of([&] { silu_mul({positions, positions, nullptr}); }),
+  EXPECT_EQ(message_of([&] { silu_mul({whole, whole, nullptr}); }),
             "silu_mul: out is int32, expected float32, bfloat16 or float16");
 }
 

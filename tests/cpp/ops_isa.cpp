@@ -15,7 +15,7 @@ TEST(Isa, always_offers_the_baseline_first) { EXPECT_EQ(cpu::supported_kernels()
 TEST(Isa, offers_each_set_once_and_every_kernel_in_it) {
   for (const cpu::Kernels* kernels : cpu::supported_kernels()) {
     EXPECT_EQ(1, std::count(cpu::supported_kernels().begin(), cpu::supported_kernels().end(), kernels));
-    EXPECT_TRUE(kernels->linear && kernels->rms_norm && kernels->rotary && kernels->silu_mul && kernels->store_kv &&
+    EXPECT_TRUE(kernels->linear && kernels->rms_norm && kernels->rotate_and_store && kernels->silu_mul &&
                 kernels->paged_attention && kernels->sample)
         << kernels->name;
   }

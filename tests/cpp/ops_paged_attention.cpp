@@ -196,5 +196,43 @@ TEST_P(PagedAttentionTest, HonoursRowAndBlockStrides) {
   EXPECT_TRUE(same_bits(plain.row(0), strided.row(0), 10 * plain.row_size()));
 }
 
+TEST(PagedAttentionArguments, InconsistentRaggedColumnsAreRefused) {
+  const Shape shape{4, 2, 64, 16};
+  AttentionCase<float> c(shape, {{1, 1, 20}, {2, 5, 30}});
+  EXPECT_NO_THROW(paged_attention(c.args()));
+  const auto refused = [&](int32_t& number, int32_t value) {
+    const int32_t old = number;
+    number = value;
+    EXPECT_THROW(paged_attention(c.args()), std::invalid_argument) << old << " -> " << value;
+    number = old;
+  };
+  refused(c.kv_blocks[3], static_cast<int32_t>(c.k_cache.view.shape[0]));
+  refused(c.kv_blocks[0], -1);
+  refused(c.seq_lens[0], 33);  // two blocks hold 32
+  refused(c.seq_lens[1], 4);   // five query rows
+  refused(c.seq_lens[1], -1);
+  refused(c.query_start[0], -1);
+  refused(c.query_start[1], 2);  // a decode has one row
+  refused(c.query_start[2], 7);  // six rows in q
+  refused(c.kv_start[1], 1);
+  refused(c.kv_start[2], 5);
+  EXPECT_NO_THROW(paged_attention(c.args()));
+  PagedAttention bad = c.args();
+  bad.scale = 0.0f;
+  EXPECT_THROW(paged_attention(bad), std::invalid_argument);
+  bad = c.args();
+  bad.max_decodes = 0;  // one is
+  EXPECT_THROW(paged_attention(bad), std::invalid_argument);
+  bad = c.args();
+  bad.num_decodes = {};
+  EXPECT_THROW(paged_attention(bad), std::invalid_argument);
+  bad = c.args();
+  bad.max_query_len = 4;
+  EXPECT_THROW(paged_attention(bad), std::invalid_argument);
+  bad = c.args();
+  bad.v_cache.dtype = DType::bf16;
+  EXPECT_THROW(paged_attention(bad), std::invalid_argument);
+}
+
 }  // namespace
 }  // namespace hybrid::test

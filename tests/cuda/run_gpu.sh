@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 cmake -S . -B build-gpu -G Ninja -DHYBRID_CUDA=ON -DCMAKE_CUDA_ARCHITECTURES="${ARCH:-90a}"
-time cmake --build build-gpu -j"$(nproc)" --target gpu_elementwise gpu_linear gpu_attention gpu_sample bench_cuda_kernels
+time cmake --build build-gpu -j"$(nproc)" --target gpu_elementwise gpu_rotate_and_store gpu_linear gpu_attention gpu_sample bench_cuda_kernels
 failed=0
 time ctest --test-dir build-gpu -L gpu --output-on-failure --timeout 180 || failed=1
 tool=${SANITIZE-memcheck}

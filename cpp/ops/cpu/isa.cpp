@@ -96,9 +96,8 @@ const Kernels& kernels() {
 
 void linear(const Linear& args) { kernels().linear(args); }
 void rms_norm(const RmsNorm& args) { kernels().rms_norm(args); }
-void rotary(const Rotary& args) { kernels().rotary(args); }
+void rotate_and_store(const RotateAndStore& args) { kernels().rotate_and_store(args); }
 void silu_mul(const SiluMul& args) { kernels().silu_mul(args); }
-void store_kv(const StoreKv& args) { kernels().store_kv(args); }
 void paged_attention(const PagedAttention& args) { kernels().paged_attention(args); }
 void sample(const Sample& args) { kernels().sample(args); }
 

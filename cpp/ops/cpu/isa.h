@@ -15,9 +15,8 @@ struct Kernels {
   const char* name;
   void (*linear)(const Linear&);
   void (*rms_norm)(const RmsNorm&);
-  void (*rotary)(const Rotary&);
+  void (*rotate_and_store)(const RotateAndStore&);
   void (*silu_mul)(const SiluMul&);
-  void (*store_kv)(const StoreKv&);
   void (*paged_attention)(const PagedAttention&);
   void (*sample)(const Sample&);
 };

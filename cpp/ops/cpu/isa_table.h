@@ -5,15 +5,14 @@
 #include "ops/cpu/kernels/linear.h"
 #include "ops/cpu/kernels/paged_attention.h"
 #include "ops/cpu/kernels/rms_norm.h"
-#include "ops/cpu/kernels/rotary.h"
+#include "ops/cpu/kernels/rotate_and_store.h"
 #include "ops/cpu/kernels/sample.h"
 #include "ops/cpu/kernels/silu_mul.h"
-#include "ops/cpu/kernels/store_kv.h"
 
 namespace hybrid::cpu::HYBRID_ISA {
 
 constexpr Kernels table(const char* name) {
-  return {name, linear, rms_norm, rotary, silu_mul, store_kv, paged_attention, sample};
+  return {name, linear, rms_norm, rotate_and_store, silu_mul, paged_attention, sample};
 }
 
 }  // namespace hybrid::cpu::HYBRID_ISA

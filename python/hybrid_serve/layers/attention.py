@@ -18,20 +18,6 @@ class HeadShape(NamedTuple):
     head_dim: int
 
 
-class HeadNorm(NamedTuple):
-    """RMS norms of each query and key head (Qwen3). Weights: T [head_dim]."""
-
-    q_weight: Tensor
-    k_weight: Tensor
-    eps: float
-
-    def __call__(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """q, k: T [rows, heads, dim], strided -> new tensors of these shapes."""
-        dim = q.shape[2]
-        q_normed = ops.rms_norm(q.reshape(-1, dim), self.q_weight, self.eps).view(q.shape)
-        return q_normed, ops.rms_norm(k.reshape(-1, dim), self.k_weight, self.eps).view(k.shape)
-
-
 class AttentionScratch(NamedTuple):
     """Memory that every layer of a step writes its intermediate results to; q, k and v are views of qkv."""
 
@@ -46,10 +32,19 @@ class AttentionScratch(NamedTuple):
 
 class Attention:
     def __init__(
-        self, qkv: Linear, output: Linear, shape: HeadShape, cos_sin: Tensor, head_norm: HeadNorm | None = None
+        self,
+        qkv: Linear,
+        output: Linear,
+        shape: HeadShape,
+        cos_sin: Tensor,
+        q_norm: Tensor | None = None,
+        k_norm: Tensor | None = None,
+        eps: float = 0.0,
     ) -> None:
-        """``qkv`` yields q, k and v side by side; ``cos_sin`` is the table of ``layers.rotary``."""
-        self.qkv, self.output, self.shape, self.cos_sin, self.head_norm = qkv, output, shape, cos_sin, head_norm
+        """``qkv`` yields q, k and v side by side; ``cos_sin`` is the table of ``layers.rotary``. q_norm, k_norm:
+        weights, T [head_dim], of the RMS norms of each query and key head (Qwen3)."""
+        self.qkv, self.output, self.shape, self.cos_sin = qkv, output, shape, cos_sin
+        self.q_norm, self.k_norm, self.eps = q_norm, k_norm, eps
         self.scale = shape.head_dim**-0.5
         self.k_cache = self.v_cache = torch.empty(0)
 
@@ -69,13 +64,21 @@ class Attention:
     def __call__(self, x: Tensor, batch: BatchView, scratch: AttentionScratch) -> Tensor:
         """x: T [rows, hidden] -> ``scratch.out``."""
         self.qkv(x, scratch.qkv)
-        q, k = scratch.q, scratch.k
-        if self.head_norm is not None:
-            q, k = self.head_norm(q, k)
-        ops.rotary(q, k, self.cos_sin, batch.positions)
-        ops.store_kv(self.k_cache, self.v_cache, k, scratch.v, batch.slots)
+        ops.rotate_and_store(
+            scratch.q,
+            self.k_cache,
+            self.v_cache,
+            scratch.k,
+            scratch.v,
+            self.cos_sin,
+            batch.positions,
+            batch.slots,
+            self.q_norm,
+            self.k_norm,
+            self.eps,
+        )
         ops.paged_attention(
-            q,
+            scratch.q,
             self.k_cache,
             self.v_cache,
             batch.query_start,

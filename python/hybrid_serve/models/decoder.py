@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import ops
 from ..checkpoint.model_spec import ModelSpec
-from ..layers.attention import Attention, AttentionScratch, HeadNorm, HeadShape
+from ..layers.attention import Attention, AttentionScratch, HeadShape
 from ..layers.batch import BatchView
 from ..layers.linear import Linear
 from ..layers.mlp import GatedMlp, MlpScratch
@@ -35,18 +35,20 @@ class LayerScratch(NamedTuple):
 
 class DecoderLayer:
     """The residual stream through one layer. Norms fold in the addition before them, so each layer begins with the sum
-    that the previous one left open."""
+    that the previous one left open; the first one's input, the embedding, is what the stream begins with."""
 
-    def __init__(self, attention: Attention, mlp: GatedMlp, input_norm: Tensor, mlp_norm: Tensor, eps: float) -> None:
+    def __init__(
+        self, attention: Attention, mlp: GatedMlp, input_norm: Tensor, mlp_norm: Tensor, eps: float, is_first: bool
+    ) -> None:
         self.attention, self.mlp = attention, mlp
-        self.input_norm, self.mlp_norm, self.eps = input_norm, mlp_norm, eps
+        self.input_norm, self.mlp_norm, self.eps, self.is_first = input_norm, mlp_norm, eps, is_first
 
     def scratch(self, residual: Tensor) -> LayerScratch:
         return LayerScratch(torch.empty_like(residual), self.attention.scratch(residual), self.mlp.scratch(residual))
 
     def __call__(self, x: Tensor, residual: Tensor, batch: BatchView, scratch: LayerScratch) -> Tensor:
-        """``residual += x`` first; returns what is still to be added to ``residual``."""
-        normed = ops.add_rms_norm(x, residual, self.input_norm, self.eps, scratch.normed)
+        """``residual += x`` first (``= x`` in the first layer); returns what is still to be added to ``residual``."""
+        normed = ops.add_rms_norm(x, residual, self.input_norm, self.eps, scratch.normed, self.is_first)
         x = self.attention(normed, batch, scratch.attention)
         return self.mlp(ops.add_rms_norm(x, residual, self.mlp_norm, self.eps, normed), scratch.mlp)
 
@@ -70,9 +72,8 @@ class Decoder:
     def __call__(self, batch: BatchView) -> Tensor:
         """Logits, f32 [R, vocab], of the sampled rows; keys and values of all tokens go to the cache."""
         x = ops.embedding(batch.token_ids, self.embedding, batch.picked)
-        # The sum of all layers is kept in f32, so that a 16-bit model rounds each layer's input and output only. The
-        # first layer adds the embedding to nothing.
-        residual = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+        # The sum of all layers is kept in f32, so that a 16-bit model rounds each layer's input and output only.
+        residual = torch.empty(x.shape, dtype=torch.float32, device=x.device)
         scratch = self.layers[0].scratch(x)
         for layer in self.layers:
             x = layer(x, residual, batch, scratch)
@@ -107,18 +108,18 @@ def _build_layer(
 ) -> DecoderLayer:
     names = names_of_layer(spec, family, index)
     qkv, output, gate_up, down = (Linear(*pack(weights, linear, dtype)) for linear in names.linears)
-    head_norm = None
+    q_norm = k_norm = None
     if family.head_norm:
         q_norm = vector(weights, names.q_norm, spec.head_dim, dtype)
         k_norm = vector(weights, names.k_norm, spec.head_dim, dtype)
-        head_norm = HeadNorm(q_norm, k_norm, spec.rms_norm_eps)
     shape = HeadShape(spec.num_heads, spec.num_kv_heads, spec.head_dim)
     return DecoderLayer(
-        Attention(qkv, output, shape, cos_sin, head_norm),
+        Attention(qkv, output, shape, cos_sin, q_norm, k_norm, spec.rms_norm_eps),
         GatedMlp(gate_up, down),
         vector(weights, names.input_norm, spec.hidden_size, dtype),
         vector(weights, names.mlp_norm, spec.hidden_size, dtype),
         spec.rms_norm_eps,
+        is_first=index == 0,
     )
 
 

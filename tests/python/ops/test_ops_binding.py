@@ -26,7 +26,7 @@ def test_a_kernel_writes_into_the_memory_of_a_torch_tensor(dtype: torch.dtype) -
     x, weight = torch.randn(3, 64).to(dtype), torch.ones(64, dtype=dtype)
     whole = torch.zeros(5, 100, dtype=dtype)
     address = whole.data_ptr()
-    _kernels.rms_norm(whole[1:4, 8:72], x, weight, None, 1e-5)
+    _kernels.rms_norm(whole[1:4, 8:72], x, weight, None, 1e-5, False)
     assert whole.data_ptr() == address
     expected = torch.nn.functional.rms_norm(x.float(), (64,), eps=1e-5)
     torch.testing.assert_close(whole[1:4, 8:72].float(), expected, atol=2e-2, rtol=1e-2)
@@ -36,7 +36,7 @@ def test_a_kernel_writes_into_the_memory_of_a_torch_tensor(dtype: torch.dtype) -
 
 def test_numpy_arrays_are_read_and_written_in_place() -> None:
     out, x, weight = np.zeros((2, 8), np.float32), np.full((2, 8), 3, np.float32), np.full(8, 2, np.float32)
-    _kernels.rms_norm(out, x, weight, None, 0.0)
+    _kernels.rms_norm(out, x, weight, None, 0.0, False)
     np.testing.assert_allclose(out, 2.0, rtol=1e-6)
 
 
@@ -44,10 +44,10 @@ def test_a_read_only_array_is_an_input_but_not_an_output() -> None:
     x = np.ones((2, 8), np.float32)
     x.flags.writeable = False
     out = np.zeros((2, 8), np.float32)
-    _kernels.rms_norm(out, x, np.ones(8, np.float32), None, 0.0)
+    _kernels.rms_norm(out, x, np.ones(8, np.float32), None, 0.0, False)
     assert out.sum() == pytest.approx(16.0)
     with pytest.raises(ValueError, match="an output tensor is read-only"):
-        _kernels.rms_norm(x, out, np.ones(8, np.float32), None, 0.0)
+        _kernels.rms_norm(x, out, np.ones(8, np.float32), None, 0.0, False)
 
 
 class OldProducer:
@@ -66,7 +66,7 @@ class OldProducer:
 def test_a_producer_from_before_dlpack_1_works() -> None:
     out = np.zeros((2, 8), np.float32)
     ones = np.ones(8, np.float32)
-    _kernels.rms_norm(OldProducer(out), OldProducer(np.ones((2, 8), np.float32)), ones, None, 0.0)
+    _kernels.rms_norm(OldProducer(out), OldProducer(np.ones((2, 8), np.float32)), ones, None, 0.0, False)
     assert out.sum() == pytest.approx(16.0)
 
 
@@ -80,9 +80,9 @@ def test_exported_memory_is_given_back_after_the_call() -> None:
     array = np.ones((2, 8), np.float32)
     before = sys.getrefcount(array)
     for _ in range(5):
-        _kernels.rms_norm(array, array, np.ones(8, np.float32), None, 0.0)
+        _kernels.rms_norm(array, array, np.ones(8, np.float32), None, 0.0, False)
         with pytest.raises(ValueError, match="weight has shape"):
-            _kernels.rms_norm(array, array, np.ones(7, np.float32), None, 0.0)
+            _kernels.rms_norm(array, array, np.ones(7, np.float32), None, 0.0, False)
     assert sys.getrefcount(array) == before
 
 
@@ -95,7 +95,7 @@ def test_wrong_tensors_raise_value_error_with_the_numbers() -> None:
     with pytest.raises(ValueError, match="unsupported dtype: DLPack code 2, 64 bits"):
         ops.rms_norm(x, weight.double(), 0.0)
     with pytest.raises(ValueError, match="rms_norm: x is missing"):
-        _kernels.rms_norm(torch.empty(2, 8), None, weight, None, 0.0)
+        _kernels.rms_norm(torch.empty(2, 8), None, weight, None, 0.0, False)
     with pytest.raises(ValueError, match="tensor has 7 dimensions, at most 6"):
         ops.rms_norm(torch.ones(1, 1, 1, 1, 1, 1, 1), weight, 0.0)
     with pytest.raises(ValueError, match="neither may be negative"):

@@ -1,4 +1,4 @@
-"""store_kv, paged_attention, copy_blocks and sample through the binding: every column arrives where it belongs."""
+"""Stores, attention, copies and sampling through the binding: every column arrives where it belongs."""
 
 from __future__ import annotations
 
@@ -18,6 +18,13 @@ def ints(*values: int) -> Tensor:
     return torch.tensor(values, dtype=torch.int32)
 
 
+def store(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> None:
+    """Unturned: every row is at position 0."""
+    cos_sin = torch.tensor([[1.0, 0.0]])
+    positions = torch.zeros(k.shape[0], dtype=torch.int32)
+    ops.rotate_and_store(torch.empty_like(k), k_cache, v_cache, k, v, cos_sin, positions, slots)
+
+
 @pytest.mark.parametrize("dtype", FLOAT_TYPES)
 def test_attention_over_stored_keys_and_values_is_torchs_attention(dtype: torch.dtype) -> None:
     heads, kv_heads, dim, block_size = 6, 2, 64, 16
@@ -30,7 +37,7 @@ def test_attention_over_stored_keys_and_values_is_torchs_attention(dtype: torch.
     for length, table in zip(lengths, blocks, strict=True):
         k, v = (torch.randn(length, kv_heads, dim, generator=generator).to(dtype) for _ in range(2))
         slots = torch.tensor([table[i // block_size] * block_size + i % block_size for i in range(length)])
-        ops.store_kv(caches[0], caches[1], k, v, slots)
+        store(caches[0], caches[1], k, v, slots)
         keys.append(k)
         values.append(v)
     for s, (k, v) in enumerate(zip(keys, values, strict=True)):
@@ -72,10 +79,10 @@ def test_attention_refuses_sequences_without_room_for_their_tokens() -> None:
 
 def test_a_negative_slot_is_padding_and_one_too_large_is_an_error() -> None:
     cache, k = torch.zeros(2, 1, 4, 64), torch.ones(2, 1, 64)
-    ops.store_kv(cache, cache, k, k, torch.tensor([-1, 3]))
+    store(cache, cache, k, k, torch.tensor([-1, 3]))
     assert cache.sum() == 64
     with pytest.raises(ValueError, match="slots holds 8"):
-        ops.store_kv(cache, cache, k, k, torch.tensor([0, 8]))
+        store(cache, cache, k, k, torch.tensor([0, 8]))
 
 
 def test_copy_blocks_copies_whole_blocks() -> None:
@@ -83,6 +90,13 @@ def test_copy_blocks_copies_whole_blocks() -> None:
     ops.copy_blocks(cache, ints(4, 0), ints(1, 2))
     assert cache[:, 0].tolist() == [0, 4, 0, 3, 4]
     assert cache[:, -1].tolist() == [0, 4, 0, 3, 4]
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_swap_blocks_copies_whole_blocks_between_caches(dtype: torch.dtype) -> None:
+    here, there = torch.arange(5, dtype=torch.bfloat16)[:, None].repeat(1, 300), torch.full((3, 300), 9.0).bfloat16()
+    ops.swap_blocks(there, here, torch.tensor([2, 0], dtype=dtype), torch.tensor([1, 4], dtype=dtype))
+    assert there[:, 0].tolist() == there[:, -1].tolist() == [4, 9, 1]
 
 
 def sample(logits: Tensor, **columns: Any) -> dict[str, Tensor]:

@@ -61,22 +61,49 @@ def test_add_rms_norm_updates_the_residual(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", FLOAT_TYPES)
-def test_rotary_turns_slices_of_qkv_in_place(dtype: torch.dtype) -> None:
-    rows, heads, kv_heads, dim = 6, 9, 3, 64
+def test_add_rms_norm_may_begin_the_residual(dtype: torch.dtype) -> None:
+    x, weight = randn(3, 96, dtype=dtype), randn(96, dtype=dtype)
+    residual = torch.full((3, 96), torch.nan)
+    out = ops.add_rms_norm(x, residual, weight, 1e-6, begins_residual=True)
+    assert torch.equal(residual, x.float())
+    assert torch.equal(out, ops.rms_norm(x, weight, 1e-6))
+
+
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("dtype", FLOAT_TYPES)
+def test_rotate_and_store_turns_slices_of_qkv_and_fills_the_cache(dtype: torch.dtype, normed: bool) -> None:
+    rows, heads, kv_heads, dim, block_size = 6, 9, 3, 64, 16
     qkv = randn(rows, (heads + 2 * kv_heads) * dim, dtype=dtype)
-    before = qkv.clone()
-    q, k = qkv[:, : heads * dim], qkv[:, heads * dim : (heads + kv_heads) * dim]
+    before = qkv.clone().view(rows, -1, dim)
+    q, k, v = qkv.view(rows, -1, dim).split([heads, kv_heads, kv_heads], dim=1)
     angles = torch.arange(50)[:, None] * 10000.0 ** (-torch.arange(0, dim, 2) / dim)
     cos_sin = torch.cat([angles.cos(), angles.sin()], dim=1).float().contiguous()
     positions = torch.tensor([0, 49, 7, 8, 9, 10], dtype=torch.int32)
-    ops.rotary(q.view(rows, heads, dim), k.view(rows, kv_heads, dim), cos_sin, positions)
+    slots = torch.tensor([33, 2, -1, 40, 3, 15])
+    caches = torch.zeros(2, 3, kv_heads, block_size, dim, dtype=dtype)
+    weights = [randn(dim, dtype=dtype), randn(dim, dtype=dtype) + 1] if normed else [None, None]
+    ops.rotate_and_store(q, caches[0], caches[1], k, v, cos_sin, positions, slots, *weights, eps=1e-5)
 
-    turned = before.double().view(rows, -1, dim)[:, : heads + kv_heads]
-    cos, sin = cos_sin[positions].double()[:, None].chunk(2, dim=-1)
-    first, second = turned.chunk(2, dim=-1)
-    expected = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-    assert_close(qkv.view(rows, -1, dim)[:, : heads + kv_heads], expected, dtype)
-    assert torch.equal(qkv[:, (heads + kv_heads) * dim :], before[:, (heads + kv_heads) * dim :])
+    def expected(x: Tensor, weight: Tensor | None) -> Tensor:
+        if weight is not None:
+            x = functional.rms_norm(x.double(), (dim,), weight.double(), 1e-5).to(dtype)
+        cos, sin = cos_sin[positions].double()[:, None].chunk(2, dim=-1)
+        first, second = x.double().chunk(2, dim=-1)
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+    # A norm's last bit may go the other way, and then be turned.
+    atol = 0.05 if normed and dtype != torch.float32 else 2e-5
+    relative = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype] * 1.1
+    q_before, k_before, v_before = before.split([heads, kv_heads, kv_heads], dim=1)
+    torch.testing.assert_close(q.double(), expected(q_before, weights[0]), rtol=relative, atol=atol)
+    assert torch.equal(k, k_before), "k and v are only read"
+    assert torch.equal(v, v_before)
+    stored = slots >= 0
+    at = slots[stored] // block_size, slice(None), slots[stored] % block_size
+    torch.testing.assert_close(caches[0][at].double(), expected(k_before, weights[1])[stored], rtol=relative, atol=atol)
+    assert torch.equal(caches[1][at], v_before[stored])
+    caches[:, at[0], :, at[2]] = 0
+    assert not caches.any(), "something was written outside of the slots"
 
 
 @pytest.mark.parametrize("dtype", FLOAT_TYPES)

@@ -42,19 +42,20 @@ void scale_row(T* out, const X* x, const T* weight, float scale, int64_t dim) {
     (F32::load(x + i, tail) * factor * F32::load(weight + i, tail)).store(out + i, tail);
 }
 
+// `out` may be `x`.
 template <class T, class X>
-void norm_row(const RmsNorm& args, int64_t row, const X* x) {
-  const int64_t dim = args.x.shape[1];
+void norm_row(T* out, const X* x, const T* weight, int64_t dim, float eps) {
   const float mean = sum_of_squares(x, dim) / static_cast<float>(dim);
-  scale_row(args.out.as<T>() + row * args.out.strides[0], x, args.weight.as<T>(), 1.0f / std::sqrt(mean + args.eps),
-            dim);
+  scale_row(out, x, weight, 1.0f / std::sqrt(mean + eps), dim);
 }
 
 template <class T, class R>
-void add_and_norm_row(const RmsNorm& args, int64_t row, const T* x) {
+void add_and_norm_row(const RmsNorm& args, int64_t row, T* out, const T* x) {
+  const int64_t dim = args.x.shape[1];
   R* residual = args.residual.as<R>() + row * args.residual.strides[0];
-  add_row(residual, x, args.x.shape[1]);
-  norm_row<T>(args, row, residual);
+  if (args.begins_residual) std::fill_n(residual, dim, R{});
+  add_row(residual, x, dim);
+  norm_row(out, residual, args.weight.as<T>(), dim, args.eps);
 }
 
 inline void rms_norm(const RmsNorm& args) {
@@ -62,12 +63,13 @@ inline void rms_norm(const RmsNorm& args) {
     pool().parallel_for(args.x.shape[0], rows_per_piece(args.x.shape[1]), [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
         const T* x = args.x.as<T>() + row * args.x.strides[0];
+        T* out = args.out.as<T>() + row * args.out.strides[0];
         if (!args.residual.defined())
-          norm_row<T>(args, row, x);
+          norm_row(out, x, args.weight.as<T>(), args.x.shape[1], args.eps);
         else if (args.residual.dtype == DType::f32)
-          add_and_norm_row<T, float>(args, row, x);
+          add_and_norm_row<T, float>(args, row, out, x);
         else
-          add_and_norm_row<T, T>(args, row, x);
+          add_and_norm_row<T, T>(args, row, out, x);
       }
     });
   });
