@@ -2,6 +2,7 @@
 #include "launch.cuh"
 #include "ops/dispatch.h"
 #include "ops/ops.h"
+#include "silu.cuh"
 #include "vec.cuh"
 
 namespace hybrid::cuda {
@@ -26,7 +27,7 @@ __global__ void silu_mul_kernel(const __grid_constant__ SiluMulParams<T> p) {
     const Pack<T> gate = Pack<T>::load(p.x + row * p.x_row + at), up = Pack<T>::load(p.x + row * p.x_row + p.dim + at);
     Pack<T> out;
 #pragma unroll
-    for (int j = 0; j < per; ++j) out.set(j, gate.at(j) / (1.0f + __expf(-gate.at(j))) * up.at(j));
+    for (int j = 0; j < per; ++j) out.set(j, silu_product(gate.at(j), up.at(j)));
     out.store(p.out + row * p.out_row + at);
   }
 }

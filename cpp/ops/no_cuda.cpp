@@ -16,6 +16,7 @@ namespace {
 void embedding(const Embedding&) { missing("embedding"); }
 void pack_weight(const PackWeight&) { missing("pack_weight"); }
 void linear(const Linear&) { missing("linear"); }
+void linear_silu_mul(const LinearSiluMul&) { missing("linear_silu_mul"); }
 void rms_norm(const RmsNorm&) { missing("rms_norm"); }
 void rotary(const Rotary&) { missing("rotary"); }
 void silu_mul(const SiluMul&) { missing("silu_mul"); }
