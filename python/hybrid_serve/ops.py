@@ -54,7 +54,11 @@ def linear(
 
 
 def linear_silu_mul(
-    x: Tensor, weight: PackedWeight, bias: Tensor | None = None, gate_up: Tensor | None = None, out: Tensor | None = None
+    x: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None = None,
+    gate_up: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """x: T [rows, k], weight: the gate's rows above as many of up's -> silu(gate) * up, T [rows, n / 2].
 

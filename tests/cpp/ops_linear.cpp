@@ -124,8 +124,8 @@ TEST(Embedding, reads_the_same_rows_from_a_packed_and_from_a_plain_table) {
       const StridedTensor table = StridedTensor::random(dtype, {100, dim}, generator), packed_table = packed(table);
       const StridedTensor ids = StridedTensor::of({99, 0, 31, 32, 31});
       StridedTensor from_plain(dtype, {5, dim}, dim + 2), from_packed(dtype, {5, dim}, dim + 2);
-      embedding({from_plain, ids, table, 100, nullptr});
-      embedding({from_packed, ids, packed_table, 100, nullptr});
+      embedding({from_plain, ids, table, {}, 100, nullptr});
+      embedding({from_packed, ids, packed_table, {}, 100, nullptr});
       for (int64_t row = 0; row < 5; ++row) {
         EXPECT_TRUE(from_plain.row_equals(row, table, ids.view().as<int32_t>()[row]));
         EXPECT_TRUE(from_packed.row_equals(row, table, ids.view().as<int32_t>()[row]));
@@ -163,6 +163,22 @@ TEST(Linear, names_the_tensor_and_the_numbers_when_an_argument_is_wrong) {
   EXPECT_EQ(call(elsewhere, layer.x, 40, 50), "linear: out and x are on different devices");
 }
 
+TEST(Embedding, refuses_ids_outside_the_table) {
+  StridedTensor out(DType::f32, {2, 4}), table(DType::f32, {10, 4});
+  for (int32_t bad : {-1, 10}) {
+    const StridedTensor ids = StridedTensor::of({3, bad});
+    EXPECT_EQ(message_of([&] { embedding({out, ids, table, {}, 10, nullptr}); }),
+              "embedding: ids holds " + std::to_string(bad) + ", expected values in [0, 10)");
+  }
+}
+
+TEST(Linear, does_nothing_for_no_rows) {
+  std::mt19937 generator(9);
+  const Layer layer(DType::f32, 1, 8, 8, generator);
+  linear(
+      {StridedTensor(DType::f32, {0, 8}), StridedTensor(DType::f32, {0, 8}), layer.packed_weight, {}, 8, 8, nullptr});
+}
+
 TEST(LinearSiluMul, has_the_bits_of_linear_and_silu_mul_apart) {
   std::mt19937 generator(10);
   for (DType dtype : float_types)
@@ -182,7 +198,7 @@ TEST(LinearSiluMul, has_the_bits_of_linear_and_silu_mul_apart) {
 TEST(LinearSiluMul, names_the_tensor_and_the_numbers_when_an_argument_is_wrong) {
   std::mt19937 generator(11);
   const Layer layer(DType::bf16, 2, 40, 50, generator);
-  StridedTensor out(DType::bf16, {2, 20}), half(DType::f16, {2, 20}), wide(DType::bf16, {2, 21});
+  StridedTensor out(DType::bf16, {2, 20}), half(DType::f16, {2, 20}), wide(DType::bf16, {2, 40});
   StridedTensor gate_up(DType::bf16, {2, 40}), narrow(DType::bf16, {2, 39}), gaps(DType::bf16, {2, 40}, 48);
   const auto call = [&](const TensorView& to, const TensorView& between, int64_t k) {
     return message_of([&] { linear_silu_mul({to, layer.x, layer.packed_weight, {}, between, k, nullptr}); });
@@ -193,22 +209,6 @@ TEST(LinearSiluMul, names_the_tensor_and_the_numbers_when_an_argument_is_wrong) 
   EXPECT_EQ(call(out, gate_up, 51), "linear_silu_mul: x has shape [2, 50], expected [any, 51]");
   EXPECT_NE(call(wide, gate_up, 50).find("linear_silu_mul: weight has shape"), std::string::npos);
   EXPECT_EQ(call(out, {}, 50), "linear_silu_mul: gate_up is missing");
-}
-
-TEST(Embedding, refuses_ids_outside_the_table) {
-  StridedTensor out(DType::f32, {2, 4}), table(DType::f32, {10, 4});
-  for (int32_t bad : {-1, 10}) {
-    const StridedTensor ids = StridedTensor::of({3, bad});
-    EXPECT_EQ(message_of([&] { embedding({out, ids, table, 10, nullptr}); }),
-              "embedding: ids holds " + std::to_string(bad) + ", expected values in [0, 10)");
-  }
-}
-
-TEST(Linear, does_nothing_for_no_rows) {
-  std::mt19937 generator(9);
-  const Layer layer(DType::f32, 1, 8, 8, generator);
-  linear(
-      {StridedTensor(DType::f32, {0, 8}), StridedTensor(DType::f32, {0, 8}), layer.packed_weight, {}, 8, 8, nullptr});
 }
 
 }  // namespace

@@ -88,7 +88,11 @@ def test_silu_mul_gates_the_second_half(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", FLOAT_TYPES)
 def test_linear_silu_mul_is_linear_then_silu_mul_in_given_or_new_memory(dtype: torch.dtype) -> None:
-    x, weight, bias = randn(6, 96, dtype=dtype), ops.pack_weight(randn(2 * 40, 96, dtype=dtype) / 8), randn(80, dtype=dtype)
+    x, weight, bias = (
+        randn(6, 96, dtype=dtype),
+        ops.pack_weight(randn(2 * 40, 96, dtype=dtype) / 8),
+        randn(80, dtype=dtype),
+    )
     for some_bias in (None, bias):
         expected = ops.silu_mul(ops.linear(x, weight, some_bias))
         assert torch.equal(ops.linear_silu_mul(x, weight, some_bias), expected)
