@@ -35,7 +35,8 @@ struct Answer {
 };
 constexpr int compute_f32 = 68, transposed = 1, epilogue_bias = 4;
 enum ProductAttribute : int { transpose_a = 3, epilogue = 7, bias_pointer = 8 };
-enum PreferenceAttribute : int { most_workspace_bytes = 1, alignment_a = 5, alignment_d = 8 };
+enum PreferenceAttribute : int { most_workspace_bytes = 1, reductions = 3, alignment_a = 5, alignment_d = 8 };
+constexpr uint32_t reduce_in_f32 = 2;
 
 struct Library {
   Status (*create)(Handle*);
@@ -162,6 +163,7 @@ std::optional<Algorithm> ask(Handle handle, const LinearParams<T>& p, int64_t ro
                   "cublasLtMatmulPreferenceSetAttribute");
   };
   set(most_workspace_bytes, uint64_t{workspace_bytes});
+  set(reductions, reduce_in_f32);
   for (int attribute = alignment_a; attribute <= alignment_d; ++attribute) set(attribute, uint32_t{16});
   const Call<T> call(p, rows);
   Answer answer{};
@@ -196,8 +198,10 @@ template <class T>
 bool library_linear(const LinearParams<T>& p, Stream stream) {
   void* const out = p.out_f32 != nullptr ? static_cast<void*>(p.out_f32) : p.out;
   const auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
-  // A bias is of the output's type there. What is less aligned than algorithms are asked for, ours do.
-  if (!library() || (p.out_f32 != nullptr && p.bias != nullptr) || !aligned(out) || !aligned(p.bias)) return false;
+  // Ours do what is less aligned than algorithms are asked for, and a bias where the library has none that is added
+  // before the sum is rounded: to rows that are no multiple of 16 bytes, and where its type is not the output's.
+  const bool bias_last = p.bias != nullptr && (p.out_f32 != nullptr || p.n % 8 != 0 || p.out_row % 8 != 0);
+  if (!library() || bias_last || !aligned(out) || !aligned(p.bias)) return false;
   int device = 0;
   check(cudaGetDevice(&device));
   void* const workspace = scratch(workspace_bytes, stream);  // first: it says why a first call cannot be captured

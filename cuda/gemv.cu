@@ -130,22 +130,28 @@ __global__ void __launch_bounds__(threads) skinny_linear_kernel(const __grid_con
 }
 
 template <class T, int eights, class Ring, bool gated>
-void launch_ring(const LinearParams<T>& p, Stream stream) {
+bool launch_ring(const LinearParams<T>& p, Stream stream) {
   constexpr size_t bytes = Ring::bytes + size_t{max_segments} * eights * 8 * Ring::rows * sizeof(float);
+  const int64_t resident = shared_bytes_per_multiprocessor() / static_cast<int64_t>(bytes + 1024);
+  if (resident == 0) return false;
   const int64_t tiles = gated ? ceil_div(p.n / 2, Ring::rows / 2) : ceil_div(p.n, Ring::rows);
-  const int64_t resident = std::max<int64_t>(1, shared_bytes_per_multiprocessor() / static_cast<int64_t>(bytes + 1024));
   launch(skinny_linear_kernel<T, eights, Ring, gated>,
          static_cast<unsigned>(std::min(tiles, multiprocessors() * resident)), threads, bytes, stream, p);
+  return true;
 }
 
+// The best rings of those measured on an H100; the small one is for devices with less shared memory.
 template <class T, bool gated>
 void skinny(const LinearParams<T>& p, Stream stream) {
+  const auto run = [&]<int eights, class Best>() {
+    if (!launch_ring<T, eights, Best, gated>(p, stream)) launch_ring<T, eights, Ring<2, 64, 2>, gated>(p, stream);
+  };
   if (p.rows <= 8)
-    launch_ring<T, 1, Ring<1, 128, 6>, gated>(p, stream);
+    run.template operator()<1, Ring<2, 128, 3>>();
   else if (p.rows <= 16)
-    launch_ring<T, 2, Ring<2, 64, 5>, gated>(p, stream);
+    run.template operator()<2, Ring<4, 128, 3>>();
   else
-    launch_ring<T, 4, Ring<4, 64, 3>, gated>(p, stream);
+    run.template operator()<4, Ring<2, 64, 5>>();
 }
 
 }  // namespace
