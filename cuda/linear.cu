@@ -1,8 +1,9 @@
 // linear: x @ weight^T + bias, weight row-major [n, k].
 //
-// 16-bit types run on the tensor cores: few rows by a kernel that streams the weights (gemv.cu), more by one that tiles
-// (gemm.cu); both add in the order of linear.cuh and agree bit for bit. Float has its own plain kernel for any number
-// of rows, below.
+// 16-bit types run on the tensor cores: few rows by a kernel that streams the weights (gemv.cu), more by cuBLASLt or,
+// without it and where batches may not matter to a row's bits, by one that tiles (gemm.cu); our two add in the order of
+// linear.cuh and agree bit for bit. Float has its own plain kernel for any number of rows, below.
+#include "cublaslt.cuh"
 #include "linear.cuh"
 #include "ops/dispatch.h"
 
@@ -45,30 +46,66 @@ void float_linear(const LinearParams<float>& p, Stream stream) {
   launch(float_linear_kernel, grid, dim3(tile, 8), 0, stream, p);
 }
 
+namespace {
+
+template <class T>
+LinearParams<T> params_of(const char* op, const Linear& a) {
+  const bool wide = a.out.dtype == DType::f32;
+  const LinearParams<T> p{wide ? nullptr : a.out.as<T>(),
+                          wide ? a.out.as<float>() : nullptr,
+                          a.x.as<T>(),
+                          a.weight.as<T>(),
+                          a.bias.as<T>(),
+                          a.x.shape[0],
+                          a.n,
+                          a.k,
+                          a.out.strides[0],
+                          a.x.strides[0],
+                          segment_length(a.k)};
+  constexpr int64_t per = Pack<T>::size;
+  const auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
+  require(sizeof(T) == 4 || (p.k % per == 0 && p.x_row % per == 0 && aligned(p.x) && aligned(p.weight)), op,
+          ": k = ", p.k, " and the row stride of x = ", p.x_row, " must be multiples of ", per,
+          ", x and weight 16-byte aligned");
+  return p;
+}
+
+// The rule, from measurements on an H100.
+template <class T>
+bool streams_best(const LinearParams<T>& p) {
+  return p.rows <= 16;
+}
+
+}  // namespace
+
 void linear(const Linear& a) {
   by_dtype(a.x.dtype, [&]<class T>() {
-    const bool wide = a.out.dtype == DType::f32;
-    LinearParams<T> p{wide ? nullptr : a.out.as<T>(),
-                      wide ? a.out.as<float>() : nullptr,
-                      a.x.as<T>(),
-                      a.weight.as<T>(),
-                      a.bias.as<T>(),
-                      a.x.shape[0],
-                      a.n,
-                      a.k,
-                      a.out.strides[0],
-                      a.x.strides[0],
-                      segment_length(a.k)};
+    const LinearParams<T> p = params_of<T>("linear", a);
     if constexpr (sizeof(T) == 4) {
       float_linear(p, a.stream);
     } else {
-      constexpr int64_t per = Pack<T>::size;
-      const auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
-      require(p.k % per == 0 && p.x_row % per == 0 && aligned(p.x) && aligned(p.weight), "linear: k = ", p.k,
-              " and the row stride of x = ", p.x_row, " must be multiples of ", per, ", x and weight 16-byte aligned");
+      if (!streams_best(p) && !batch_invariant() && library_linear(p, a.stream)) return;
       (p.rows <= skinny_rows ? skinny_linear<T> : tiled_linear<T>)(p, a.stream);
     }
   });
+}
+
+void linear_silu_mul(const LinearSiluMul& a) {
+  const Linear product{a.gate_up, a.x, a.weight, a.bias, 2 * a.out.shape[1], a.k, a.stream};
+  const bool fused = by_dtype(a.x.dtype, [&]<class T>() {
+    if constexpr (sizeof(T) == 4) {
+      return false;
+    } else {
+      LinearParams<T> p = params_of<T>("linear_silu_mul", product);
+      p.out = a.out.as<T>(), p.out_row = a.out.strides[0];
+      if (p.rows > skinny_rows || !(streams_best(p) || batch_invariant())) return false;
+      skinny_gated_linear<T>(p, a.stream);
+      return true;
+    }
+  });
+  if (fused) return;
+  cuda::linear(product);
+  silu_mul({a.out, a.gate_up, a.stream});
 }
 
 }  // namespace hybrid::cuda

@@ -9,6 +9,7 @@
 #include "launch.cuh"
 #include "mma.cuh"
 #include "ops/ops.h"
+#include "silu.cuh"
 #include "vec.cuh"
 
 namespace hybrid::cuda {
@@ -39,6 +40,16 @@ __device__ inline void store_output(const LinearParams<T>& p, int64_t row, int64
     p.out[at] = from_float<T>(sum);
 }
 
+// Of linear_silu_mul, whose n is twice its output's width: rounds both to T first, as linear and silu_mul would.
+template <class T>
+__device__ inline void store_gated(const LinearParams<T>& p, int64_t row, int64_t column, float gate, float up) {
+  const int64_t dim = p.n / 2;
+  if (row >= p.rows || column >= dim) return;
+  if (p.bias != nullptr) gate += to_float(p.bias[column]), up += to_float(p.bias[dim + column]);
+  p.out[row * p.out_row + column] =
+      from_float<T>(silu_product(to_float(from_float<T>(gate)), to_float(from_float<T>(up))));
+}
+
 // The two steps of a 32-wide span. Lane 4g + t brings elements 8t .. 8t + 7 of its rows: as both operands are permuted
 // alike along k, 16-byte loads are fragments without any shuffle.
 template <class T>
@@ -47,12 +58,15 @@ __device__ inline void multiply_span(float (&c)[4], const uint4& a_low, const ui
   mma<T>(c, a_low.z, a_high.z, a_low.w, a_high.w, b.z, b.w);
 }
 
+// Up to skinny_rows rows: streams the weights. The gated one computes linear_silu_mul.
 template <class T>
-void skinny_linear(const LinearParams<T>& p, Stream stream);  // up to skinny_rows rows: streams the weights
+void skinny_linear(const LinearParams<T>& p, Stream stream);
+template <class T>
+void skinny_gated_linear(const LinearParams<T>& p, Stream stream);
+constexpr int64_t skinny_rows = 32;
+
 template <class T>
 void tiled_linear(const LinearParams<T>& p, Stream stream);
 void float_linear(const LinearParams<float>& p, Stream stream);
-
-constexpr int64_t skinny_rows = 32;
 
 }  // namespace hybrid::cuda

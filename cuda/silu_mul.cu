@@ -2,6 +2,7 @@
 #include "launch.cuh"
 #include "ops/dispatch.h"
 #include "ops/ops.h"
+#include "silu.cuh"
 #include "vec.cuh"
 
 namespace hybrid::cuda {
@@ -27,7 +28,7 @@ __global__ void silu_mul_kernel(const __grid_constant__ SiluMulParams<T> p) {
     Pack<T>::load(p.x + row * p.x_row + at).widen(gate);
     Pack<T>::load(p.x + row * p.x_row + p.dim + at).widen(up);
 #pragma unroll
-    for (int j = 0; j < per; ++j) up[j] *= gate[j] / (1.0f + __expf(-gate[j]));
+    for (int j = 0; j < per; ++j) up[j] = silu_product(gate[j], up[j]);
     Pack<T>::narrow(up).store(p.out + row * p.out_row + at);
   }
 }

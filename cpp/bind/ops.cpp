@@ -26,6 +26,7 @@ void bind_settings(py::module_& m) {
   m.def("isa", [] { return cpu::kernels().name; });
   m.def("set_num_threads", &cpu::set_num_threads, py::arg("n"));
   m.def("num_threads", &cpu::num_threads);
+  m.def("set_batch_invariant", &set_batch_invariant, py::arg("on"));
   m.def(
       "packed_size",
       [](int64_t n, int64_t k) {
@@ -52,6 +53,13 @@ void bind_layers(py::module_& m) {
         without_gil<Linear>(linear, {out.view, x.view, weight.view, bias.view, n, k, stream_of(out)});
       },
       py::arg("out"), py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("n"), py::arg("k"));
+  m.def(
+      "linear_silu_mul",
+      [](const Output& out, const Input& x, const Input& weight, const Input& bias, const Output& gate_up, int64_t k) {
+        without_gil<LinearSiluMul>(linear_silu_mul,
+                                   {out.view, x.view, weight.view, bias.view, gate_up.view, k, stream_of(out)});
+      },
+      py::arg("out"), py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("gate_up"), py::arg("k"));
   m.def(
       "rms_norm",
       [](const Output& out, const Input& x, const Input& weight, const Output& residual, float eps,

@@ -121,6 +121,18 @@ void check(const Linear& a) {
   if (a.bias.defined()) call.tensor("bias", a.bias, a.x.dtype, {a.n});
 }
 
+void check(const LinearSiluMul& a) {
+  Call call("linear_silu_mul");
+  call.float_type("x", a.x);
+  call.tensor("x", a.x, a.x.dtype, {any, a.k});
+  call.tensor("out", a.out, a.x.dtype, {a.x.shape[0], any});
+  const int64_t dim = a.out.shape[1];
+  call.need(dim > 0 && a.k > 0, "the width of out is ", dim, " and k is ", a.k, ", both must be positive");
+  call.packed("weight", a.weight, a.x.dtype, {packed_size(2 * dim, a.k)});
+  if (a.bias.defined()) call.tensor("bias", a.bias, a.x.dtype, {2 * dim});
+  call.packed("gate_up", a.gate_up, a.x.dtype, {a.x.shape[0], 2 * dim});
+}
+
 void check(const RmsNorm& a) {
   Call call("rms_norm");
   call.float_type("x", a.x);

@@ -9,6 +9,7 @@ namespace hybrid {
 void check(const Embedding&);
 void check(const PackWeight&);
 void check(const Linear&);
+void check(const LinearSiluMul&);
 void check(const RmsNorm&);
 void check(const RotateAndStore&);
 void check(const SiluMul&);

@@ -17,6 +17,7 @@ bool is_built() { return false; }
 void embedding(const Embedding&) { missing("embedding"); }
 void pack_weight(const PackWeight&) { missing("pack_weight"); }
 void linear(const Linear&) { missing("linear"); }
+void linear_silu_mul(const LinearSiluMul&) { missing("linear_silu_mul"); }
 void rms_norm(const RmsNorm&) { missing("rms_norm"); }
 void rotate_and_store(const RotateAndStore&) { missing("rotate_and_store"); }
 void silu_mul(const SiluMul&) { missing("silu_mul"); }

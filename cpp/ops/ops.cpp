@@ -1,6 +1,8 @@
 // The one place that asks which device a tensor is on.
 #include "ops/ops.h"
 
+#include <atomic>
+
 #include "common/check.h"
 #include "ops/check.h"
 #include "ops/dispatch.h"
@@ -13,6 +15,8 @@ void not_a_float_type(DType dtype) { throw InternalError(concat("kernel called w
 int64_t decode_plan_size(int64_t max_decodes) { return 1024 + 256 * max_decodes; }
 
 namespace {
+
+std::atomic<bool> only_batch_invariant{false};
 
 // `sized_by`: the tensor whose emptiness means that there is nothing to do.
 template <class Args>
@@ -27,6 +31,7 @@ void run(const Args& args, const TensorView& sized_by, void (*on_cpu)(const Args
 void embedding(const Embedding& args) { run(args, args.out, cpu::embedding, cuda::embedding); }
 void pack_weight(const PackWeight& args) { run(args, args.weight, cpu::pack_weight, cuda::pack_weight); }
 void linear(const Linear& args) { run(args, args.out, cpu::linear, cuda::linear); }
+void linear_silu_mul(const LinearSiluMul& args) { run(args, args.out, cpu::linear_silu_mul, cuda::linear_silu_mul); }
 void rms_norm(const RmsNorm& args) { run(args, args.out, cpu::rms_norm, cuda::rms_norm); }
 void rotate_and_store(const RotateAndStore& args) { run(args, args.q, cpu::rotate_and_store, cuda::rotate_and_store); }
 void silu_mul(const SiluMul& args) { run(args, args.out, cpu::silu_mul, cuda::silu_mul); }
@@ -38,5 +43,8 @@ void swap_blocks(const SwapBlocks& args) {
       cuda::swap_blocks);
 }
 void sample(const Sample& args) { run(args, args.tokens, cpu::sample, cuda::sample); }
+
+void set_batch_invariant(bool on) { only_batch_invariant = on; }
+bool batch_invariant() { return only_batch_invariant; }
 
 }  // namespace hybrid

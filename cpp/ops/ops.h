@@ -6,7 +6,9 @@
 // 64-bit.
 //
 // Batch-invariant by construction: the value of a row depends on that row (and its KV) only. The order of every sum is
-// a function of the row's own shape, never of how many rows share the call or how many threads run.
+// a function of the row's own shape, never of how many rows share the call or how many threads run. One exception, for
+// speed: on a CUDA device a 16-bit `linear` of more than a few rows may go to cuBLASLt, whose order of sums depends on
+// the number of rows. set_batch_invariant(true) keeps to our own kernels.
 #pragma once
 
 #include <cstdint>
@@ -43,6 +45,18 @@ struct Linear {
   TensorView weight;  // T, packed
   TensorView bias;    // T [n] or undefined
   int64_t n, k;
+  Stream stream;
+};
+
+// gate_up = x @ weight^T + bias, rounded to T; out = silu(gate_up[:, :dim]) * gate_up[:, dim:]. Same bits as linear and
+// silu_mul one after the other.
+struct LinearSiluMul {
+  TensorView out;      // T [rows, dim]
+  TensorView x;        // T [rows, k]; row stride free
+  TensorView weight;   // T, packed, n = 2 * dim
+  TensorView bias;     // T [2 * dim] or undefined
+  TensorView gate_up;  // T [rows, 2 * dim], contiguous; scratch: contents undefined afterwards
+  int64_t k;
   Stream stream;
 };
 
@@ -160,6 +174,7 @@ struct Sample {
 void embedding(const Embedding&);
 void pack_weight(const PackWeight&);
 void linear(const Linear&);
+void linear_silu_mul(const LinearSiluMul&);
 void rms_norm(const RmsNorm&);
 void rotate_and_store(const RotateAndStore&);
 void silu_mul(const SiluMul&);
@@ -169,10 +184,14 @@ void copy_blocks(const CopyBlocks&);
 void swap_blocks(const SwapBlocks&);
 void sample(const Sample&);
 
+void set_batch_invariant(bool on);  // of the process; off at first
+bool batch_invariant();
+
 namespace cpu {
 void embedding(const Embedding&);
 void pack_weight(const PackWeight&);
 void linear(const Linear&);
+void linear_silu_mul(const LinearSiluMul&);
 void rms_norm(const RmsNorm&);
 void rotate_and_store(const RotateAndStore&);
 void silu_mul(const SiluMul&);
@@ -188,6 +207,7 @@ bool is_built();  // whether these are kernels, or stand-ins that throw
 void embedding(const Embedding&);
 void pack_weight(const PackWeight&);
 void linear(const Linear&);
+void linear_silu_mul(const LinearSiluMul&);
 void rms_norm(const RmsNorm&);
 void rotate_and_store(const RotateAndStore&);
 void silu_mul(const SiluMul&);

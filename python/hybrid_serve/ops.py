@@ -53,6 +53,26 @@ def linear(
     return out
 
 
+def linear_silu_mul(
+    x: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None = None,
+    gate_up: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """x: T [rows, k], weight: the gate's rows above as many of up's -> silu(gate) * up, T [rows, n / 2].
+
+    ``gate_up``, T [rows, n], is memory for the product; what it holds afterwards is undefined.
+    """
+    rows = x.shape[0]
+    if gate_up is None:
+        gate_up = x.new_empty(rows, weight.n)
+    if out is None:
+        out = x.new_empty(rows, weight.n // 2)
+    _kernels.linear_silu_mul(out, x, weight.data, bias, gate_up, weight.k)
+    return out
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x: T [rows, dim] -> the same shape."""
     out = torch.empty_like(x)

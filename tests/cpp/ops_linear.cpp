@@ -193,5 +193,37 @@ TEST(Linear, does_nothing_for_no_rows) {
       {StridedTensor(DType::f32, {0, 8}), StridedTensor(DType::f32, {0, 8}), layer.packed_weight, {}, 8, 8, nullptr});
 }
 
+TEST(LinearSiluMul, has_the_bits_of_linear_and_silu_mul_apart) {
+  std::mt19937 generator(10);
+  for (DType dtype : float_types)
+    for (const auto& [rows, dim, k] : {std::tuple<int64_t, int64_t, int64_t>{1, 33, 70}, {9, 64, 31}}) {
+      const Layer layer(dtype, rows, 2 * dim, k, generator);
+      for (bool with_bias : {false, true}) {
+        const TensorView bias = with_bias ? layer.bias.view() : TensorView{};
+        StridedTensor gate_up(dtype, {rows, 2 * dim}), expected(dtype, {rows, dim}), out(dtype, {rows, dim}, dim + 3);
+        layer.run(linear, gate_up, layer.x, with_bias);
+        silu_mul({expected, gate_up, nullptr});
+        linear_silu_mul({out, layer.x, layer.packed_weight, bias, gate_up, k, nullptr});
+        for (int64_t row = 0; row < rows; ++row) EXPECT_TRUE(out.row_equals(row, expected, row));
+      }
+    }
+}
+
+TEST(LinearSiluMul, names_the_tensor_and_the_numbers_when_an_argument_is_wrong) {
+  std::mt19937 generator(11);
+  const Layer layer(DType::bf16, 2, 40, 50, generator);
+  StridedTensor out(DType::bf16, {2, 20}), half(DType::f16, {2, 20}), wide(DType::bf16, {2, 40});
+  StridedTensor gate_up(DType::bf16, {2, 40}), narrow(DType::bf16, {2, 39}), gaps(DType::bf16, {2, 40}, 48);
+  const auto call = [&](const TensorView& to, const TensorView& between, int64_t k) {
+    return message_of([&] { linear_silu_mul({to, layer.x, layer.packed_weight, {}, between, k, nullptr}); });
+  };
+  EXPECT_EQ(call(out, narrow, 50), "linear_silu_mul: gate_up has shape [2, 39], expected [2, 40]");
+  EXPECT_EQ(call(out, gaps, 50), "linear_silu_mul: gate_up must be contiguous");
+  EXPECT_EQ(call(half, gate_up, 50), "linear_silu_mul: out is float16, expected bfloat16");
+  EXPECT_EQ(call(out, gate_up, 51), "linear_silu_mul: x has shape [2, 50], expected [any, 51]");
+  EXPECT_NE(call(wide, gate_up, 50).find("linear_silu_mul: weight has shape"), std::string::npos);
+  EXPECT_EQ(call(out, {}, 50), "linear_silu_mul: gate_up is missing");
+}
+
 }  // namespace
 }  // namespace hybrid

@@ -95,6 +95,10 @@ const Kernels& kernels() {
 }
 
 void linear(const Linear& args) { kernels().linear(args); }
+void linear_silu_mul(const LinearSiluMul& args) {
+  linear({args.gate_up, args.x, args.weight, args.bias, 2 * args.out.shape[1], args.k, args.stream});
+  silu_mul({args.out, args.gate_up, args.stream});
+}
 void rms_norm(const RmsNorm& args) { kernels().rms_norm(args); }
 void rotate_and_store(const RotateAndStore& args) { kernels().rotate_and_store(args); }
 void silu_mul(const SiluMul& args) { kernels().silu_mul(args); }

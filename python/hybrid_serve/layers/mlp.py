@@ -32,5 +32,5 @@ class GatedMlp:
 
     def __call__(self, x: Tensor, scratch: MlpScratch) -> Tensor:
         """x: T [rows, hidden] -> ``scratch.out``."""
-        product = ops.silu_mul(self.gate_up(x, scratch.gate_up), scratch.product)
+        product = ops.linear_silu_mul(x, self.gate_up.weight, self.gate_up.bias, scratch.gate_up, scratch.product)
         return self.down(product, scratch.out)

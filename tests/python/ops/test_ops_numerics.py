@@ -113,6 +113,21 @@ def test_silu_mul_gates_the_second_half(dtype: torch.dtype) -> None:
     assert_close(ops.silu_mul(x), functional.silu(gate) * up, dtype)
 
 
+@pytest.mark.parametrize("dtype", FLOAT_TYPES)
+def test_linear_silu_mul_is_linear_then_silu_mul_in_given_or_new_memory(dtype: torch.dtype) -> None:
+    x, weight, bias = (
+        randn(6, 96, dtype=dtype),
+        ops.pack_weight(randn(2 * 40, 96, dtype=dtype) / 8),
+        randn(80, dtype=dtype),
+    )
+    for some_bias in (None, bias):
+        expected = ops.silu_mul(ops.linear(x, weight, some_bias))
+        assert torch.equal(ops.linear_silu_mul(x, weight, some_bias), expected)
+        gate_up, out = torch.full((6, 80), torch.nan, dtype=dtype), torch.full((6, 40), torch.nan, dtype=dtype)
+        assert ops.linear_silu_mul(x, weight, some_bias, gate_up, out) is out
+        assert torch.equal(out, expected)
+
+
 def test_no_rows_give_no_rows() -> None:
     packed = ops.pack_weight(torch.ones(4, 8))
     assert ops.linear(torch.empty(0, 8), packed).shape == (0, 4)
