@@ -64,7 +64,7 @@ void sample(const Sample& a) {
   p.logprob_ids_row = a.logprob_ids.strides[0];
   p.rows = static_cast<int>(rows), p.vocab = static_cast<int>(vocab), p.width = static_cast<int>(width);
 
-  constexpr int64_t team = 8, block_overhead = 1024;
+  constexpr int64_t team = most_blocks, block_overhead = 1024;
   const auto bytes_for = [](int64_t kept, int64_t masked) {
     return static_cast<int64_t>(sizeof(Shared)) + kept * 4 + ceil_div(masked, 32) * 4;
   };

@@ -11,6 +11,7 @@
 namespace hybrid::cuda {
 
 constexpr int sample_threads = 512, sample_warps = sample_threads / warp_size;
+constexpr int most_blocks = 8;       // of a team: the size of a cluster that every device with clusters has
 constexpr int bins = 1024;           // of a histogram
 constexpr int list_capacity = 2048;  // candidates that fit in shared memory
 constexpr float low_infinity = -__builtin_huge_valf();
@@ -171,15 +172,15 @@ struct Bins {
 };
 
 // Shared memory of a block; `parts` and `list` are also written by its peers.
-struct Shared {
+struct alignas(16) Shared {
   struct Part {
     float largest, lowest;
     int id;
   };
-  Part parts[8];
-  Best bests[8];
-  uint64_t masses[8];
-  int32_t larger[8];
+  Part parts[most_blocks];
+  Best bests[most_blocks];
+  uint64_t masses[most_blocks];
+  int32_t larger[most_blocks];
   Place cut;
   int32_t list_size[2];  // one in use, one ready for the next use
   int32_t token, lowest_id, found;
@@ -189,8 +190,8 @@ struct Shared {
   uint64_t warp_sum[sample_warps];
   float thread_largest[sample_threads];
   uint32_t count[bins], low[bins], high[bins];  // of this block's candidates; amount = high * 2^32 + low
-  uint32_t slice_count[bins];
-  uint64_t slice_amount[bins];
+  uint32_t slice_count[bins / most_blocks];     // of all blocks', for the bins that this block adds up
+  uint64_t slice_amount[bins / most_blocks];
   Place list[list_capacity];
 };
 
