@@ -336,47 +336,69 @@ void block_cases() {
   cuda::check(cudaFreeHost(pinned));
 }
 
+// `peaked`: as a language model's, a few tokens stand out of a broad rest; else as of random weights.
+TensorView logits_like(Memory& memory, int64_t rows, int64_t vocab, bool peaked) {
+  TensorView logits = memory.random({rows, vocab}, DType::f32);
+  if (!peaked) return logits;
+  std::mt19937 rng(3);
+  std::normal_distribution<float> rest(0.0f, 2.5f);
+  std::exponential_distribution<float> gap(0.7f);
+  std::vector<float> row(static_cast<size_t>(vocab));
+  for (int64_t r = 0; r < std::min<int64_t>(rows, 32); ++r) {
+    for (float& x : row) x = rest(rng);
+    float top = 22.0f;
+    for (int i = 0; i < 40; ++i, top -= gap(rng) / static_cast<float>(1 + i / 4)) row[rng() % row.size()] = top;
+    for (int64_t copy = r; copy < rows; copy += 32)
+      cuda::check(cudaMemcpy(logits.as<float>() + copy * vocab, row.data(), row.size() * 4, cudaMemcpyHostToDevice));
+  }
+  return logits;
+}
+
 void sample_cases() {
   struct Kind {
     const char* name;
     float temperature, top_p;
-    int32_t top_k;
+    int32_t top_k, num_logprobs;
   };
-  constexpr int64_t vocab = 151936;
-  for (int64_t rows : {1, 32, 256})
-    for (const Kind& kind : {Kind{"greedy", 0.0f, 1.0f, 0},
-                             {"temperature", 0.8f, 1.0f, 0},
-                             {"top-k 50", 0.8f, 1.0f, 50},
-                             {"top-k 50 top-p 0.9", 0.8f, 0.9f, 50},
-                             {"top-p 0.9, flat logits", 1.0f, 0.9f, 0}}) {
-      const std::string name = "sample " + std::to_string(rows) + " x " + std::to_string(vocab) + " " + kind.name;
-      if (!selected(name)) continue;
-      Memory memory;
-      const auto size = static_cast<size_t>(rows);
-      const int64_t sets = sets_of(4.0 * static_cast<double>(rows * vocab), 16);
-      const TensorView logits = memory.random({sets, rows, vocab}, DType::f32);
-      Sample a{};
-      a.tokens = memory.take({rows}, DType::i32);
-      a.temperature = memory.column(std::vector<float>(size, kind.temperature), DType::f32);
-      a.top_p = memory.column(std::vector<float>(size, kind.top_p), DType::f32);
-      a.min_p = memory.column(std::vector<float>(size, 0.0f), DType::f32);
-      a.repetition_penalty = memory.column(std::vector<float>(size, 1.0f), DType::f32);
-      a.top_k = memory.column(std::vector<int32_t>(size, kind.top_k), DType::i32);
-      a.seeds = memory.column(std::vector<int64_t>(size, 7), DType::i64);
-      a.positions = memory.column(std::vector<int32_t>(size, 100), DType::i32);
-      a.num_logprobs = memory.column(std::vector<int32_t>(size, -1), DType::i32);
-      a.adjust_start = memory.column(std::vector<int32_t>(size + 1, 0), DType::i32);
-      a.adjust_ids = memory.take({0}, DType::i32), a.adjust_flags = memory.take({0}, DType::i32);
-      a.adjust_add = memory.take({0}, DType::f32), a.stream = stream;
-      const double time = time_of_launch(sets, [&](int64_t i) {
-        a.logits = logits;
-        a.logits.ndim = 2, a.logits.shape[0] = rows, a.logits.shape[1] = vocab;
-        a.logits.strides[0] = vocab, a.logits.strides[1] = 1;
-        a.logits.data = logits.as<float>() + i * logits.strides[0];
-        sample(a);
-      });
-      report(name, time, 4.0 * static_cast<double>(rows * vocab), 0);
-    }
+  for (int64_t vocab : {49152, 151936})
+    for (int64_t rows : {1, 8, 32, 256})
+      for (bool peaked : {true, false})
+        for (const Kind& kind : {Kind{"greedy", 0.0f, 1.0f, 0, -1}, Kind{"temperature", 0.8f, 1.0f, 0, -1},
+                                 Kind{"top-k 50", 0.8f, 1.0f, 50, -1}, Kind{"top-k 50 top-p 0.9", 0.8f, 0.9f, 50, -1},
+                                 Kind{"top-p 0.9", 1.0f, 0.9f, 0, -1}, Kind{"logprobs 5", 0.0f, 1.0f, 0, 5}}) {
+          const std::string name = "sample " + std::to_string(rows) + " x " + std::to_string(vocab) + " " + kind.name +
+                                   (peaked ? "" : ", flat");
+          if (!selected(name)) continue;
+          Memory memory;
+          const auto size = static_cast<size_t>(rows);
+          const int64_t sets = sets_of(4.0 * static_cast<double>(rows * vocab), 16);
+          const TensorView logits = logits_like(memory, sets * rows, vocab, peaked);
+          Sample a{};
+          a.tokens = memory.take({rows}, DType::i32);
+          a.temperature = memory.column(std::vector<float>(size, kind.temperature), DType::f32);
+          a.top_p = memory.column(std::vector<float>(size, kind.top_p), DType::f32);
+          a.min_p = memory.column(std::vector<float>(size, 0.0f), DType::f32);
+          a.repetition_penalty = memory.column(std::vector<float>(size, 1.0f), DType::f32);
+          a.top_k = memory.column(std::vector<int32_t>(size, kind.top_k), DType::i32);
+          a.seeds = memory.column(std::vector<int64_t>(size, 7), DType::i64);
+          a.positions = memory.column(std::vector<int32_t>(size, 100), DType::i32);
+          a.num_logprobs = memory.column(std::vector<int32_t>(size, kind.num_logprobs), DType::i32);
+          if (kind.num_logprobs >= 0) {
+            a.logprobs = memory.take({rows, 1 + kind.num_logprobs}, DType::f32);
+            a.logprob_ids = memory.take({rows, 1 + kind.num_logprobs}, DType::i32);
+            a.ranks = memory.take({rows}, DType::i32);
+          }
+          a.adjust_start = memory.column(std::vector<int32_t>(size + 1, 0), DType::i32);
+          a.adjust_ids = memory.take({0}, DType::i32), a.adjust_flags = memory.take({0}, DType::i32);
+          a.adjust_add = memory.take({0}, DType::f32), a.stream = stream;
+          const double time = time_of_launch(sets, [&](int64_t i) {
+            a.logits = logits;
+            a.logits.shape[0] = rows;
+            a.logits.data = logits.as<float>() + i * rows * vocab;
+            sample(a);
+          });
+          report(name, time, 4.0 * static_cast<double>(rows * vocab), 0);
+        }
 }
 
 void measure_copy() {

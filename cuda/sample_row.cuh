@@ -1,228 +1,545 @@
-// The parts of sampling one row by one block: where candidates come from, block-wide answers, thresholds.
-//
-// As on the CPU nothing is sorted: top-k and top-p look for the threshold, by "how many (how much probability) is at
-// least t". Sums are taken in a fixed order (thread, warp, block), so a row's outcome does not depend on the batch.
+// One row, by the blocks of a team: each keeps a share of the vocabulary near and answers for it.
 #pragma once
 
-#include <cfloat>
-#include <cstdint>
-
-#include "reduce.cuh"
+#include "ops/philox.h"
+#include "sample_team.cuh"
 
 namespace hybrid::cuda {
 
-constexpr int sample_threads = 1024, sample_warps = sample_threads / warp_size;
-constexpr int list_capacity = 4096;  // candidates that fit in shared memory
-constexpr float low_infinity = -__builtin_huge_valf();
+constexpr float greedy_below = 1e-5f;  // dividing by less overflows
+constexpr float log2_e = 1.4426950408889634f;
+// Nothing this many temperatures below the largest logit is ever drawn: Gumbel noise lies between -2.9 and 22.9.
+constexpr float out_of_reach = 32.0f;
 
-// Order-preserving map of floats to integers, and back.
-__device__ inline uint32_t key_of(float x) {
-  const uint32_t bits = __float_as_uint(x);
-  return (bits & 0x80000000u) != 0 ? ~bits : bits | 0x80000000u;
-}
-__device__ inline float float_of(uint32_t key) {
-  return __uint_as_float((key & 0x80000000u) != 0 ? key & 0x7fffffffu : ~key);
-}
+struct SampleParams {
+  int32_t *tokens, *logprob_ids, *ranks;
+  float* logprobs;
+  const float *logits, *temperature, *top_p, *min_p, *repetition_penalty;
+  const int32_t *top_k, *positions, *num_logprobs, *adjust_start, *adjust_ids, *adjust_flags;
+  const float* adjust_add;
+  const uint64_t* seeds;
+  float4* scratch;  // where a team of one keeps its share; `scratch_row` apart
+  int64_t logits_row, logprobs_row, logprob_ids_row, scratch_row;
+  int rows, vocab, width, share;
+};
 
-// A NaN logit counts as -inf, +inf as the largest float.
-__device__ inline float clean(float x) { return isnan(x) ? low_infinity : fminf(x, FLT_MAX); }
+// Four neighbouring tokens of the block's share; what is beyond its end or not allowed is no candidate.
+struct alignas(16) Quad {
+  float x[4];
+  __device__ float largest() const { return fmaxf(fmaxf(x[0], x[1]), fmaxf(x[2], x[3])); }
+  __device__ float lowest() const { return fminf(fminf(x[0], x[1]), fminf(x[2], x[3])); }
+};
 
-// All tokens of a row, or those whose bit is set in `allowed`. A warp visits one contiguous piece.
-struct RowSource {
-  const float* logits;
-  const uint32_t* allowed;  // null: all
-  int size;
+template <class Team>
+class RowSampler {
+ public:
+  __device__ RowSampler(const SampleParams& p, Shared& shared, float4* values, uint32_t* allowed, int row)
+      : p_(p),
+        shared_(shared),
+        values_(reinterpret_cast<Quad*>(values)),
+        allowed_(allowed),
+        row_(row),
+        logits_(p.logits + row * p.logits_row),
+        first_id_(min(p.vocab, Team::rank() * p.share)),
+        size_(min(p.vocab, first_id_ + p.share) - first_id_),
+        quads_((size_ + 3) / 4),
+        entries_begin_(p.adjust_start[row]),
+        entries_end_(p.adjust_start[row + 1]) {}
 
-  __device__ bool has(int i) const { return allowed == nullptr || (allowed[i / 32] >> (i % 32) & 1u) != 0; }
-  __device__ float logit(int i) const { return clean(logits[i]); }
-  __device__ int id(int i) const { return i; }
-  __device__ int piece() const { return (size + sample_threads - 1) / sample_threads * warp_size; }
+  __device__ void run() {
+    if (threadIdx.x < 2) shared_.list_size[threadIdx.x] = 0;
+    const bool wanted = p_.logprobs != nullptr && p_.num_logprobs[row_] >= 0;
+    const bool greedy = !(p_.temperature[row_] >= greedy_below);
+    const bool adjusted = entries_begin_ != entries_end_;
+    load(!greedy || wanted || adjusted);
+    double log_sum = 0;
+    if (wanted) {
+      survey();
+      log_sum = write_top_logprobs();
+    }
+    if (adjusted) adjust();
+    if (adjusted || !wanted) survey();
+    if (greedy || !(largest_ > low_infinity)) {
+      set_token(best_id_);
+    } else {
+      draw();
+    }
+    if (wanted)
+      write_sampled_logprob(log_sum);
+    else if (p_.logprobs != nullptr && Team::rank() == 0) {
+      clear_logprobs(0);
+      if (threadIdx.x == 0) p_.ranks[row_] = 0;
+    }
+  }
 
+ private:
+  __device__ static bool leads() { return Team::rank() == 0; }
+
+  // --- The block's share of the row
+
+  __device__ Quad raw_quad(int q) const {
+    const float* from = logits_ + first_id_ + 4 * q;
+    Quad quad;
+    if (4 * q + 4 <= size_ && reinterpret_cast<uintptr_t>(from) % 16 == 0) {
+      const float4 v = __ldcs(reinterpret_cast<const float4*>(from));
+      quad = {v.x, v.y, v.z, v.w};
+#pragma unroll
+      for (float& x : quad.x) x = clean(x);
+    } else {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) quad.x[j] = 4 * q + j < size_ ? clean(__ldcs(from + j)) : no_candidate();
+    }
+    return quad;
+  }
+
+  // The thread's largest with its quad, and its lowest.
+  __device__ void forget() { mine_ = no_candidate(), mine_lowest_ = no_candidate(), mine_quad_ = -1; }
+  __device__ void note(const Quad& quad, int q) {
+    const float largest = quad.largest();
+    if (largest > mine_ || (mine_ != mine_ && largest == largest)) mine_ = largest, mine_quad_ = q;
+    mine_lowest_ = fminf(mine_lowest_, quad.lowest());
+  }
+  __device__ void load(bool keep) {
+    constexpr int at_once = 5;
+    forget();
+    for (int first = threadIdx.x; first < quads_; first += at_once * sample_threads) {
+      Quad quads[at_once];
+#pragma unroll
+      for (int u = 0; u < at_once; ++u)
+        if (first + u * sample_threads < quads_) quads[u] = raw_quad(first + u * sample_threads);
+#pragma unroll
+      for (int u = 0; u < at_once; ++u) {
+        const int q = first + u * sample_threads;
+        if (q >= quads_) break;
+        note(quads[u], q);
+        if (keep) values_[q] = quads[u];
+      }
+    }
+    kept_ = keep;
+  }
   template <class Body>
   __device__ void each(Body&& body) const {
-    const int begin = static_cast<int>(threadIdx.x) / warp_size * piece(), end = min(size, begin + piece());
-#pragma unroll 8
-    for (int i = begin + static_cast<int>(threadIdx.x) % warp_size; i < end; i += warp_size)
-      if (has(i)) body(logit(i), i);
+    for (int q = threadIdx.x; q < quads_; q += sample_threads) {
+      const Quad quad = values_[q];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) body(quad.x[j], first_id_ + 4 * q + j);
+    }
   }
-};
 
-// Candidates in shared memory, ids ascending.
-struct ListSource {
-  const float* logits;
-  const int32_t* ids;
-  int size;
+  // --- Penalties and additions
 
-  __device__ bool has(int) const { return true; }
-  __device__ float logit(int i) const { return logits[i]; }
-  __device__ int id(int i) const { return ids[i]; }
-
+  // Entries of a row are independent if their ids ascend; else one thread takes them in order.
+  __device__ bool ascending() const {
+    bool mine = true;
+    for (int i = entries_begin_ + 1 + static_cast<int>(threadIdx.x); i < entries_end_; i += sample_threads)
+      mine = mine && p_.adjust_ids[i - 1] < p_.adjust_ids[i];
+    return __syncthreads_and(mine) != 0;
+  }
+  // Those of this block's tokens: body(entry, place in the share).
   template <class Body>
-  __device__ void each(Body&& body) const {
-    for (int i = threadIdx.x; i < size; i += sample_threads) body(logits[i], ids[i]);
-  }
-};
-
-// Keep logits > value, and those equal to it up to last_id.
-struct Cut {
-  float value = low_infinity;
-  int last_id = INT32_MAX;
-  __device__ bool keeps(float x, int id) const { return x > value || (x == value && id <= last_id); }
-};
-
-// What top-k, top-p and min-p leave over.
-struct Filter {
-  Cut top_k, top_p;
-  float lowest = low_infinity;
-  __device__ bool keeps(float x, int id) const { return x >= lowest && top_k.keeps(x, id) && top_p.keeps(x, id); }
-};
-
-struct Best {
-  float score = low_infinity;
-  int id = INT32_MAX;
-  __device__ void add(float x, int at) {
-    if (x > score || (x == score && at < id)) score = x, id = at;
-  }
-};
-
-// Shared memory that block-wide answers pass through.
-struct Exchange {
-  static constexpr int most = 8;
-  int32_t count[sample_warps][most];
-  float mass[sample_warps][most];
-  int32_t total_count[most];
-  double total_mass[most];
-  Best best[sample_warps];
-};
-
-__device__ inline Best best_of_block(Best mine, Exchange& exchange) {
-  const auto across_warp = [](Best b) {
-#pragma unroll
-    for (int step = warp_size / 2; step > 0; step /= 2) {
-      const float score = __shfl_xor_sync(0xffffffffu, b.score, step);
-      const int id = __shfl_xor_sync(0xffffffffu, b.id, step);
-      b.add(score, id);
+  __device__ void each_entry(bool parallel, Body&& body) const {
+    const int begin = entries_begin_ + (parallel ? static_cast<int>(threadIdx.x) : 0);
+    if (!parallel && threadIdx.x != 0) return;
+    for (int i = begin; i < entries_end_; i += parallel ? sample_threads : 1) {
+      const int at = p_.adjust_ids[i] - first_id_;
+      if (at >= 0 && at < size_) body(i, at);
     }
-    return b;
-  };
-  mine = across_warp(mine);
-  __syncthreads();
-  if (threadIdx.x % warp_size == 0) exchange.best[threadIdx.x / warp_size] = mine;
-  __syncthreads();
-  return across_warp(exchange.best[threadIdx.x % warp_size]);
-}
-
-// Counts and masses of all threads to exchange.total_*; exchange.count keeps the warps' counts.
-template <int n>
-__device__ void sum_over_block(const int32_t (&count)[n], const float (&mass)[n], Exchange& exchange) {
-  static_assert(n <= Exchange::most);
-  const int warp = threadIdx.x / warp_size, lane = threadIdx.x % warp_size;
-  __syncthreads();
+  }
+  __device__ void adjust() {
+    const bool parallel = ascending();
+    const float penalty = p_.repetition_penalty[row_];
+    float* values = reinterpret_cast<float*>(values_);
+    each_entry(parallel, [&](int, int at) { values[at] = logits_[first_id_ + at]; });
+    each_entry(parallel, [&](int i, int at) {
+      float x = values[at];
+      if ((p_.adjust_flags[i] & 1) != 0) x = x > 0.0f ? x / penalty : x * penalty;
+      values[at] = x + p_.adjust_add[i];
+    });
+    each_entry(parallel, [&](int, int at) { values[at] = clean(values[at]); });
+    bool restricts = false;
+    for (int i = entries_begin_ + static_cast<int>(threadIdx.x); i < entries_end_; i += sample_threads)
+      restricts = restricts || (p_.adjust_flags[i] & 2) != 0;
+    if (__syncthreads_or(restricts) != 0) keep_allowed();
+    forget();
+    for (int q = threadIdx.x; q < quads_; q += sample_threads) note(values_[q], q);
+  }
+  // The row may only pick ids that have flag 2.
+  __device__ void keep_allowed() {
+    for (int i = threadIdx.x; i < (size_ + 31) / 32; i += sample_threads) allowed_[i] = 0;
+    __syncthreads();
+    each_entry(true, [&](int i, int at) {
+      if ((p_.adjust_flags[i] & 2) != 0) atomicOr(allowed_ + at / 32, 1u << (at % 32));
+    });
+    __syncthreads();
+    for (int q = threadIdx.x; q < quads_; q += sample_threads) {
+      const uint32_t bits = allowed_[q / 8] >> (4 * (q % 8));
 #pragma unroll
-  for (int j = 0; j < n; ++j) {
-    const int32_t warp_count = __reduce_add_sync(0xffffffffu, count[j]);
-    const float warp_mass = warp_sum(mass[j]);
-    if (lane == 0) exchange.count[warp][j] = warp_count, exchange.mass[warp][j] = warp_mass;
-  }
-  __syncthreads();
-  if (threadIdx.x < n) {
-    int32_t total_count = 0;
-    double total_mass = 0;
-    for (int w = 0; w < sample_warps; ++w) {
-      total_count += exchange.count[w][threadIdx.x];
-      total_mass += static_cast<double>(exchange.mass[w][threadIdx.x]);
+      for (int j = 0; j < 4; ++j)
+        if ((bits >> j & 1u) == 0) values_[q].x[j] = no_candidate();
     }
-    exchange.total_count[threadIdx.x] = total_count;
-    exchange.total_mass[threadIdx.x] = total_mass;
   }
-  __syncthreads();
-}
 
-// exp((x - largest) * inverse_temperature)
-struct Weight {
-  float largest, scale;  // scale: inverse temperature / ln 2
-  __device__ float operator()(float x) const {
+  // --- Answers of all blocks
+
+  // The row's largest and lowest logit and the lowest id of the largest.
+  __device__ void survey() {
+    const int warp = threadIdx.x / warp_size, lane = threadIdx.x % warp_size;
+    float largest = warp_max(mine_), lowest = warp_min(mine_lowest_);
+    shared_.thread_largest[threadIdx.x] = mine_;
+    if (lane == 0) shared_.warp_value[0][warp] = largest, shared_.warp_value[1][warp] = lowest;
+    if (threadIdx.x == 0) shared_.lowest_id = INT32_MAX;
+    __syncthreads();
+    largest = warp_max(shared_.warp_value[0][lane % sample_warps]);
+    lowest = warp_min(shared_.warp_value[1][lane % sample_warps]);
+    if (mine_ == largest) {
+      const Quad quad = kept_ ? values_[mine_quad_] : raw_quad(mine_quad_);
+#pragma unroll
+      for (int j = 3; j >= 0; --j)
+        if (quad.x[j] == largest) best_id_ = first_id_ + 4 * mine_quad_ + j;
+      atomicMin(&shared_.lowest_id, best_id_);
+    }
+    __syncthreads();
+    if (!met_) Team::wait();
+    met_ = true;
+    if (threadIdx.x < Team::size)
+      Team::peer(shared_.parts, threadIdx.x)[Team::rank()] = {largest, lowest, shared_.lowest_id};
+    Team::sync();
+    Best best;
+    largest_ = no_candidate(), lowest_ = no_candidate();
+#pragma unroll
+    for (int b = 0; b < Team::size; ++b) {
+      const Shared::Part part = shared_.parts[b];
+      best.add(part.largest, part.id);
+      lowest_ = fminf(lowest_, part.lowest);
+    }
+    largest_ = best.score, best_id_ = best.id;
+  }
+  __device__ static float warp_min(float x) { return -warp_max(-x); }
+
+  // Puts candidates for which wanted(x, id) holds on the leader's list; returns how many there are. Those beyond its
+  // capacity are only counted.
+  template <class Wanted>
+  __device__ int fill_list(bool look, Wanted&& wanted) {
+    int32_t* size = shared_.list_size + list_;
+    int32_t* size_at_leader = Team::peer(size, 0);
+    Place* list = Team::peer(shared_.list, 0);
+    if (look)
+      each([&](float x, int id) {
+        if (!wanted(x, id)) return;
+        const int at = atomicAdd(size_at_leader, 1);
+        if (at < list_capacity) list[at] = place_of(x, id);
+      });
+    Team::sync();
+    const int count = *size_at_leader;
+    list_ ^= 1;
+    if (leads() && threadIdx.x == 0) shared_.list_size[list_] = 0;
+    return count;
+  }
+
+  // The histogram of what the filter keeps, summed over the blocks into everyone's count, low and high.
+  __device__ void fill_histogram(const Bins& b, const Filter& filter, const Weight* weight) {
+    for (int i = threadIdx.x; i < bins; i += sample_threads) shared_.count[i] = shared_.low[i] = shared_.high[i] = 0;
+    __syncthreads();
+    each([&](float x, int id) {
+      const int bin = b.of(x, id);
+      if (bin >= bins || !filter.keeps(x, id)) return;
+      atomicAdd(shared_.count + bin, 1u);
+      if (weight == nullptr) return;
+      const uint64_t mass = weight->mass(x);
+      const uint32_t low = static_cast<uint32_t>(mass), before = atomicAdd(shared_.low + bin, low);
+      const uint32_t high = static_cast<uint32_t>(mass >> 32) + (before + low < before ? 1u : 0u);
+      if (high != 0) atomicAdd(shared_.high + bin, high);
+    });
+    Team::sync();
+    if constexpr (Team::size > 1) {
+      constexpr int slice = bins / Team::size;
+      if (threadIdx.x < slice) {
+        const int bin = Team::rank() * slice + static_cast<int>(threadIdx.x);
+        uint32_t count = 0;
+        uint64_t amount = 0;
+#pragma unroll
+        for (int other = 0; other < Team::size; ++other) {
+          count += Team::peer(shared_.count, other)[bin];
+          amount += Team::peer(shared_.low, other)[bin];
+          amount += uint64_t{Team::peer(shared_.high, other)[bin]} << 32;
+        }
+        shared_.slice_count[threadIdx.x] = count, shared_.slice_amount[threadIdx.x] = amount;
+      }
+      Team::sync();
+      for (int bin = threadIdx.x; bin < bins; bin += sample_threads) {
+        const uint64_t amount = Team::peer(shared_.slice_amount, bin / slice)[bin % slice];
+        shared_.count[bin] = Team::peer(shared_.slice_count, bin / slice)[bin % slice];
+        shared_.low[bin] = static_cast<uint32_t>(amount), shared_.high[bin] = static_cast<uint32_t>(amount >> 32);
+      }
+      __syncthreads();
+    }
+  }
+
+  // Cuts the filter to the smallest set of first places whose count (weight == nullptr), or else share of the weight of
+  // all that it kept, reaches the target. Leaves it as it is if all together do not.
+  __device__ void cut(Filter& filter, const Weight* weight, double target, float reach) {
+    Bins b = largest_ > low_infinity ? Bins::linear(largest_, fminf(largest_ - lowest_, reach)) : Bins::all_places();
+    uint64_t left = static_cast<uint64_t>(target);  // to be reached among those not yet passed
+    int bin = 0;
+    for (bool first = true;; first = false) {
+      fill_histogram(b, filter, weight);
+      const auto amount = [&](int i) {
+        return weight == nullptr ? uint64_t{shared_.count[i]} : uint64_t{shared_.high[i]} << 32 | shared_.low[i];
+      };
+      uint64_t before = 0, total = 0;
+      if (first && weight != nullptr) {
+        first_reaching(bins, ~uint64_t{0}, before, total, shared_, amount);
+        left = max(uint64_t{1}, static_cast<uint64_t>(ceil(target * static_cast<double>(total))));
+      }
+      bin = first_reaching(bins, left, before, total, shared_, amount);
+      if (bin == bins) return;
+      left -= before;
+      if (shared_.count[bin] <= list_capacity) break;
+      b = b.narrowed(bin);
+    }
+    const int n = fill_list(true, [&](float x, int id) { return b.of(x, id) == bin && filter.keeps(x, id); });
+    if (leads()) {
+      sort_list(n, shared_);
+      uint64_t before = 0, total = 0;
+      const int last = first_reaching(n, left, before, total, shared_, [&](int i) {
+        return weight == nullptr ? uint64_t{1} : weight->mass(logit_at(shared_.list[i]));
+      });
+      if (threadIdx.x < Team::size) *Team::peer(&shared_.cut, threadIdx.x) = shared_.list[min(last, n - 1)];
+    }
+    Team::sync();
+    filter.cut_after(shared_.cut);
+  }
+
+  // The first k places, and perhaps more, in order on the leader's list; returns how many there are. May leave out what
+  // is further than `reach` below the largest.
+  //
+  // At least k candidates are as good as the k-th best of the threads' largest, and few more than k: so only threads
+  // that have one look at their candidates again.
+  __device__ int select_top(int k, float reach) {
+    float largest[Team::size], lowest = no_candidate();
+#pragma unroll
+    for (int b = 0; b < Team::size; ++b) largest[b] = Team::peer(shared_.thread_largest, b)[threadIdx.x];
+    for (int i = threadIdx.x; i < bins; i += sample_threads) shared_.count[i] = 0;
+#pragma unroll
+    for (int b = 0; b < Team::size; ++b)
+      if (largest[b] > low_infinity) lowest = fminf(lowest, largest[b]);
+    lowest = warp_min(lowest);
+    if (threadIdx.x % warp_size == 0) shared_.warp_value[1][threadIdx.x / warp_size] = lowest;
+    __syncthreads();
+    lowest = warp_min(shared_.warp_value[1][threadIdx.x % sample_warps]);
+    const Bins b = Bins::linear(largest_, fminf(largest_ - lowest, reach));
+#pragma unroll
+    for (int other = 0; other < Team::size; ++other) {
+      const int bin = b.of(largest[other], 0);
+      if (bin < bins) atomicAdd(shared_.count + bin, 1u);
+    }
+    __syncthreads();
+    uint64_t before = 0, total = 0;
+    const int last = first_reaching(bins, static_cast<uint64_t>(k), before, total, shared_,
+                                    [&](int i) { return uint64_t{shared_.count[i]}; });
+    int n = 0;
+    if (last < bins)
+      n = fill_list(b.of(mine_, 0) <= last, [&](float x, int id) { return b.of(x, id) <= last; });
+    else  // fewer threads than k have one
+      n = fill_list(largest_ - mine_ <= reach, [&](float x, int) { return largest_ - x <= reach; });
+    const bool short_of = n < k && !(reach < FLT_MAX);  // -inf, where that counts
+    if (n > list_capacity || short_of) {
+      Filter filter;
+      cut(filter, nullptr, k, reach);
+      n = fill_list(true, [&](float x, int id) { return filter.keeps(x, id) && !(largest_ - x > reach); });
+    }
+    if (leads()) sort_list(n, shared_);
+    return n;
+  }
+
+  // --- The draw
+
+  __device__ void draw() {
+    const float temperature = p_.temperature[row_], top_p = p_.top_p[row_];
+    const int top_k = p_.top_k[row_];
+    inverse_ = 1.0f / temperature;
+    const Weight weight{largest_, inverse_ * log2_e};
+    const float reach = out_of_reach * temperature;
+    const double share = fmaxf(top_p, FLT_MIN);
+    Filter filter;
+    filter.lowest = lowest_kept(temperature);
+    if (top_k > 0 && top_k <= list_capacity / 2) {
+      const int n = min(top_k, select_top(top_k, reach));
+      if (leads()) draw_of_list(n, weight, top_p < 1.0f ? share : 0.0, filter.lowest);
+      Team::sync();
+      return;
+    }
+    const float lowest = filter.lowest;
+    filter.lowest = low_infinity;
+    if (top_k > 0 && top_k < p_.vocab) cut(filter, nullptr, top_k, reach);
+    if (top_p < 1.0f) cut(filter, &weight, share, reach);
+    filter.lowest = lowest;
+    draw_of_share(weight, filter);
+  }
+
+  // min-p as a bound on the logits.
+  __device__ float lowest_kept(float temperature) const {
+    const double share = p_.min_p[row_];
+    if (!(share > 0.0)) return low_infinity;
+    return static_cast<float>(static_cast<double>(largest_) + static_cast<double>(temperature) * log(fmin(1.0, share)));
+  }
+
+  // By the leader: of the first n places on its list, less what top-p cuts (top_p > 0) and what is below `lowest`.
+  __device__ void draw_of_list(int n, const Weight& weight, double top_p, float lowest) {
+    if (top_p > 0.0) {
+      const auto mass = [&](int i) { return weight.mass(logit_at(shared_.list[i])); };
+      uint64_t before = 0, total = 0;
+      first_reaching(n, ~uint64_t{0}, before, total, shared_, mass);
+      const auto target = static_cast<uint64_t>(ceil(top_p * static_cast<double>(total)));
+      n = min(n, 1 + first_reaching(n, max(uint64_t{1}, target), before, total, shared_, mass));
+    }
+    const uint64_t seed = p_.seeds[row_];
+    const auto position = static_cast<uint32_t>(p_.positions[row_]);
+    Best best;
+    for (int i = threadIdx.x; i < n; i += sample_threads) {
+      const float x = logit_at(shared_.list[i]);
+      const int id = id_at(shared_.list[i]);
+      if (x >= lowest)
+        best.add(gumbel_of_token(seed, position, static_cast<uint32_t>(id)) + (x - largest_) * inverse_, id);
+    }
+    set_token(over_block(best).id);
+  }
+
+  // The largest of (logit - largest) / temperature + noise, over all that the filter keeps.
+  __device__ void draw_of_share(const Weight& weight, const Filter& filter) {
+    const uint64_t seed = p_.seeds[row_];
+    const auto position = static_cast<uint32_t>(p_.positions[row_]);
+    Best best;
+    // What the best token scores, which is always kept, is to be beaten.
+    float to_beat = gumbel_of_token(seed, position, static_cast<uint32_t>(best_id_));
+    const float lowest = fmaxf(filter.value, filter.lowest);
+    for (int first = threadIdx.x / warp_size * warp_size; first < quads_; first += sample_threads) {
+      const int q = first + static_cast<int>(threadIdx.x) % warp_size;
+      Quad quad;
+      float limit = -1.0f;
+      if (q < quads_) {
+        quad = values_[q];
+        const float largest = quad.largest();
+        // A noise of g or more takes a uniform number of at most exp(-g). 2^32 times that, with some slack:
+        if (largest >= lowest) limit = exp2_rough((largest - largest_) * weight.scale - to_beat * log2_e + 32.01f);
+      }
+      bool hopeful = limit >= 0.5f;
+      PhiloxWords bits{};
+      if (hopeful) {
+        bits = philox(static_cast<uint32_t>(first_id_ / 4 + q), position, 0, 0, seed);
+        const uint32_t least = min(min(bits[0], bits[1]), min(bits[2], bits[3]));
+        hopeful = static_cast<float>(least) <= limit;
+      }
+      if (!__any_sync(0xffffffffu, hopeful)) continue;
+      if (hopeful)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const int id = first_id_ + 4 * q + j;
+          if (static_cast<float>(bits[static_cast<size_t>(j)]) <= limit && filter.keeps(quad.x[j], id))
+            best.add(gumbel(bits[static_cast<size_t>(j)]) + (quad.x[j] - largest_) * inverse_, id);
+        }
+      to_beat = fmaxf(to_beat, warp_max(best.score));
+    }
+    best = over_block(best);
+    if (threadIdx.x == 0) Team::peer(shared_.bests, 0)[Team::rank()] = best;
+    Team::sync();
+    if (!leads()) return;
+    Best winner;
+#pragma unroll
+    for (int b = 0; b < Team::size; ++b) winner.add(shared_.bests[b].score, shared_.bests[b].id);
+    set_token(winner.id);
+  }
+  __device__ static float exp2_rough(float x) {
     float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"((x - largest) * scale));
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
   }
+  __device__ Best over_block(const Best& mine) {
+    const Best best = mine.over_warp();
+    __syncthreads();
+    if (threadIdx.x % warp_size == 0) shared_.warp_best[threadIdx.x / warp_size] = best;
+    __syncthreads();
+    return shared_.warp_best[threadIdx.x % sample_warps].over_warp();
+  }
+  __device__ void set_token(int token) {
+    if (!leads() || threadIdx.x != 0) return;
+    p_.tokens[row_] = token;
+    shared_.token = token;
+  }
+
+  // --- Log-probabilities
+
+  __device__ float* logprobs() const { return p_.logprobs + row_ * p_.logprobs_row; }
+  __device__ int32_t* logprob_ids() const { return p_.logprob_ids + row_ * p_.logprob_ids_row; }
+  __device__ void clear_logprobs(int from) const {
+    for (int i = from + static_cast<int>(threadIdx.x); i < p_.width; i += sample_threads)
+      logprobs()[i] = 0.0f, logprob_ids()[i] = -1;
+  }
+
+  // Columns 1 .. n: the most likely tokens of the raw logits. The leader gets the logarithm of the sum of their
+  // exponentials.
+  __device__ double write_top_logprobs() {
+    const bool finite = largest_ > low_infinity;  // else log-probabilities are -inf, not NaN
+    const Weight weight{largest_, finite ? log2_e : 0.0f};
+    uint64_t mine = 0, all = 0;
+    each([&](float x, int) {
+      if (x == x) mine += weight.mass(x);
+    });
+    sum_before(mine, all, shared_);
+    if (threadIdx.x == 0) Team::peer(shared_.masses, 0)[Team::rank()] = all;
+    Team::sync();
+    const int n = min(min(p_.num_logprobs[row_], p_.vocab), p_.width - 1);
+    if (n > 0) select_top(n, -low_infinity);
+    double log_sum = 0;
+    if (leads()) {
+      clear_logprobs(1 + n);
+      uint64_t total = 0;
+#pragma unroll
+      for (int b = 0; b < Team::size; ++b) total += shared_.masses[b];
+      if (finite) log_sum = static_cast<double>(largest_) + log(static_cast<double>(total) * 0x1p-40);
+      for (int i = threadIdx.x; i < n; i += sample_threads) {
+        logprobs()[1 + i] = static_cast<float>(static_cast<double>(logit_at(shared_.list[i])) - log_sum);
+        logprob_ids()[1 + i] = id_at(shared_.list[i]);
+      }
+    }
+    Team::sync();  // the list is free again
+    return log_sum;
+  }
+
+  __device__ void write_sampled_logprob(double log_sum) {
+    Team::sync();
+    const int token = *Team::peer(&shared_.token, 0);
+    const float logit = clean(logits_[token]);
+    uint64_t larger = 0, all = 0;
+    for (int q = threadIdx.x; q < quads_; q += sample_threads) {
+      const Quad quad = raw_quad(q);
+#pragma unroll
+      for (float x : quad.x) larger += x > logit;
+    }
+    sum_before(larger, all, shared_);
+    if (threadIdx.x == 0) Team::peer(shared_.larger, 0)[Team::rank()] = static_cast<int32_t>(all);
+    Team::sync();
+    if (!leads() || threadIdx.x != 0) return;
+    logprobs()[0] = static_cast<float>(static_cast<double>(logit) - log_sum);
+    logprob_ids()[0] = token;
+    int32_t rank = 1;
+#pragma unroll
+    for (int b = 0; b < Team::size; ++b) rank += shared_.larger[b];
+    p_.ranks[row_] = rank;
+  }
+
+  const SampleParams& p_;
+  Shared& shared_;
+  Quad* values_;
+  uint32_t* allowed_;
+  int64_t row_;
+  const float* logits_;
+  int first_id_, size_, quads_, entries_begin_, entries_end_;
+  float mine_ = 0, mine_lowest_ = 0;  // this thread's largest and lowest
+  int mine_quad_ = -1;
+  bool kept_ = false, met_ = false;
+  float largest_ = 0, lowest_ = 0, inverse_ = 0;  // of the row
+  int best_id_ = INT32_MAX, list_ = 0;
 };
-
-// For each limit: how many candidates that `filter` keeps are >= limit, and their weights.
-template <int n, class Source>
-__device__ void at_least(const Source& source, const Filter& filter, const Weight& weight, const float (&limits)[n],
-                         Exchange& exchange) {
-  int32_t count[n] = {};
-  float mass[n] = {};
-  source.each([&](float x, int id) {
-    if (!filter.keeps(x, id)) return;
-    const float w = weight(x);
-#pragma unroll
-    for (int j = 0; j < n; ++j)
-      if (x >= limits[j]) ++count[j], mass[j] += w;
-  });
-  sum_over_block(count, mass, exchange);
-}
-
-// The id of the tie number `ties` (from 1) among candidates equal to value, in ascending order of id.
-template <class Source>
-__device__ int id_of_tie(const Source& source, const Filter& filter, float value, int ties, Exchange& exchange) {
-  __syncthreads();
-  if (threadIdx.x < warp_size) {
-    int found = INT32_MAX, left = ties;
-    for (int first = 0; first < source.size && left > 0; first += warp_size) {
-      const int i = first + threadIdx.x;
-      const bool equal =
-          i < source.size && source.has(i) && source.logit(i) == value && filter.keeps(value, source.id(i));
-      uint32_t votes = __ballot_sync(0xffffffffu, equal);
-      const int here = __popc(votes);
-      if (here >= left) {
-        for (int skip = 1; skip < left; ++skip) votes &= votes - 1;
-        found = source.id(first + __ffs(votes) - 1);
-      }
-      left -= here;
-    }
-    if (threadIdx.x == 0) exchange.total_count[0] = found;
-  }
-  __syncthreads();
-  return exchange.total_count[0];
-}
-
-// The smallest set of largest logits (ties: lowest ids) among what `filter` keeps whose count, or with by_mass sum of
-// weights, reaches target > 0. `floor`: a value at or above which the target is reached. n thresholds are tried a pass.
-template <int n, class Source>
-__device__ Cut find_cut(const Source& source, const Filter& filter, const Weight& weight, bool by_mass, double target,
-                        float floor, Exchange& exchange) {
-  uint32_t low = key_of(floor), high = key_of(weight.largest) + 1;
-  double above = 0;  // what logits >= float_of(high) amount to
-  while (high - low > 1) {
-    float limits[n];
-    uint32_t keys[n];
-#pragma unroll
-    for (int j = 0; j < n; ++j) {
-      keys[j] = low + static_cast<uint32_t>(uint64_t{high - low} * (j + 1) / (n + 1));
-      limits[j] = float_of(keys[j]);
-    }
-    at_least(source, filter, weight, limits, exchange);
-#pragma unroll
-    for (int j = n - 1; j >= 0; --j) {
-      const double reached = by_mass ? exchange.total_mass[j] : exchange.total_count[j];
-      if (reached >= target) {
-        if (keys[j] > low) low = keys[j];
-        break;
-      }
-      high = keys[j], above = reached;
-    }
-  }
-  Cut cut{float_of(low), INT32_MAX};
-  int32_t equal[1] = {};
-  const float nothing[1] = {};
-  source.each([&](float x, int id) { equal[0] += x == cut.value && filter.keeps(x, id); });
-  sum_over_block(equal, nothing, exchange);
-  const double equals = exchange.total_count[0], unit = by_mass ? weight(cut.value) : 1.0;
-  const double ties = unit > 0 ? ceil((target - above) / unit) : 1.0;
-  if (ties < equals) cut.last_id = id_of_tie(source, filter, cut.value, max(1, static_cast<int>(ties)), exchange);
-  return cut;
-}
 
 }  // namespace hybrid::cuda

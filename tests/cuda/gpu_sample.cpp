@@ -133,8 +133,10 @@ TEST_F(GpuSample, draws_the_tokens_that_its_cpu_twin_draws) {
                                       {.temperature = 1.3f, .min_p = 0.05f},
                                       {.temperature = 2.0f, .top_p = 0.5f, .min_p = 0.02f, .top_k = 20000},
                                       {.temperature = 0.3f, .top_k = 1},
+                                      {.temperature = 0.9f, .top_p = 0.8f, .top_k = 1000},
+                                      {.temperature = 1.5f, .top_p = 0.99f, .top_k = 1025},
                                       {.temperature = 1e-6f, .top_p = 0.1f}};
-  for (int64_t vocab : {7, 1000, 50257, 151936})
+  for (int64_t vocab : {7, 1000, 50257, 128256, 151936})
     for (bool peaked : {true, false})
       for (float scale : {0.02f, 3.0f}) {
         std::vector<Request> requests;
@@ -245,6 +247,82 @@ TEST_F(GpuSample, gives_a_row_the_same_token_alone_and_in_every_run) {
     sample(alone);
     EXPECT_EQ(c.tokens.download()[static_cast<size_t>(row)], together[static_cast<size_t>(row)]);
   }
+}
+
+// More than the shared memory of eight blocks holds.
+TEST_F(GpuSample, draws_as_its_cpu_twin_from_a_vocabulary_that_one_block_takes) {
+  constexpr int64_t vocab = 500'003;
+  std::vector<Request> requests;
+  for (int i = 0; i < 24; ++i) {
+    Request r{.temperature = i % 4 == 0 ? 0.0f : 0.8f,
+              .top_p = i % 2 == 0 ? 0.9f : 1.0f,
+              .penalty = 1.2f,
+              .top_k = i % 3 == 0 ? 50 : 0,
+              .num_logprobs = i % 5 - 1};
+    if (i % 6 == 0) r.entries = {{7, 1.0f, 1}, {400000, 9.0f, 3}, {499999, 9.0f, 2}};
+    requests.push_back(r);
+  }
+  Case c(requests, vocab, 5, rng);
+  fill(c.logits, 2.0f, true);
+  EXPECT_EQ(c.run_both(), 0);
+  expect_close(c.logprobs, 1e-5f, 1e-5f, "logprobs");
+  EXPECT_EQ(c.logprob_ids.download(), c.logprob_ids.host());
+  EXPECT_EQ(c.ranks.download(), c.ranks.host());
+}
+
+// As the engine runs it: one graph for up to so many rows, the ones without a sequence padded, columns of adjustments
+// as long as they may become. Only adjust_start says what of them is used: the rest is poisoned.
+TEST_F(GpuSample, replays_a_graph_with_padded_rows_and_other_parameters) {
+  constexpr int64_t vocab = 32003, rows = 16, capacity = 5000;
+  cudaStream_t stream = nullptr;
+  cuda::check(cudaStreamCreate(&stream));
+  std::vector<Request> blank(rows, Request{.temperature = 0.0f});
+  blank[0].entries.resize(capacity, Entry{INT32_MIN, std::nanf(""), -1});
+  Case c(blank, vocab, 4, rng);
+  for (int32_t& s : c.start.host()) s = 0;
+  c.upload();
+  Sample a = c.args(Device::cuda);
+  a.stream = stream;
+  sample(a);
+  cudaGraph_t graph;
+  cudaGraphExec_t executable;
+  cuda::check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+  sample(a);
+  cuda::check(cudaStreamEndCapture(stream, &graph));
+  cuda::check(cudaGraphInstantiate(&executable, graph, 0));
+  for (int used : {16, 3, 1, 11}) {
+    fill(c.logits, 2.0f, used % 2 == 1);
+    int32_t next = 0;
+    for (size_t r = 0; r < static_cast<size_t>(rows); ++r) {
+      const bool live = static_cast<int>(r) < used;
+      c.temperature.host()[r] = live && r % 4 != 0 ? 0.8f : 0.0f;
+      c.top_p.host()[r] = live && r % 2 == 0 ? 0.9f : 1.0f;
+      c.top_k.host()[r] = live && r % 3 == 0 ? 40 : 0;
+      c.penalty.host()[r] = live ? 1.1f : 1.0f;
+      c.num_logprobs.host()[r] = live ? static_cast<int32_t>(r % 5) - 1 : -1;
+      c.positions.host()[r] = static_cast<int32_t>(rng() % 1000);
+      for (int e = 0; live && e < static_cast<int>(r % 3) * 100; ++e, ++next) {
+        c.ids.host()[static_cast<size_t>(next)] = 7 * e + static_cast<int32_t>(r);
+        c.add.host()[static_cast<size_t>(next)] = -0.5f;
+        c.flags.host()[static_cast<size_t>(next)] = e % 2;
+      }
+      c.start.host()[r + 1] = next;
+    }
+    c.upload();
+    c.tokens.poison(), c.ranks.poison(), c.logprobs.poison(), c.logprob_ids.poison();
+    cuda::check(cudaGraphLaunch(executable, stream));
+    cuda::check(cudaStreamSynchronize(stream));
+    Sample host = c.args(Device::cpu);
+    for (TensorView* t : {&host.adjust_ids, &host.adjust_add, &host.adjust_flags}) t->shape[0] = next;
+    sample(host);
+    EXPECT_EQ(c.tokens.download(), c.tokens.host()) << used << " rows in use";
+    expect_close(c.logprobs, 1e-5f, 1e-5f, "logprobs");
+    EXPECT_EQ(c.logprob_ids.download(), c.logprob_ids.host());
+    EXPECT_EQ(c.ranks.download(), c.ranks.host());
+  }
+  cuda::check(cudaGraphExecDestroy(executable));
+  cuda::check(cudaGraphDestroy(graph));
+  cuda::check(cudaStreamDestroy(stream));
 }
 
 }  // namespace
