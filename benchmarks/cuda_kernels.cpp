@@ -168,7 +168,8 @@ void attention(const std::string& name, const Heads& h, const std::vector<int32_
   a.max_query_len = *std::max_element(queries.begin(), queries.end());
   a.scale = 1.0f / std::sqrt(static_cast<float>(h.dim)), a.stream = stream;
   a.plan = memory.take({decode_plan_size(a.max_decodes)}, DType::i32);
-  plan_decode({a.plan, a.query_start, a.seq_lens, a.kv_start, a.num_decodes, a.max_decodes, h.heads, h.kv_heads, stream});
+  plan_decode({a.plan, a.query_start, a.seq_lens, a.kv_start, a.num_decodes, a.max_decodes, h.heads, h.kv_heads, h.dim,
+               stream});
   const double time = time_of_launch(layers, [&](int64_t layer) {
     for (int which : {0, 1}) {
       TensorView t = cache;

@@ -11,21 +11,27 @@
 
 namespace hybrid::cuda {
 
-constexpr int tile = 16, most_rows = 16;  // KV tokens and query heads of one product
-constexpr int shortest_unit = 128;        // tokens
+constexpr int tile = 16, most_rows = 16;  // KV tokens and query heads of one product, at most
+constexpr int shortest_unit_log2 = 7;     // of tokens
 constexpr int most_units = 64;            // of a sequence
 
 // Of a sequence of this many tokens. Nothing else may decide it: how a row's sum is cut decides its bits.
-__host__ __device__ constexpr int unit_length(int tokens) {
-  int64_t length = shortest_unit;
-  while (length * most_units < tokens) length *= 2;
-  return static_cast<int>(length);
+__device__ constexpr int unit_log2(int tokens) {
+  int log2 = shortest_unit_log2;
+  while ((int64_t{most_units} << log2) < tokens) ++log2;
+  return log2;
 }
 
 struct alignas(16) DecodeUnit {
-  int32_t row;  // of q and out
+  int32_t row;               // of q and out
   int32_t kv_start, tokens;  // of the sequence
-  int32_t index;             // among its units
+  int32_t packed;            // index among its units, how many these are, and 2^how many tokens they have; 8 bits each
+
+  __device__ int index() const { return packed & 255; }
+  __device__ int units() const { return packed >> 8 & 255; }
+  __device__ int log2() const { return packed >> 16; }
+  __device__ int first() const { return index() << log2(); }                              // token
+  __device__ int end() const { return min(int64_t{index() + 1} << log2(), int64_t{tokens}); }  // behind its last token
 };
 
 // `origin`: the block that has the first unit of the sequence and head that position `begin` belongs to.
@@ -51,14 +57,17 @@ struct DecodeColumns {
   const int32_t* seq_lens;
   const int32_t* kv_start;
   const int64_t* num_decodes;
-  int seqs, places;  // places: (KV head, 16 query heads) of a sequence
+  int seqs, places, blocks;  // places: (KV head, 16 query heads) of a sequence; blocks: of a layer's launch
 };
 void launch_plan_decode(int32_t* plan, const DecodeColumns& columns, Stream stream);
 
 inline int decode_places(int64_t heads, int64_t kv_heads) {
   return static_cast<int>(kv_heads * ceil_div(heads / kv_heads, most_rows));
 }
-// Blocks of every layer's launch.
-inline int64_t decode_blocks() { return std::min<int64_t>(2 * multiprocessors(), PlanView::most_blocks); }
+// Blocks of every layer's launch: all at work at once.
+constexpr int decode_blocks_per_multiprocessor(int64_t head_dim) { return head_dim <= 64 ? 3 : head_dim <= 128 ? 2 : 1; }
+inline int64_t decode_blocks(int64_t head_dim) {
+  return std::min<int64_t>(decode_blocks_per_multiprocessor(head_dim) * multiprocessors(), PlanView::most_blocks);
+}
 
 }  // namespace hybrid::cuda

@@ -1,4 +1,4 @@
-// What one warp of paged decode does with one tile of 16 KV tokens: its place in shared memory and its arithmetic.
+// What one warp of paged decode does with its share of the KV tokens: its place in shared memory and its arithmetic.
 #pragma once
 
 #include "attention.cuh"
@@ -6,112 +6,153 @@
 
 namespace hybrid::cuda {
 
-// A tile of K or V in shared memory, in packs of 16 bytes. ldmatrix reads 8 rows at one column without bank conflicts:
-// where a row is a multiple of 128 bytes, columns are permuted within them; else rows have an odd number of packs.
-template <int dim>
-struct TileLayout {
+constexpr int decode_warps = 4;
+
+// Sizes for heads of `dim` elements and up to `rows` query heads a KV head. A warp loads and computes on `step` tokens
+// at a time; its ring holds `depth` steps, as many as fit.
+template <int dim, int rows>
+struct DecodeShape {
+  static constexpr int tiles = dim <= 64 ? 2 : 1, step = tiles * tile;
+  // K or V of a step in packs of 16 bytes. ldmatrix reads 8 rows at one column without bank conflicts: where a row is a
+  // multiple of 128 bytes, columns are permuted within them; else rows have an odd number of packs.
   static constexpr bool permuted = dim % 64 == 0;
   static constexpr int row_packs = permuted ? dim / 8 : dim / 8 | 1;
-  static constexpr int packs = tile * row_packs;
+  static constexpr int packs = step * row_packs, stage_packs = 2 * packs;
+  // What a warp sums to: rows of dim sums, then largest score and sum of weights. 4 more: no bank conflicts.
+  static constexpr int row_floats = dim + 4, sums_bytes = rows * row_floats * 4;
+
+  static constexpr int block_bytes = 228 * 1024 / decode_blocks_per_multiprocessor(dim) - 1024;
+  static constexpr int depth = std::clamp((block_bytes - 16 - decode_warps * sums_bytes) / decode_warps / (stage_packs * 16), 2, 6);
+  static constexpr int ring_packs = depth * stage_packs;  // of a warp
+  static constexpr size_t shared_bytes = size_t{decode_warps} * (ring_packs * 16 + sums_bytes) + 16;
+
   __device__ static int pack(int row, int column) {
     return row * row_packs + (permuted ? column ^ (row & 7) : column);
   }
-  // From the address of pack(row, column) to that of pack(row, column + 2 * steps); `column` is 0 or 1. A tile's rows
-  // start at multiples of their size.
-  __device__ static uint32_t step(uint32_t address, int steps) {
-    return permuted ? address ^ (steps * 32) : address + steps * 32;
+  // From the address of pack(row, column) to that of pack(row, column + 2 * pairs); `column` is 0 or 1. Rows start at
+  // multiples of their size.
+  __device__ static uint32_t columns_on(uint32_t address, int pairs) {
+    return permuted ? address ^ (pairs * 32) : address + pairs * 32;
   }
 };
 
-// A warp's ring of K and V tiles.
-template <int dim>
-struct DecodeRing {
-  static constexpr int stage_packs = 2 * TileLayout<dim>::packs;
-  static constexpr int depth = std::clamp(24576 / (stage_packs * 16), 2, 6);
-  static constexpr int warp_packs = depth * stage_packs;
-};
+// The transpose of an 8 x 8 matrix of 16-bit elements, a row's pair a lane.
+__device__ inline uint32_t transposed(uint32_t x) {
+  uint32_t y;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+  return y;
+}
 
-// A warp's running softmax over its tiles of a unit.
-template <class T, int dim>
+// A warp's running softmax over its tokens of a unit. Tokens are the rows of the products and query heads, 8 at a time,
+// their columns: lane 4 g + t has heads 2t and 2t + 1 of each eight, of tokens g and g + 8 or dims g and g + 8.
+template <class T, int dim, int rows>
 struct WarpState {
-  float out[dim / 8][4] = {};
-  float largest[2] = {minus_infinity, minus_infinity},
-        sum[2] = {0.0f, 0.0f};  // rows g and g + 8; sum: this lane's part
+  using Shape = DecodeShape<dim, rows>;
+  static constexpr int eights = rows / 8, tiles = Shape::tiles;
+  using Query = uint32_t[eights][dim / 16][2];
 
-  // Tokens [first, first + 16) at `keys` and `values`, those from `tokens` on are masked.
-  __device__ void add_tile(const uint32_t (&q)[dim / 16][4], uint32_t keys, uint32_t values, int first, int tokens,
-                           float scale_log2) {
-    using Layout = TileLayout<dim>;
-    const int lane = threadIdx.x % warp_size, t = lane % 4;
-    float s[2][4] = {};
-    const uint32_t key = keys + Layout::pack(lane / 16 * 8 + lane % 8, lane / 8 % 2) * 16;
+  float out[eights][dim / 16][4] = {};
+  float largest[eights][2], sum[eights][2] = {};  // sum: this lane's part
+
+  __device__ WarpState() {
 #pragma unroll
-    for (int k = 0; k < dim / 16; ++k) {
-      uint32_t b[4];
-      load_matrices(b, Layout::step(key, k));
-      mma<T>(s[0], q[k][0], q[k][1], q[k][2], q[k][3], b[0], b[1]);
-      mma<T>(s[1], q[k][0], q[k][1], q[k][2], q[k][3], b[2], b[3]);
+    for (int e = 0; e < eights; ++e) largest[e][0] = largest[e][1] = minus_infinity;
+  }
+
+  // Tokens [first, first + step) at `keys` and `values`, those from `tokens` on are masked.
+  __device__ void add(const Query& q, uint32_t keys, uint32_t values, int first, int tokens, float scale_log2) {
+    const int lane = threadIdx.x % warp_size;
+    float s[tiles][eights][4] = {};
+    const uint32_t key = keys + Shape::pack(lane % 16, lane / 16) * 16;
+#pragma unroll
+    for (int k = 0; k < dim / 16; ++k)
+#pragma unroll
+      for (int i = 0; i < tiles; ++i) {
+        uint32_t a[4];
+        load_matrices(a, Shape::columns_on(key + i * tile * Shape::row_packs * 16, k));
+#pragma unroll
+        for (int e = 0; e < eights; ++e) mma<T>(s[i][e], a[0], a[1], a[2], a[3], q[e][k][0], q[e][k][1]);
+      }
+    if (first + Shape::step > tokens) {
+#pragma unroll
+      for (int i = 0; i < tiles; ++i)
+#pragma unroll
+        for (int e = 0; e < eights; ++e)
+#pragma unroll
+          for (int j = 0; j < 4; ++j)
+            if (first + i * tile + j / 2 * 8 + lane / 4 >= tokens) s[i][e][j] = minus_infinity;
     }
+#pragma unroll
+    for (int e = 0; e < eights; ++e) weigh(e, s, scale_log2);
+    uint32_t p[tiles][eights][2];
+#pragma unroll
+    for (int i = 0; i < tiles; ++i)
+#pragma unroll
+      for (int e = 0; e < eights; ++e) {
+        p[i][e][0] = transposed(pair_of<T>(s[i][e][0], s[i][e][1]));
+        p[i][e][1] = transposed(pair_of<T>(s[i][e][2], s[i][e][3]));
+      }
+    const uint32_t value = values + Shape::pack(lane / 16 * 8 + lane % 8, lane / 8 % 2) * 16;
+#pragma unroll
+    for (int i = 0; i < tiles; ++i)
+#pragma unroll
+      for (int d = 0; d < dim / 16; ++d) {
+        uint32_t a[4];
+        load_transposed(a, Shape::columns_on(value + i * tile * Shape::row_packs * 16, d));
+#pragma unroll
+        for (int e = 0; e < eights; ++e) mma<T>(out[e][d], a[0], a[1], a[2], a[3], p[i][e][0], p[i][e][1]);
+      }
+  }
+
+  // For the first `heads` heads; see Shape::row_floats.
+  __device__ void store(float* to, int heads) const {
+    const int lane = threadIdx.x % warp_size, g = lane / 4, t = lane % 4;
+#pragma unroll
+    for (int e = 0; e < eights; ++e)
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        float total = sum[e][j];
+#pragma unroll
+        for (int step = 4; step < warp_size; step *= 2) total += __shfl_xor_sync(0xffffffffu, total, step);
+        const int head = e * 8 + 2 * t + j;
+        if (head >= heads) continue;
+        float* row = to + head * Shape::row_floats;
+#pragma unroll
+        for (int d = 0; d < dim / 16; ++d) row[d * 16 + g] = out[e][d][j], row[d * 16 + g + 8] = out[e][d][j + 2];
+        if (g == 0) *reinterpret_cast<float2*>(row + dim) = make_float2(largest[e][j], total);
+      }
+  }
+
+ private:
+  // Scores of eight heads to weights; what was summed so far is scaled down to the new largest score.
+  __device__ void weigh(int e, float (&s)[tiles][eights][4], float scale_log2) {
     float keep[2];
 #pragma unroll
-    for (int row = 0; row < 2; ++row) {
-      float top = largest[row];
+    for (int j = 0; j < 2; ++j) {
+      float top = fmaxf(s[0][e][j], s[0][e][j + 2]);
 #pragma unroll
-      for (int n = 0; n < 2; ++n)
+      for (int i = 1; i < tiles; ++i) top = fmaxf(top, fmaxf(s[i][e][j], s[i][e][j + 2]));
 #pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          float& x = s[n][row * 2 + j];
-          x = first + n * 8 + 2 * t + j < tokens ? x * scale_log2 : minus_infinity;
-          top = fmaxf(top, x);
+      for (int step = 4; step < warp_size; step *= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, step));
+      top = fmaxf(largest[e][j], top * scale_log2);
+      keep[j] = exp2_of(largest[e][j] - top);
+      largest[e][j] = top;
+      float total = 0.0f;
+#pragma unroll
+      for (int i = 0; i < tiles; ++i)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          float& x = s[i][e][j + half * 2];
+          x = exp2_of(__fmaf_rn(x, scale_log2, -top));
+          total += x;
         }
-      top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
-      top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
-      keep[row] = exp2_of(largest[row] - top);
-      largest[row] = top;
-      float tile_sum = 0.0f;
-#pragma unroll
-      for (int n = 0; n < 2; ++n)
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          float& x = s[n][row * 2 + j];
-          x = exp2_of(x - top);
-          tile_sum += x;
-        }
-      sum[row] = __fmaf_rn(sum[row], keep[row], tile_sum);
+      sum[e][j] = __fmaf_rn(sum[e][j], keep[j], total);
     }
     if (__any_sync(0xffffffffu, keep[0] != 1.0f || keep[1] != 1.0f)) {
 #pragma unroll
-      for (int d = 0; d < dim / 8; ++d)
+      for (int d = 0; d < dim / 16; ++d)
 #pragma unroll
-        for (int j = 0; j < 4; ++j) out[d][j] *= keep[j / 2];
-    }
-    const uint32_t a0 = pair_of<T>(s[0][0], s[0][1]), a1 = pair_of<T>(s[0][2], s[0][3]),
-                   a2 = pair_of<T>(s[1][0], s[1][1]), a3 = pair_of<T>(s[1][2], s[1][3]);
-    const uint32_t value = values + Layout::pack(lane / 8 % 2 * 8 + lane % 8, lane / 16) * 16;
-#pragma unroll
-    for (int d = 0; d < dim / 16; ++d) {
-      uint32_t b[4];
-      load_transposed(b, Layout::step(value, d));
-      mma<T>(out[2 * d], a0, a1, a2, a3, b[0], b[1]);
-      mma<T>(out[2 * d + 1], a0, a1, a2, a3, b[2], b[3]);
-    }
-  }
-
-  // To shared memory: rows of `row_floats`, dim sums and then largest score and sum of weights.
-  static constexpr int row_floats = dim + 8;  // 8 more: no bank conflicts
-  __device__ void store(float* to, int rows) {
-    const int lane = threadIdx.x % warp_size, g = lane / 4, t = lane % 4;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float total = sum[half];
-      total += __shfl_xor_sync(0xffffffffu, total, 1);
-      total += __shfl_xor_sync(0xffffffffu, total, 2);
-      if (g + half * 8 >= rows) continue;
-      float* row = to + (g + half * 8) * row_floats;
-#pragma unroll
-      for (int d = 0; d < dim / 8; ++d)
-        *reinterpret_cast<float2*>(row + d * 8 + 2 * t) = make_float2(out[d][half * 2], out[d][half * 2 + 1]);
-      if (t == 0) *reinterpret_cast<float2*>(row + dim) = make_float2(largest[half], total);
+        for (int j = 0; j < 4; ++j) out[e][d][j] *= keep[j % 2];
     }
   }
 };

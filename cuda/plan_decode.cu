@@ -19,7 +19,6 @@ constexpr int64_t most_seqs = 16384;  // prefix sums in shared memory
 struct PlanParams {
   int32_t* plan;
   DecodeColumns columns;
-  int blocks;
 };
 
 // Sums of the values of all threads before this one; `total`: of all.
@@ -71,17 +70,15 @@ __global__ void __launch_bounds__(threads) plan_decode_kernel(const __grid_const
     if (s < seqs) {
       unit.row = p.query_start[s], unit.kv_start = p.kv_start[s];
       unit.tokens = p.query_start[s + 1] > unit.row ? max(p.seq_lens[s], 0) : 0;
-      const int length = unit_length(unit.tokens);
-      units = unit.tokens / length + (unit.tokens % length > 0);
+      const int log2 = unit_log2(unit.tokens);
+      units = static_cast<int>((int64_t{unit.tokens} + (1 << log2) - 1) >> log2);
+      unit.packed = units << 8 | log2 << 16;
     }
     const uint64_t mine = (static_cast<uint64_t>((int64_t{unit.tokens} + tile - 1) / tile) << 32) | units;
     uint64_t all;
     const uint64_t start = total + sum_before(mine, all);
     if (s < seqs) before[s] = start;
-    for (int i = 0; i < units; ++i) {
-      unit.index = i;
-      plan.unit[static_cast<uint32_t>(start) + i] = unit;
-    }
+    for (int i = 0; i < units; ++i, ++unit.packed) plan.unit[static_cast<uint32_t>(start) + i] = unit;
     total += all;
   }
   if (threadIdx.x == 0) before[seqs] = total, *plan.units = static_cast<int32_t>(total);
@@ -93,13 +90,13 @@ __global__ void __launch_bounds__(threads) plan_decode_kernel(const __grid_const
   const auto first_tile = [&](int s) { return static_cast<int64_t>(before[s] >> 32); };
   // The first unit that starts at or behind this block's share of the tiles, and its index among its sequence's.
   const auto start_of = [&](int block, int& index) {
-    const int64_t share = tiles * p.places * block / params.blocks;
+    const int64_t share = tiles * p.places * block / p.blocks;
     index = 0;
     if (share == tiles * p.places) return p.places * units;
     const int head = static_cast<int>(share / tiles);
     const int64_t at = share % tiles;
     const int s = last_at_most(at, seqs, first_tile);
-    const int64_t offset = at - first_tile(s), unit_tiles = unit_length(p.seq_lens[s]) / tile;
+    const int64_t offset = at - first_tile(s), unit_tiles = (1 << unit_log2(p.seq_lens[s])) / tile;
     const int here = first_unit(s + 1) - first_unit(s);
     index = static_cast<int>((offset + unit_tiles - 1) / unit_tiles);
     const int unit = first_unit(s) + index;
@@ -109,11 +106,11 @@ __global__ void __launch_bounds__(threads) plan_decode_kernel(const __grid_const
   __shared__ int32_t begins[PlanView::most_blocks + 1];
   int index = 0;
   const int block = threadIdx.x;  // there are fewer than threads
-  if (block <= params.blocks) begins[block] = start_of(block, index);
+  if (block <= p.blocks) begins[block] = start_of(block, index);
   __syncthreads();
-  if (block <= params.blocks)
+  if (block <= p.blocks)
     plan.starts[block] = {
-        begins[block], last_at_most(begins[block] - index, params.blocks + 1, [&](int b) { return int64_t{begins[b]}; })};
+        begins[block], last_at_most(begins[block] - index, p.blocks + 1, [&](int b) { return int64_t{begins[b]}; })};
   __threadfence();
   __syncthreads();
   let_next_kernel_start();
@@ -124,7 +121,7 @@ __global__ void __launch_bounds__(threads) plan_decode_kernel(const __grid_const
 void launch_plan_decode(int32_t* plan, const DecodeColumns& c, Stream stream) {
   require(c.seqs <= most_seqs, "plan_decode: ", c.seqs, " sequences, at most ", most_seqs, " fit");
   launch(plan_decode_kernel, 1, threads, static_cast<size_t>(c.seqs + 1) * sizeof(uint64_t), stream,
-         PlanParams{plan, c, static_cast<int>(decode_blocks())});
+         PlanParams{plan, c});
 }
 
 void plan_decode(const PlanDecode& a) {
@@ -133,7 +130,7 @@ void plan_decode(const PlanDecode& a) {
   launch_plan_decode(a.plan.as<int32_t>(),
                      {a.query_start.as<int32_t>(), a.seq_lens.as<int32_t>(), a.kv_start.as<int32_t>(),
                       a.num_decodes.as<int64_t>(), static_cast<int>(std::min(a.max_decodes, a.seq_lens.shape[0])),
-                      decode_places(a.heads, a.kv_heads)},
+                      decode_places(a.heads, a.kv_heads), static_cast<int>(decode_blocks(a.head_dim))},
                      a.stream);
 }
 

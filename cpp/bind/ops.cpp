@@ -90,12 +90,13 @@ void bind_cache(py::module_& m) {
   m.def(
       "plan_decode",
       [](const Output& plan, const Input& query_start, const Input& seq_lens, const Input& kv_start,
-         const Input& num_decodes, int64_t max_decodes, int64_t heads, int64_t kv_heads) {
+         const Input& num_decodes, int64_t max_decodes, int64_t heads, int64_t kv_heads, int64_t head_dim) {
         without_gil<PlanDecode>(plan_decode, {plan.view, query_start.view, seq_lens.view, kv_start.view,
-                                              num_decodes.view, max_decodes, heads, kv_heads, stream_of(plan)});
+                                              num_decodes.view, max_decodes, heads, kv_heads, head_dim,
+                                              stream_of(plan)});
       },
       py::arg("plan"), py::arg("query_start"), py::arg("seq_lens"), py::arg("kv_start"), py::arg("num_decodes"),
-      py::arg("max_decodes"), py::arg("heads"), py::arg("kv_heads"));
+      py::arg("max_decodes"), py::arg("heads"), py::arg("kv_heads"), py::arg("head_dim"));
   m.def(
       "paged_attention",
       [](const Output& out, const Input& q, const Input& k_cache, const Input& v_cache, const Input& query_start,

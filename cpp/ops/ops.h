@@ -104,7 +104,7 @@ struct PlanDecode {
   TensorView query_start, seq_lens, kv_start;  // as in PagedAttention
   TensorView num_decodes;                      // i64 [1]
   int64_t max_decodes;
-  int64_t heads, kv_heads;  // of the model
+  int64_t heads, kv_heads, head_dim;  // of the model
   Stream stream;
 };
 int64_t decode_plan_size(int64_t max_decodes);  // elements

@@ -38,6 +38,7 @@ def plan_decode(
     max_decodes: int,
     heads: int,
     kv_heads: int,
+    head_dim: int,
 ) -> None: ...
 def paged_attention(
     out: Any,

@@ -126,11 +126,12 @@ def plan_decode(
     max_decodes: int,
     heads: int,
     kv_heads: int,
+    head_dim: int,
 ) -> Tensor:
     """What ``paged_attention`` of every layer needs to share out a step's decodes; called once a step, behind
     ``copy_blocks``. i32 [decode_plan_size(max_decodes)], undefined on a CPU, which needs none."""
     plan = seq_lens.new_empty(_kernels.decode_plan_size(max_decodes))
-    _kernels.plan_decode(plan, query_start, seq_lens, kv_start, num_decodes, max_decodes, heads, kv_heads)
+    _kernels.plan_decode(plan, query_start, seq_lens, kv_start, num_decodes, max_decodes, heads, kv_heads, head_dim)
     return plan
 
 

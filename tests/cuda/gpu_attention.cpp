@@ -82,7 +82,7 @@ class Batch {
     PagedAttention a = args(Device::cuda);
     a.plan = plan.on(Device::cuda), a.stream = stream;
     plan_decode({a.plan, a.query_start, a.seq_lens, a.kv_start, a.num_decodes, a.max_decodes, shape_.heads,
-                 shape_.kv_heads, stream});
+                 shape_.kv_heads, shape_.dim, stream});
     return a;
   }
   // On the GPU with a plan and without: no bit may differ.

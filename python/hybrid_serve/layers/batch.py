@@ -30,7 +30,7 @@ class BatchView(NamedTuple):
     max_query_len: int
     plan: Tensor | None = None  # of the decodes, for all layers
 
-    def with_plan(self, num_heads: int, num_kv_heads: int) -> BatchView:
+    def with_plan(self, num_heads: int, num_kv_heads: int, head_dim: int) -> BatchView:
         """Plans on the device, from the columns above: call it behind whatever writes them or copies cache blocks."""
         plan = ops.plan_decode(
             self.query_start,
@@ -40,5 +40,6 @@ class BatchView(NamedTuple):
             self.max_decodes,
             num_heads,
             num_kv_heads,
+            head_dim,
         )
         return self._replace(plan=plan)

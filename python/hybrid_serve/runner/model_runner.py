@@ -151,6 +151,6 @@ class ModelRunner:
                 max_decodes=shape.max_decodes,
                 max_prompts=shape.max_prompts,
                 max_query_len=shape.max_query_len,
-            ).with_plan(self.spec.num_heads, self.spec.num_kv_heads)
+            ).with_plan(self.spec.num_heads, self.spec.num_kv_heads, self.spec.head_dim)
         )
         return sample(logits, columns, shape, self._picked[: shape.num_sampled])
