@@ -24,8 +24,8 @@ class KvProducer {
   using Layout = Layout<dim>;
 
  public:
-  __device__ KvProducer(const Params<T>& params, const Layout& layout, Share* slots)
-      : params_(params), p_(params.attention), layout_(layout), slots_(slots), lane_(threadIdx.x % warp_size) {}
+  __device__ KvProducer(const Params<T>& params, const Layout& layout, Share* shares)
+      : params_(params), p_(params.attention), layout_(layout), shares_(shares), lane_(threadIdx.x % warp_size) {}
 
   __device__ void run() {
     const Prompts<Layout::share_rows> prompts(p_);
@@ -55,7 +55,7 @@ class KvProducer {
   __device__ void hand_out(uint32_t n, const Share& share) const {
     layout_.work.wait_empty(n);
     if (lane_ == 0) {
-      slots_[n % stages] = share;
+      shares_[n % slots] = share;
       arrive(layout_.work.full(n));
     }
     __syncwarp();
@@ -101,19 +101,19 @@ class KvProducer {
   const Params<T>& params_;
   const AttentionParams<T>& p_;
   const Layout& layout_;
-  Share* slots_;
+  Share* shares_;
   const int lane_;
   uint32_t used_k_ = 0, used_v_ = 0;
 };
 
 // Three warps: the queries of every share, zeros beyond the sequence's last row.
 template <class T, int dim>
-__device__ void load_queries(const AttentionParams<T>& p, const Layout<dim>& layout, const Share* slots) {
+__device__ void load_queries(const AttentionParams<T>& p, const Layout<dim>& layout, const Share* shares) {
   constexpr int packs = dim / 8;
   const int thread = threadIdx.x % group_threads - warp_size;
   for (uint32_t n = 0;; ++n) {
     layout.work.wait_full(n);
-    const Share share = slots[n % stages];
+    const Share share = shares[n % slots];
     if (share.seq < 0) return;
 #pragma unroll 2
     for (int i = thread; i < Layout<dim>::share_rows * packs; i += query_threads) {
@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(Layout<dim>::threads, 1)
   extern __shared__ uint4 shared[];
   const uint32_t begin = shared_address(shared), start = (begin + 1023) / 1024 * 1024;
   const Layout<dim> layout(start);
-  Share* slots = reinterpret_cast<Share*>(reinterpret_cast<char*>(shared) + (start - begin) + Layout<dim>::shares);
+  Share* shares = reinterpret_cast<Share*>(reinterpret_cast<char*>(shared) + (start - begin) + Layout<dim>::shares);
   if (threadIdx.x == 0) {
     layout.init_barriers();
     prefetch_map(&params.k_map);
@@ -152,12 +152,12 @@ __global__ void __launch_bounds__(Layout<dim>::threads, 1)
   if (threadIdx.x < group_threads) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Layout<dim>::producer_registers));
     if (threadIdx.x < warp_size)
-      KvProducer<T, dim>(params, layout, slots).run();
+      KvProducer<T, dim>(params, layout, shares).run();
     else
-      load_queries<T, dim>(params.attention, layout, slots);
+      load_queries<T, dim>(params.attention, layout, shares);
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Layout<dim>::consumer_registers));
-    Consumer<T, dim>(params.attention, layout, slots).run();
+    Consumer<T, dim>(params.attention, layout, shares).run();
   }
 #endif
 }

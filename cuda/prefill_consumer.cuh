@@ -13,10 +13,10 @@ class Consumer {
   static constexpr int score_columns = tile_tokens / 8, out_columns = dim / 8;
 
  public:
-  __device__ Consumer(const AttentionParams<T>& p, const Layout& layout, const Share* slots)
+  __device__ Consumer(const AttentionParams<T>& p, const Layout& layout, const Share* shares)
       : p_(p),
         layout_(layout),
-        slots_(slots),
+        shares_(shares),
         lane_(threadIdx.x % warp_size),
         group_(threadIdx.x / group_threads - 1),
         row_(group_ * group_rows + threadIdx.x % group_threads / warp_size * 16 + lane_ / 4) {}
@@ -25,7 +25,7 @@ class Consumer {
     if (group_ == Layout::groups - 1) pass_turn();  // the first turn is group 0's
     for (uint32_t n = 0;; ++n) {
       layout_.work.wait_full(n);
-      const Share share = slots_[n % stages];
+      const Share share = shares_[n % slots];
       if (share.seq < 0) return;
       layout_.queries.wait_full(n);
       attend(share, n);
@@ -105,24 +105,25 @@ class Consumer {
   }
 
   __device__ static void start_scores(float (&scores)[score_columns][4], uint32_t query, uint32_t keys) {
+    const uint64_t a = swizzled_tile(query), b = swizzled_tile(keys);
     pin(scores);
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < dim / 16; ++k) {
       const int column = k / 4, offset = k % 4 * 32;
-      product<T>(scores, swizzled_tile(query + column * Layout::query_column + offset),
-                 swizzled_tile(keys + column * Layout::kv_column + offset), k > 0);
+      product<T>(scores, moved(a, column * Layout::query_column + offset),
+                 moved(b, column * Layout::kv_column + offset), k > 0);
     }
     commit_products();
   }
 
   __device__ static void start_outputs(float (&out)[out_columns][4], const uint32_t (&weights)[tile_tokens / 16][4],
                                        uint32_t values) {
+    const uint64_t b = swizzled_tile(values, Layout::kv_column);
     pin(out);
     wgmma_fence();
 #pragma unroll
-    for (int k = 0; k < tile_tokens / 16; ++k)
-      add_product<T>(out, weights[k], swizzled_tile(values + k * 16 * column_bytes, Layout::kv_column));
+    for (int k = 0; k < tile_tokens / 16; ++k) add_product<T>(out, weights[k], moved(b, k * 16 * column_bytes));
     commit_products();
   }
 
@@ -222,7 +223,7 @@ class Consumer {
 
   const AttentionParams<T>& p_;
   const Layout& layout_;
-  const Share* slots_;
+  const Share* shares_;
   const int lane_, group_, row_;
   uint32_t used_k_ = 0, used_v_ = 0;
 };

@@ -7,7 +7,8 @@
 namespace hybrid::cuda::prefill {
 
 constexpr int group_threads = 128, group_rows = 64, query_threads = 3 * warp_size;
-constexpr int tile_tokens = 128, stages = 2;
+constexpr int tile_tokens = 128, stages = 2;  // of the rings of K and V
+constexpr int slots = 2;                      // shares, with their queries, that are under way
 constexpr int column_bytes = 128;  // a tile's rows are cut into columns of 64 elements, each swizzled on its own
 
 template <class T>
@@ -27,20 +28,21 @@ struct Layout {
   static constexpr int columns = dim / 64;
   static constexpr int query_column = share_rows * column_bytes, kv_column = tile_tokens * column_bytes;
   static constexpr int query_bytes = columns * query_column, kv_bytes = columns * kv_column;
-  static constexpr int keys = stages * query_bytes, values = keys + stages * kv_bytes;
+  static constexpr int keys = slots * query_bytes, values = keys + stages * kv_bytes;
   static constexpr int barriers = values + stages * kv_bytes;
-  static constexpr int shares = barriers + 4 * Ring<stages>::barriers * 8;
-  static constexpr int bytes = shares + stages * static_cast<int>(sizeof(Share)) + 1024;  // the start is rounded up
+  static constexpr int shares = barriers + 2 * (Ring<slots>::barriers + Ring<stages>::barriers) * 8;
+  static constexpr int bytes = shares + slots * static_cast<int>(sizeof(Share)) + 1024;  // the start is rounded up
 
   uint32_t start;
-  Ring<stages> work, queries, k, v;
+  Ring<slots> work, queries;
+  Ring<stages> k, v;
 
   // Shares' emptiers are the computing warps, who need no more queries then either.
   __device__ explicit Layout(uint32_t start)
       : start(start),
         work{start + barriers},
-        queries{work.barrier + Ring<stages>::barriers * 8},
-        k{queries.barrier + Ring<stages>::barriers * 8},
+        queries{work.barrier + Ring<slots>::barriers * 8},
+        k{queries.barrier + Ring<slots>::barriers * 8},
         v{k.barrier + Ring<stages>::barriers * 8} {}
   __device__ void init_barriers() const {
     constexpr int computing_warps = groups * group_threads / warp_size;
@@ -50,7 +52,7 @@ struct Layout {
     v.init(1, computing_warps);
     publish_barriers();
   }
-  __device__ uint32_t query_tile(uint32_t n) const { return start + n % stages * query_bytes; }
+  __device__ uint32_t query_tile(uint32_t n) const { return start + n % slots * query_bytes; }
   __device__ uint32_t key_tile(uint32_t n) const { return start + keys + n % stages * kv_bytes; }
   __device__ uint32_t value_tile(uint32_t n) const { return start + values + n % stages * kv_bytes; }
 };

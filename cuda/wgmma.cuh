@@ -15,8 +15,12 @@ namespace hybrid::cuda {
 // along the depth of the product (transposed), `next_columns` is the distance to the next 64 columns, in bytes.
 __device__ inline uint64_t swizzled_tile(uint32_t address, uint32_t next_columns = 0) {
   constexpr uint64_t swizzle_128 = uint64_t{1} << 62, next_8_rows = uint64_t{1024 >> 4} << 32;
-  return swizzle_128 | next_8_rows | uint64_t{next_columns >> 4} << 16 | (address & 0x3ffff) >> 4;
+  // The same in all lanes anyway; said so, it is computed once a warp.
+  const uint32_t low = __shfl_sync(0xffffffffu, next_columns >> 4 << 16 | (address & 0x3ffff) >> 4, 0);
+  return swizzle_128 | next_8_rows | low;
 }
+// The operand that starts `bytes` further.
+__device__ inline uint64_t moved(uint64_t tile, int bytes) { return tile + (bytes >> 4); }
 
 __device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ inline void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -41,10 +45,10 @@ __device__ inline void pin(float (&c)[columns][4]) {
 #define HYBRID_32                                                                                   \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, " \
   "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define HYBRID_64                                                                                    \
-  HYBRID_32                                                                                          \
-      ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, " \
-      "%50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define HYBRID_64                                                                                \
+  HYBRID_32                                                                                      \
+  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, " \
+  "%50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
 // c = a . b^T or, with `add`, c += a . b^T: 64 x 128 elements over a depth of 16; both operands' rows run along the
 // depth.
