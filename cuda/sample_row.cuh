@@ -264,6 +264,7 @@ class RowSampler {
   // The histogram of what the filter keeps, summed over the blocks into
   // everyone's count, low and high.
   __device__ void fill_histogram(const Bins& b, const Filter& filter, const Weight* weight) {
+    __syncthreads();  // who still looks at the last one
     for (int i = threadIdx.x; i < bins; i += sample_threads) shared_.count[i] = shared_.low[i] = shared_.high[i] = 0;
     __syncthreads();
     each([&](float x, int id) {
