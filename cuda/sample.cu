@@ -1,17 +1,23 @@
-// sample: eight blocks a row, which keep the row in their shared memory (a cluster), so that it is read once; one block
-// a row where there are no clusters, which keeps it in scratch memory.
+// sample: eight blocks a row, which keep the row in their shared memory (a
+// cluster), so that it is read once; one block a row where there are no
+// clusters, which keeps it in scratch memory.
 //
 //   greedy               the largest; nothing is kept
-//   temperature          + the largest of (logit - largest) / temperature + Gumbel noise
-//   top-k up to 1024     no further pass: the candidates come from the threads whose largest is among the k best. One
-//                        block sorts the list, cuts it by top-p and min-p and draws
-//   larger k, or top-p   + a histogram (of counts, of probability) over 1024 bins, + sorting of the candidates in the
-//   alone                bin of the cut, + a draw from all; more bins within the bin if that holds more than 2048
-//   log-probabilities    + a sum over the raw logits, top-k, and the sampled token's rank, from memory
+//   temperature          + the largest of (logit - largest) / temperature +
+//   Gumbel noise top-k up to 1024     no further pass: the candidates come from
+//   the threads whose largest is among the k best. One
+//                        block sorts the list, cuts it by top-p and min-p and
+//                        draws
+//   larger k, or top-p   + a histogram (of counts, of probability) over 1024
+//   bins, + sorting of the candidates in the alone                bin of the
+//   cut, + a draw from all; more bins within the bin if that holds more than
+//   2048 log-probabilities    + a sum over the raw logits, top-k, and the
+//   sampled token's rank, from memory
 //
-// Compiled without contraction to fused multiply-adds: draws are the CPU's, bit for bit (ops/philox.h), as long as
-// top-p keeps the same tokens; its probabilities may differ from the CPU's in the last bits. They are added up as
-// integers: the outcome is the same however a row is split.
+// Compiled without contraction to fused multiply-adds: draws are the CPU's, bit
+// for bit (ops/philox.h), as long as top-p keeps the same tokens; its
+// probabilities may differ from the CPU's in the last bits. They are added up
+// as integers: the outcome is the same however a row is split.
 #include "device.cuh"
 #include "launch.cuh"
 #include "ops/ops.h"
@@ -21,10 +27,18 @@ namespace hybrid::cuda {
 
 namespace {
 
+// Of its own, so that rows that only want the largest logit do without what it
+// takes.
+template <class RowTeam>
+__device__ __noinline__ void sample_row(const SampleParams& p, Shared& shared, float4* kept, uint32_t* allowed,
+                                        int row) {
+  RowSampler<RowTeam>(p, shared, kept, allowed, row).run();
+}
+
 template <int blocks>
 __global__ void __launch_bounds__(sample_threads, 2) sample_kernel(const __grid_constant__ SampleParams p) {
   using RowTeam = Team<blocks>;
-  RowTeam::arrive();  // awaited before the first write to a peer's shared memory: it must have started
+  RowTeam::announce();
   let_next_kernel_start();
   wait_for_previous_kernel();
   extern __shared__ uint4 memory[];
@@ -36,7 +50,11 @@ __global__ void __launch_bounds__(sample_threads, 2) sample_kernel(const __grid_
     kept = p.scratch + blockIdx.x * p.scratch_row;
   }
   for (int row = static_cast<int>(blockIdx.x) / blocks; row < p.rows; row += static_cast<int>(gridDim.x) / blocks) {
-    RowSampler<RowTeam>(p, shared, kept, allowed, row).run();
+    RowSampler<RowTeam> sampler(p, shared, kept, allowed, row);
+    if (sampler.only_greedy())
+      sampler.run_greedy();
+    else
+      sample_row<RowTeam>(p, shared, kept, allowed, row);
     if constexpr (blocks == 1) __syncthreads();
   }
 }

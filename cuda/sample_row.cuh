@@ -1,4 +1,5 @@
-// One row, by the blocks of a team: each keeps a share of the vocabulary near and answers for it.
+// One row, by the blocks of a team: each keeps a share of the vocabulary near
+// and answers for it.
 #pragma once
 
 #include "ops/philox.h"
@@ -8,7 +9,8 @@ namespace hybrid::cuda {
 
 constexpr float greedy_below = 1e-5f;  // dividing by less overflows
 constexpr float log2_e = 1.4426950408889634f;
-// Nothing this many temperatures below the largest logit is ever drawn: Gumbel noise lies between -2.9 and 22.9.
+// Nothing this many temperatures below the largest logit is ever drawn: Gumbel
+// noise lies between -2.9 and 22.9.
 constexpr float out_of_reach = 32.0f;
 
 struct SampleParams {
@@ -23,7 +25,8 @@ struct SampleParams {
   int rows, vocab, width, share;
 };
 
-// Four neighbouring tokens of the block's share; what is beyond its end or not allowed is no candidate.
+// Four neighbouring tokens of the block's share; what is beyond its end or not
+// allowed is no candidate.
 struct alignas(16) Quad {
   float x[4];
   __device__ float largest() const { return fmaxf(fmaxf(x[0], x[1]), fmaxf(x[2], x[3])); }
@@ -46,79 +49,103 @@ class RowSampler {
         entries_begin_(p.adjust_start[row]),
         entries_end_(p.adjust_start[row + 1]) {}
 
+  // The largest logit, and nothing else asked for.
+  __device__ bool only_greedy() const {
+    return !(p_.temperature[row_] >= greedy_below) && entries_begin_ == entries_end_ && !wants_logprobs();
+  }
+  __device__ void run_greedy() {
+    load<false>();
+    survey<false>(true);
+    set_token(best_id_);
+    if (p_.logprobs != nullptr) clear_logprobs_of_row();
+  }
+
   __device__ void run() {
-    if (threadIdx.x < 2) shared_.list_size[threadIdx.x] = 0;
-    const bool wanted = p_.logprobs != nullptr && p_.num_logprobs[row_] >= 0;
-    const bool greedy = !(p_.temperature[row_] >= greedy_below);
-    const bool adjusted = entries_begin_ != entries_end_;
-    load(!greedy || wanted || adjusted);
+    if (threadIdx.x < lists) shared_.list_size[threadIdx.x] = 0;
+    const bool adjusted = entries_begin_ != entries_end_, wanted = wants_logprobs();
+    load<true>();
     double log_sum = 0;
     if (wanted) {
-      survey();
+      survey<true>(true);
       log_sum = write_top_logprobs();
     }
     if (adjusted) adjust();
-    if (adjusted || !wanted) survey();
-    if (greedy || !(largest_ > low_infinity)) {
-      set_token(best_id_);
-    } else {
+    if (adjusted || !wanted) survey<true>(!wanted);
+    if (p_.temperature[row_] >= greedy_below && largest_ > low_infinity)
       draw();
-    }
+    else
+      set_token(best_id_);
     if (wanted)
       write_sampled_logprob(log_sum);
-    else if (p_.logprobs != nullptr && Team::rank() == 0) {
-      clear_logprobs(0);
-      if (threadIdx.x == 0) p_.ranks[row_] = 0;
-    }
+    else if (p_.logprobs != nullptr)
+      clear_logprobs_of_row();
   }
 
  private:
   __device__ static bool leads() { return Team::rank() == 0; }
+  __device__ bool wants_logprobs() const { return p_.logprobs != nullptr && p_.num_logprobs[row_] >= 0; }
 
   // --- The block's share of the row
 
-  __device__ Quad raw_quad(int q) const {
+  // Of four tokens; their address is that of a float4, or not.
+  template <bool aligned>
+  __device__ Quad raw_whole_quad(int q) const {
     const float* from = logits_ + first_id_ + 4 * q;
-    Quad quad;
-    if (4 * q + 4 <= size_ && reinterpret_cast<uintptr_t>(from) % 16 == 0) {
+    if constexpr (aligned) {
       const float4 v = __ldcs(reinterpret_cast<const float4*>(from));
-      quad = {v.x, v.y, v.z, v.w};
-#pragma unroll
-      for (float& x : quad.x) x = clean(x);
-    } else {
-#pragma unroll
-      for (int j = 0; j < 4; ++j) quad.x[j] = 4 * q + j < size_ ? clean(__ldcs(from + j)) : no_candidate();
+      return {v.x, v.y, v.z, v.w};
     }
+    return {__ldcs(from), __ldcs(from + 1), __ldcs(from + 2), __ldcs(from + 3)};
+  }
+  __device__ Quad raw_quad(int q) const {
+    Quad quad;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) quad.x[j] = 4 * q + j < size_ ? clean(logits_[first_id_ + 4 * q + j]) : no_candidate();
     return quad;
   }
 
   // The thread's largest with its quad, and its lowest.
   __device__ void forget() { mine_ = no_candidate(), mine_lowest_ = no_candidate(), mine_quad_ = -1; }
-  __device__ void note(const Quad& quad, int q) {
-    const float largest = quad.largest();
+  __device__ void note(const Quad& quad, int q, bool own = true) {
+    const float largest = own ? quad.largest() : no_candidate();
     if (largest > mine_ || (mine_ != mine_ && largest == largest)) mine_ = largest, mine_quad_ = q;
     mine_lowest_ = fminf(mine_lowest_, quad.lowest());
   }
-  __device__ void load(bool keep) {
-    constexpr int at_once = 5;
+  template <bool keep>
+  __device__ void load() {
     forget();
-    for (int first = threadIdx.x; first < quads_; first += at_once * sample_threads) {
+    if (reinterpret_cast<uintptr_t>(logits_ + first_id_) % 16 == 0)
+      load_whole<keep, true>();
+    else
+      load_whole<keep, false>();
+    if (size_ % 4 != 0 && threadIdx.x == 0) {  // the last one is not whole
+      const Quad quad = raw_quad(quads_ - 1);
+      note(quad, quads_ - 1);
+      if constexpr (keep) values_[quads_ - 1] = quad;
+    }
+  }
+  template <bool keep, bool aligned>
+  __device__ void load_whole() {
+    constexpr int at_once = 5;
+    const int whole = size_ / 4;
+    // Beyond the end the last one again, not noted: all loads are under way before the first is looked at.
+    for (int first = threadIdx.x; first < whole; first += at_once * sample_threads) {
       Quad quads[at_once];
 #pragma unroll
-      for (int u = 0; u < at_once; ++u)
-        if (first + u * sample_threads < quads_) quads[u] = raw_quad(first + u * sample_threads);
+      for (int u = 0; u < at_once; ++u) quads[u] = raw_whole_quad<aligned>(min(first + u * sample_threads, whole - 1));
 #pragma unroll
       for (int u = 0; u < at_once; ++u) {
-        const int q = first + u * sample_threads;
-        if (q >= quads_) break;
-        note(quads[u], q);
-        if (keep) values_[q] = quads[u];
+        const int q = min(first + u * sample_threads, whole - 1);
+#pragma unroll
+        for (float& x : quads[u].x) x = clean(x);
+        note(quads[u], q, first + u * sample_threads < whole);
+        if constexpr (keep) values_[q] = quads[u];
       }
     }
-    kept_ = keep;
   }
   template <class Body>
   __device__ void each(Body&& body) const {
+#pragma unroll 1
     for (int q = threadIdx.x; q < quads_; q += sample_threads) {
       const Quad quad = values_[q];
 #pragma unroll
@@ -128,7 +155,8 @@ class RowSampler {
 
   // --- Penalties and additions
 
-  // Entries of a row are independent if their ids ascend; else one thread takes them in order.
+  // Entries of a row are independent if their ids ascend; else one thread takes
+  // them in order.
   __device__ bool ascending() const {
     bool mine = true;
     for (int i = entries_begin_ + 1 + static_cast<int>(threadIdx.x); i < entries_end_; i += sample_threads)
@@ -145,7 +173,7 @@ class RowSampler {
       if (at >= 0 && at < size_) body(i, at);
     }
   }
-  __device__ void adjust() {
+  __device__ __noinline__ void adjust() {
     const bool parallel = ascending();
     const float penalty = p_.repetition_penalty[row_];
     float* values = reinterpret_cast<float*>(values_);
@@ -182,7 +210,8 @@ class RowSampler {
   // --- Answers of all blocks
 
   // The row's largest and lowest logit and the lowest id of the largest.
-  __device__ void survey() {
+  template <bool kept>
+  __device__ void survey(bool first) {
     const int warp = threadIdx.x / warp_size, lane = threadIdx.x % warp_size;
     float largest = warp_max(mine_), lowest = warp_min(mine_lowest_);
     shared_.thread_largest[threadIdx.x] = mine_;
@@ -192,15 +221,14 @@ class RowSampler {
     largest = warp_max(shared_.warp_value[0][lane % sample_warps]);
     lowest = warp_min(shared_.warp_value[1][lane % sample_warps]);
     if (mine_ == largest) {
-      const Quad quad = kept_ ? values_[mine_quad_] : raw_quad(mine_quad_);
+      const Quad quad = kept ? values_[mine_quad_] : raw_quad(mine_quad_);
 #pragma unroll
       for (int j = 3; j >= 0; --j)
         if (quad.x[j] == largest) best_id_ = first_id_ + 4 * mine_quad_ + j;
       atomicMin(&shared_.lowest_id, best_id_);
     }
     __syncthreads();
-    if (!met_) Team::wait();
-    met_ = true;
+    if (first) Team::await_peers();
     if (threadIdx.x < Team::size)
       Team::peer(shared_.parts, threadIdx.x)[Team::rank()] = {largest, lowest, shared_.lowest_id};
     Team::sync();
@@ -216,11 +244,11 @@ class RowSampler {
   }
   __device__ static float warp_min(float x) { return -warp_max(-x); }
 
-  // Puts candidates for which wanted(x, id) holds on the leader's list; returns how many there are. Those beyond its
-  // capacity are only counted.
+  // Puts candidates for which wanted(x, id) holds on the leader's list; returns
+  // how many there are. Those beyond its capacity are only counted.
   template <class Wanted>
-  __device__ int fill_list(bool look, Wanted&& wanted) {
-    int32_t* size = shared_.list_size + list_;
+  __device__ int fill_list(int use, bool look, Wanted&& wanted) {
+    int32_t* size = shared_.list_size + use;
     int32_t* size_at_leader = Team::peer(size, 0);
     Place* list = Team::peer(shared_.list, 0);
     if (look)
@@ -230,14 +258,13 @@ class RowSampler {
         if (at < list_capacity) list[at] = place_of(x, id);
       });
     Team::sync();
-    const int count = *size_at_leader;
-    list_ ^= 1;
-    if (leads() && threadIdx.x == 0) shared_.list_size[list_] = 0;
-    return count;
+    return *size_at_leader;
   }
 
-  // The histogram of what the filter keeps, summed over the blocks into everyone's count, low and high.
+  // The histogram of what the filter keeps, summed over the blocks into
+  // everyone's count, low and high.
   __device__ void fill_histogram(const Bins& b, const Filter& filter, const Weight* weight) {
+    __syncthreads();  // who still looks at the last one
     for (int i = threadIdx.x; i < bins; i += sample_threads) shared_.count[i] = shared_.low[i] = shared_.high[i] = 0;
     __syncthreads();
     each([&](float x, int id) {
@@ -275,9 +302,10 @@ class RowSampler {
     }
   }
 
-  // Cuts the filter to the smallest set of first places whose count (weight == nullptr), or else share of the weight of
-  // all that it kept, reaches the target. Leaves it as it is if all together do not.
-  __device__ void cut(Filter& filter, const Weight* weight, double target, float reach) {
+  // Cuts the filter to the smallest set of first places whose count (weight ==
+  // nullptr), or else share of the weight of all that it kept, reaches the
+  // target. Leaves it as it is if all together do not.
+  __device__ __noinline__ void cut(Filter& filter, const Weight* weight, double target, float reach, int use) {
     Bins b = largest_ > low_infinity ? Bins::linear(largest_, fminf(largest_ - lowest_, reach)) : Bins::all_places();
     uint64_t left = static_cast<uint64_t>(target);  // to be reached among those not yet passed
     int bin = 0;
@@ -297,7 +325,7 @@ class RowSampler {
       if (shared_.count[bin] <= list_capacity) break;
       b = b.narrowed(bin);
     }
-    const int n = fill_list(true, [&](float x, int id) { return b.of(x, id) == bin && filter.keeps(x, id); });
+    const int n = fill_list(use, true, [&](float x, int id) { return b.of(x, id) == bin && filter.keeps(x, id); });
     if (leads()) {
       sort_list(n, shared_);
       uint64_t before = 0, total = 0;
@@ -310,12 +338,14 @@ class RowSampler {
     filter.cut_after(shared_.cut);
   }
 
-  // The first k places, and perhaps more, in order on the leader's list; returns how many there are. May leave out what
-  // is further than `reach` below the largest.
+  // The first k places, and perhaps more, in order on the leader's list;
+  // returns how many there are. May leave out what is further than `reach`
+  // below the largest.
   //
-  // At least k candidates are as good as the k-th best of the threads' largest, and few more than k: so only threads
-  // that have one look at their candidates again.
-  __device__ int select_top(int k, float reach) {
+  // At least k candidates are as good as the k-th best of the threads' largest,
+  // and few more than k: so only threads that have one look at their candidates
+  // again.
+  __device__ __noinline__ int select_top(int k, float reach, int use) {
     float largest[Team::size], lowest = no_candidate();
 #pragma unroll
     for (int b = 0; b < Team::size; ++b) largest[b] = Team::peer(shared_.thread_largest, b)[threadIdx.x];
@@ -339,14 +369,14 @@ class RowSampler {
                                     [&](int i) { return uint64_t{shared_.count[i]}; });
     int n = 0;
     if (last < bins)
-      n = fill_list(b.of(mine_, 0) <= last, [&](float x, int id) { return b.of(x, id) <= last; });
+      n = fill_list(use, b.of(mine_, 0) <= last, [&](float x, int id) { return b.of(x, id) <= last; });
     else  // fewer threads than k have one
-      n = fill_list(largest_ - mine_ <= reach, [&](float x, int) { return largest_ - x <= reach; });
+      n = fill_list(use, largest_ - mine_ <= reach, [&](float x, int) { return largest_ - x <= reach; });
     const bool short_of = n < k && !(reach < FLT_MAX);  // -inf, where that counts
     if (n > list_capacity || short_of) {
       Filter filter;
-      cut(filter, nullptr, k, reach);
-      n = fill_list(true, [&](float x, int id) { return filter.keeps(x, id) && !(largest_ - x > reach); });
+      cut(filter, nullptr, k, reach, use + 1);
+      n = fill_list(use + 2, true, [&](float x, int id) { return filter.keeps(x, id) && !(largest_ - x > reach); });
     }
     if (leads()) sort_list(n, shared_);
     return n;
@@ -364,15 +394,15 @@ class RowSampler {
     Filter filter;
     filter.lowest = lowest_kept(temperature);
     if (top_k > 0 && top_k <= list_capacity / 2) {
-      const int n = min(top_k, select_top(top_k, reach));
+      const int n = min(top_k, select_top(top_k, reach, 3));
       if (leads()) draw_of_list(n, weight, top_p < 1.0f ? share : 0.0, filter.lowest);
       Team::sync();
       return;
     }
     const float lowest = filter.lowest;
     filter.lowest = low_infinity;
-    if (top_k > 0 && top_k < p_.vocab) cut(filter, nullptr, top_k, reach);
-    if (top_p < 1.0f) cut(filter, &weight, share, reach);
+    if (top_k > 0 && top_k < p_.vocab) cut(filter, nullptr, top_k, reach, 3);
+    if (top_p < 1.0f) cut(filter, &weight, share, reach, 4);
     filter.lowest = lowest;
     draw_of_share(weight, filter);
   }
@@ -384,7 +414,8 @@ class RowSampler {
     return static_cast<float>(static_cast<double>(largest_) + static_cast<double>(temperature) * log(fmin(1.0, share)));
   }
 
-  // By the leader: of the first n places on its list, less what top-p cuts (top_p > 0) and what is below `lowest`.
+  // By the leader: of the first n places on its list, less what top-p cuts
+  // (top_p > 0) and what is below `lowest`.
   __device__ void draw_of_list(int n, const Weight& weight, double top_p, float lowest) {
     if (top_p > 0.0) {
       const auto mass = [&](int i) { return weight.mass(logit_at(shared_.list[i])); };
@@ -405,8 +436,9 @@ class RowSampler {
     set_token(over_block(best).id);
   }
 
-  // The largest of (logit - largest) / temperature + noise, over all that the filter keeps.
-  __device__ void draw_of_share(const Weight& weight, const Filter& filter) {
+  // The largest of (logit - largest) / temperature + noise, over all that the
+  // filter keeps.
+  __device__ __noinline__ void draw_of_share(const Weight& weight, const Filter& filter) {
     const uint64_t seed = p_.seeds[row_];
     const auto position = static_cast<uint32_t>(p_.positions[row_]);
     Best best;
@@ -420,7 +452,8 @@ class RowSampler {
       if (q < quads_) {
         quad = values_[q];
         const float largest = quad.largest();
-        // A noise of g or more takes a uniform number of at most exp(-g). 2^32 times that, with some slack:
+        // A noise of g or more takes a uniform number of at most exp(-g). 2^32
+        // times that, with some slack:
         if (largest >= lowest) limit = exp2_rough((largest - largest_) * weight.scale - to_beat * log2_e + 32.01f);
       }
       bool hopeful = limit >= 0.5f;
@@ -471,14 +504,19 @@ class RowSampler {
 
   __device__ float* logprobs() const { return p_.logprobs + row_ * p_.logprobs_row; }
   __device__ int32_t* logprob_ids() const { return p_.logprob_ids + row_ * p_.logprob_ids_row; }
+  __device__ void clear_logprobs_of_row() const {
+    if (!leads()) return;
+    clear_logprobs(0);
+    if (threadIdx.x == 0) p_.ranks[row_] = 0;
+  }
   __device__ void clear_logprobs(int from) const {
     for (int i = from + static_cast<int>(threadIdx.x); i < p_.width; i += sample_threads)
       logprobs()[i] = 0.0f, logprob_ids()[i] = -1;
   }
 
-  // Columns 1 .. n: the most likely tokens of the raw logits. The leader gets the logarithm of the sum of their
-  // exponentials.
-  __device__ double write_top_logprobs() {
+  // Columns 1 .. n: the most likely tokens of the raw logits. The leader gets
+  // the logarithm of the sum of their exponentials.
+  __device__ __noinline__ double write_top_logprobs() {
     const bool finite = largest_ > low_infinity;  // else log-probabilities are -inf, not NaN
     const Weight weight{largest_, finite ? log2_e : 0.0f};
     uint64_t mine = 0, all = 0;
@@ -489,7 +527,7 @@ class RowSampler {
     if (threadIdx.x == 0) Team::peer(shared_.masses, 0)[Team::rank()] = all;
     Team::sync();
     const int n = min(min(p_.num_logprobs[row_], p_.vocab), p_.width - 1);
-    if (n > 0) select_top(n, -low_infinity);
+    if (n > 0) select_top(n, -low_infinity, 0);
     double log_sum = 0;
     if (leads()) {
       clear_logprobs(1 + n);
@@ -506,7 +544,7 @@ class RowSampler {
     return log_sum;
   }
 
-  __device__ void write_sampled_logprob(double log_sum) {
+  __device__ __noinline__ void write_sampled_logprob(double log_sum) {
     Team::sync();
     const int token = *Team::peer(&shared_.token, 0);
     const float logit = clean(logits_[token]);
@@ -537,9 +575,8 @@ class RowSampler {
   int first_id_, size_, quads_, entries_begin_, entries_end_;
   float mine_ = 0, mine_lowest_ = 0;  // this thread's largest and lowest
   int mine_quad_ = -1;
-  bool kept_ = false, met_ = false;
   float largest_ = 0, lowest_ = 0, inverse_ = 0;  // of the row
-  int best_id_ = INT32_MAX, list_ = 0;
+  int best_id_ = INT32_MAX;
 };
 
 }  // namespace hybrid::cuda

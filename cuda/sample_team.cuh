@@ -1,6 +1,8 @@
-// What the blocks that share a row work with: the cluster they are, order of candidates, block-wide answers.
+// What the blocks that share a row work with: the cluster they are, order of
+// candidates, block-wide answers.
 //
-// Every sum is of integers and every other answer a maximum or minimum, so none depends on how a row is split.
+// Every sum is of integers and every other answer a maximum or minimum, so none
+// depends on how a row is split.
 #pragma once
 
 #include <cfloat>
@@ -14,10 +16,12 @@ constexpr int sample_threads = 512, sample_warps = sample_threads / warp_size;
 constexpr int most_blocks = 8;       // of a team: the size of a cluster that every device with clusters has
 constexpr int bins = 1024;           // of a histogram
 constexpr int list_capacity = 2048;  // candidates that fit in shared memory
+constexpr int lists = 6;             // how many times a row may need them
 constexpr float low_infinity = -__builtin_huge_valf();
 
-// The blocks of a row. Knows how to meet and where a peer's shared memory is; knows no sampling.
-// Of one block on devices without clusters, or where a row does not fit in the shared memory of eight.
+// The blocks of a row. Knows how to meet and where a peer's shared memory is;
+// knows no sampling. Of one block on devices without clusters, or where a row
+// does not fit in the shared memory of eight.
 template <int blocks>
 struct Team {
   static constexpr int size = blocks;
@@ -28,21 +32,29 @@ struct Team {
 #endif
     return 0;
   }
-  // All threads of all blocks; what they wrote before, all may read after.
-  __device__ static void sync() { arrive(), wait(); }
-  __device__ static void arrive() {
+  // Peers have started: only then may their shared memory be written. Announced
+  // first, awaited where it matters.
+  __device__ static void announce() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    if constexpr (blocks > 1) __cluster_barrier_arrive();
+    if constexpr (blocks > 1) asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 #endif
   }
-  __device__ static void wait() {
+  __device__ static void await_peers() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    if constexpr (blocks > 1) asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
+#endif
+  }
+  // All threads of all blocks; what they wrote before, all may read after. One
+  // warp's fence covers its block's writes, as the barrier of the block puts
+  // them before it: a fence of every warp costs far more.
+  __device__ static void sync() {
+    __syncthreads();
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     if constexpr (blocks > 1) {
-      __cluster_barrier_wait();
-      return;
+      if (threadIdx.x < warp_size) asm volatile("fence.acq_rel.cluster;" ::: "memory");
+      announce(), await_peers();
     }
 #endif
-    __syncthreads();
   }
   // Where a variable in this block's shared memory lies in block `other`'s.
   template <class T>
@@ -63,12 +75,14 @@ __device__ inline float float_of(uint32_t key) {
   return __uint_as_float((key & 0x80000000u) != 0 ? key & 0x7fffffffu : ~key);
 }
 
-// A NaN logit counts as -inf, +inf as the largest float. In a row that was cleaned NaN stands for "not a candidate":
-// it is neither more, less nor equal to anything.
+// A NaN logit counts as -inf, +inf as the largest float. In a row that was
+// cleaned NaN stands for "not a candidate": it is neither more, less nor equal
+// to anything.
 __device__ inline float clean(float x) { return fminf(fmaxf(x, low_infinity), FLT_MAX); }
 __device__ inline float no_candidate() { return __uint_as_float(0x7fffffffu); }
 
-// A candidate's place: ascending is from the most likely to the least, ties by ascending id. No two have the same.
+// A candidate's place: ascending is from the most likely to the least, ties by
+// ascending id. No two have the same.
 using Place = uint64_t;
 constexpr int id_bits = 20;
 __device__ inline Place place_of(float x, int id) {
@@ -105,7 +119,8 @@ struct Best {
   }
 };
 
-// exp((x - largest) / temperature), as a float and as an integer share of 2^40. Places below 1 / 2^41 weigh nothing.
+// exp((x - largest) / temperature), as a float and as an integer share of 2^40.
+// Places below 1 / 2^41 weigh nothing.
 struct Weight {
   float largest, scale;  // scale: 1 / (temperature * ln 2)
   __device__ float operator()(float x) const {
@@ -116,10 +131,12 @@ struct Weight {
   __device__ uint64_t mass(float x) const { return __float2ull_rn((*this)(x) * 0x1p40f); }
 };
 
-// Which bin of a histogram a candidate is in: a monotone function of its place, hence a cut lies in one bin.
+// Which bin of a histogram a candidate is in: a monotone function of its place,
+// hence a cut lies in one bin.
 struct Bins {
-  float largest = 0, reach = 0, scale = 0;  // bins of equal width from largest down to largest - reach
-  Place first = 0;                          // or, once narrowed, of 2^shift places each
+  float largest = 0, reach = 0,
+        scale = 0;  // bins of equal width from largest down to largest - reach
+  Place first = 0;  // or, once narrowed, of 2^shift places each
   int shift = -1;
 
   __device__ static Bins linear(float largest, float reach) {
@@ -182,21 +199,23 @@ struct alignas(16) Shared {
   uint64_t masses[most_blocks];
   int32_t larger[most_blocks];
   Place cut;
-  int32_t list_size[2];  // one in use, one ready for the next use
+  int32_t list_size[lists];  // each use of the list has its own
   int32_t token, lowest_id, found;
   uint64_t before;
   Best warp_best[sample_warps];
   float warp_value[2][sample_warps];
   uint64_t warp_sum[sample_warps];
   float thread_largest[sample_threads];
-  uint32_t count[bins], low[bins], high[bins];  // of this block's candidates; amount = high * 2^32 + low
-  uint32_t slice_count[bins / most_blocks];     // of all blocks', for the bins that this block adds up
+  uint32_t count[bins], low[bins],
+      high[bins];                            // of this block's candidates; amount = high * 2^32 + low
+  uint32_t slice_count[bins / most_blocks];  // of all blocks', for the bins that
+                                             // this block adds up
   uint64_t slice_amount[bins / most_blocks];
   Place list[list_capacity];
 };
 
 // Sum of what threads before this one have; with `total` the sum of all.
-__device__ inline uint64_t sum_before(uint64_t mine, uint64_t& total, Shared& shared) {
+__device__ __noinline__ inline uint64_t sum_before(uint64_t mine, uint64_t& total, Shared& shared) {
   const int warp = threadIdx.x / warp_size, lane = threadIdx.x % warp_size;
   uint64_t sum = mine;
 #pragma unroll
@@ -217,18 +236,21 @@ __device__ inline uint64_t sum_before(uint64_t mine, uint64_t& total, Shared& sh
   return before + sum - mine;
 }
 
-// Position of the first of n amounts at which their running sum reaches target, n if none does; `before`: the sum of
-// those ahead of it. Every thread gets both.
+// Position of the first of n amounts at which their running sum reaches target,
+// n if none does; `before`: the sum of those ahead of it. Every thread gets
+// both.
 template <class Amount>
 __device__ int first_reaching(int n, uint64_t target, uint64_t& before, uint64_t& total, Shared& shared,
                               Amount&& amount) {
   const int each = (n + sample_threads - 1) / sample_threads, begin = static_cast<int>(threadIdx.x) * each;
   uint64_t mine = 0;
+#pragma unroll 1
   for (int i = begin; i < min(n, begin + each); ++i) mine += amount(i);
   uint64_t sum = sum_before(mine, total, shared);
   if (threadIdx.x == 0) shared.found = n, shared.before = 0;
   __syncthreads();
   if (sum < target && sum + mine >= target)
+#pragma unroll 1
     for (int i = begin; i < min(n, begin + each); ++i) {
       const uint64_t here = amount(i);
       if (sum + here >= target) {
@@ -243,13 +265,14 @@ __device__ int first_reaching(int n, uint64_t target, uint64_t& before, uint64_t
 }
 
 // The list of n in ascending order, by bitonic merges.
-__device__ inline void sort_list(int n, Shared& shared) {
+__device__ __noinline__ inline void sort_list(int n, Shared& shared) {
   int size = warp_size;
   while (size < n) size *= 2;
   for (int i = n + static_cast<int>(threadIdx.x); i < size; i += sample_threads) shared.list[i] = ~Place{0};
   __syncthreads();
   for (int run = 2; run <= size; run *= 2)
     for (int step = run / 2; step > 0; step /= 2) {
+#pragma unroll 1
       for (int pair = threadIdx.x; pair < size / 2; pair += sample_threads) {
         const int i = 2 * pair - (pair & (step - 1)), j = i + step;
         const Place a = shared.list[i], b = shared.list[j];
