@@ -86,6 +86,10 @@ class EngineConfig:
 
     device: Annotated[Literal["auto", "cpu", "cuda"], Option("auto: CUDA where it is, else CPU", common=True)] = "auto"
     cpu_threads: Annotated[int, Option("threads of the CPU kernels; 0: one per usable core")] = 0
+    batch_invariant: Annotated[
+        bool,
+        Option("CUDA: the same bits for a request in any batch; large products then run without cuBLASLt, slower"),
+    ] = False
     enforce_eager: Annotated[bool, Option("CUDA: launch kernel by kernel, capture no graphs")] = False
 
 

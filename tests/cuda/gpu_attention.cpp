@@ -369,7 +369,7 @@ TYPED_TEST(GpuAttentionBits, reads_the_newest_tokens_only_when_the_kernel_ahead_
   Batch<T> batch(shape, sequences, this->rng);
   const PagedAttention on_cpu = batch.args(Device::cpu);
   paged_attention(on_cpu);
-  const int64_t rows = batch.size(), padding = 20000;  // rows without a slot keep store_kv busy
+  const int64_t rows = batch.size(), padding = 20000;  // rows without a slot keep the kernel ahead busy
   Twin<T> kv({2, rows + padding, shape.kv_heads, shape.dim});
   Twin<int64_t> slots({rows + padding});
   std::fill(slots.host().begin(), slots.host().end(), -1);
@@ -390,7 +390,11 @@ TYPED_TEST(GpuAttentionBits, reads_the_newest_tokens_only_when_the_kernel_ahead_
         std::copy_n(at(which == 0 ? on_cpu.k_cache : on_cpu.v_cache, slot, head), shape.dim,
                     kv.host().data() + ((which * (rows + padding) + padding + s) * shape.kv_heads + head) * shape.dim);
   }
-  kv.upload(), slots.upload();
+  Twin<T> unused({rows + padding, shape.heads, shape.dim});  // queries
+  Twin<float> unturned({1, shape.dim});                      // every angle is 0
+  std::fill_n(unturned.host().begin(), shape.dim / 2, 1.0f);
+  Twin<int32_t> positions({rows + padding});
+  kv.upload(), slots.upload(), unused.upload(), unturned.upload(), positions.upload();
   TensorView k = kv.on(Device::cuda);
   k.ndim = 3;
   for (int i = 0; i < 3; ++i) k.shape[i] = k.shape[i + 1], k.strides[i] = k.strides[i + 1];
@@ -404,7 +408,18 @@ TYPED_TEST(GpuAttentionBits, reads_the_newest_tokens_only_when_the_kernel_ahead_
         for (int64_t head = 0; head < shape.kv_heads; ++head)
           cuda::check(cudaMemset(at(*cache, slots.host()[static_cast<size_t>(padding + s)], head), 0xff,
                                  static_cast<size_t>(shape.dim) * sizeof(T)));
-    store_kv({args.k_cache, args.v_cache, k, v, slots.on(Device::cuda), nullptr});
+    rotate_and_store({unused.on(Device::cuda),
+                      args.k_cache,
+                      args.v_cache,
+                      k,
+                      v,
+                      unturned.on(Device::cuda),
+                      positions.on(Device::cuda),
+                      slots.on(Device::cuda),
+                      {},
+                      {},
+                      0.0f,
+                      nullptr});
     paged_attention(args);
     expect_close(batch.out, rounding<T>(), absolute<T>(), "out");
     if (this->HasFatalFailure()) return;
@@ -449,9 +464,21 @@ TEST(GpuAttentionLarge, addresses_caches_beyond_two_billion_elements) {
     if (spread) k.data = apart, k.strides[0] = far;
     TensorView v = k;
     v.data = v.as<BFloat16>() + block / 2;
-    paged_attention({(spread ? far_out : near_out).on(Device::cuda), q.on(Device::cuda), k, v,
-                     query_start.on(Device::cuda), seq_lens.on(Device::cuda), kv_start.on(Device::cuda),
-                     kv_blocks.on(Device::cuda), num_decodes.on(Device::cuda), 1, 1, 2, 0.1f, {}, nullptr});
+    paged_attention({(spread ? far_out : near_out).on(Device::cuda),
+                     q.on(Device::cuda),
+                     k,
+                     v,
+                     query_start.on(Device::cuda),
+                     seq_lens.on(Device::cuda),
+                     kv_start.on(Device::cuda),
+                     kv_blocks.on(Device::cuda),
+                     num_decodes.on(Device::cuda),
+                     1,
+                     1,
+                     2,
+                     0.1f,
+                     {},
+                     nullptr});
   }
   const std::vector<BFloat16> wanted = near_out.download(), got = far_out.download();
   for (size_t i = 0; i < got.size(); ++i) {

@@ -166,7 +166,7 @@ TEST(GpuLinearGraph, replays_a_chain_of_products_as_it_ran_eagerly) {
     const Device device = Device::cuda;
     const auto chain = [&] {
       for (size_t i = 0; i < static_cast<size_t>(layers); ++i) {
-        rms_norm({x.on(device), x.on(device), norm.on(device), {}, 1e-6f, stream});
+        rms_norm({x.on(device), x.on(device), norm.on(device), {}, 1e-6f, false, stream});
         linear_silu_mul(
             {product.on(device), x.on(device), up[i]->packed.on(device), {}, gate_up.on(device), hidden, stream});
         linear({x.on(device), product.on(device), down[i]->packed.on(device), {}, hidden, inner, stream});

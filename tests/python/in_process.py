@@ -21,7 +21,7 @@ from hybrid_serve.runner.step import Pending, StepResult
 
 def load_runner(model: Path | str, **settings: Any) -> ModelRunner:
     """``settings``: fields of ModelConfig and EngineConfig (``dtype="float32"``, ``device="cuda"``)."""
-    engine = {name: settings.pop(name) for name in ("device", "enforce_eager") if name in settings}
+    engine = {name: settings.pop(name) for name in ("device", "enforce_eager", "batch_invariant") if name in settings}
     config = Config(model=ModelConfig(model=str(model), **settings), engine=EngineConfig(**engine))
     return ModelRunner.load(config, resolve(config.model), lambda phase, share: None)
 

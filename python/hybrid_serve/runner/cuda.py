@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Buffer
 
+from .. import _kernels
 from ..checkpoint.tensors import Array
 from ..config import Config
 from .arena import ArenaViews, Batch, Layout, columns_of
@@ -30,6 +31,7 @@ class CudaDevice:
 
     def __init__(self, config: Config) -> None:
         self.torch_device = torch.device("cuda", torch.cuda.current_device())
+        _kernels.set_batch_invariant(config.engine.batch_invariant)
         self.captures = not config.engine.enforce_eager
         self._utilization = config.cache.gpu_memory_utilization
         self._local = threading.local()

@@ -101,7 +101,8 @@ def test_forked_choices_share_a_prompt_and_copy_its_last_block(tmp_path: Path) -
 
 def test_a_request_gets_the_same_logits_alone_and_in_200_mixes(tmp_path: Path) -> None:
     """Bit for bit, with its prompt cut anywhere: own kernels only (P14)."""
-    runner = load_runner(make_tiny_model(tmp_path, "qwen3", **WIDE), dtype="bfloat16", device="cuda")
+    folder = make_tiny_model(tmp_path, "qwen3", **WIDE)
+    runner = load_runner(folder, dtype="bfloat16", device="cuda", batch_invariant=True)
     dice = random.Random(5)
     prompts = prompts_of([dice.randint(1, 150) for _ in range(9)])
 
