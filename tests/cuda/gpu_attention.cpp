@@ -369,9 +369,21 @@ TEST(GpuAttentionLarge, addresses_caches_beyond_two_billion_elements) {
     if (spread) k.data = apart, k.strides[0] = far;
     TensorView v = k;
     v.data = v.as<BFloat16>() + block / 2;
-    paged_attention({(spread ? far_out : near_out).on(Device::cuda), q.on(Device::cuda), k, v,
-                     query_start.on(Device::cuda), seq_lens.on(Device::cuda), kv_start.on(Device::cuda),
-                     kv_blocks.on(Device::cuda), num_decodes.on(Device::cuda), 1, 1, 2, 0.1f, {}, nullptr});
+    paged_attention({(spread ? far_out : near_out).on(Device::cuda),
+                     q.on(Device::cuda),
+                     k,
+                     v,
+                     query_start.on(Device::cuda),
+                     seq_lens.on(Device::cuda),
+                     kv_start.on(Device::cuda),
+                     kv_blocks.on(Device::cuda),
+                     num_decodes.on(Device::cuda),
+                     1,
+                     1,
+                     2,
+                     0.1f,
+                     {},
+                     nullptr});
   }
   const std::vector<BFloat16> wanted = near_out.download(), got = far_out.download();
   for (size_t i = 0; i < got.size(); ++i) {
