@@ -23,9 +23,9 @@ struct AttentionParams {
   int64_t k_block, k_head, v_block, v_head;  // a head's tokens are contiguous
   const int64_t* __restrict__ num_decodes;   // or null: no decodes
   int seqs;
-  int kv_heads, group, dim, block_shift;     // group: query heads of a KV head; 2^block_shift tokens a block
-  float scale_log2;                          // scale / ln 2: softmax is in base 2
-  int32_t* __restrict__ counter;             // prefill on sm_90 only: shares of the work taken
+  int kv_heads, group, dim, block_shift;  // group: query heads of a KV head; 2^block_shift tokens a block
+  float scale_log2;                       // scale / ln 2: softmax is in base 2
+  int32_t* __restrict__ counter;          // prefill on sm_90 only: shares of the work taken
 };
 
 constexpr float minus_infinity = -__builtin_huge_valf();

@@ -1,8 +1,8 @@
 // The plan of a step's decode attention: plan_decode writes it once, paged_decode of every layer reads it.
 //
 // Sequences are cut into units. A position is head * units + unit, for all (KV head, 16 query heads) and all units of
-// the step; block b of a layer's launch works on positions [begin[b], begin[b + 1]), all of about as many tiles. Plan in
-// memory: header, starts of the blocks, units.
+// the step; block b of a layer's launch works on positions [begin[b], begin[b + 1]), all of about as many tiles. Plan
+// in memory: header, starts of the blocks, units.
 #pragma once
 
 #include "device.cuh"
@@ -30,7 +30,7 @@ struct alignas(16) DecodeUnit {
   __device__ int index() const { return packed & 255; }
   __device__ int units() const { return packed >> 8 & 255; }
   __device__ int log2() const { return packed >> 16; }
-  __device__ int first() const { return index() << log2(); }                              // token
+  __device__ int first() const { return index() << log2(); }                                   // token
   __device__ int end() const { return min(int64_t{index() + 1} << log2(), int64_t{tokens}); }  // behind its last token
 };
 
@@ -65,7 +65,9 @@ inline int decode_places(int64_t heads, int64_t kv_heads) {
   return static_cast<int>(kv_heads * ceil_div(heads / kv_heads, most_rows));
 }
 // Blocks of every layer's launch: all at work at once.
-constexpr int decode_blocks_per_multiprocessor(int64_t head_dim) { return head_dim <= 64 ? 3 : head_dim <= 128 ? 2 : 1; }
+constexpr int decode_blocks_per_multiprocessor(int64_t head_dim) {
+  return head_dim <= 64 ? 3 : head_dim <= 128 ? 2 : 1;
+}
 inline int64_t decode_blocks(int64_t head_dim) {
   return std::min<int64_t>(decode_blocks_per_multiprocessor(head_dim) * multiprocessors(), PlanView::most_blocks);
 }

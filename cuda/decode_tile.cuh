@@ -22,13 +22,12 @@ struct DecodeShape {
   static constexpr int row_floats = dim + 4, sums_bytes = rows * row_floats * 4;
 
   static constexpr int block_bytes = 228 * 1024 / decode_blocks_per_multiprocessor(dim) - 1024;
-  static constexpr int depth = std::clamp((block_bytes - 16 - decode_warps * sums_bytes) / decode_warps / (stage_packs * 16), 2, 6);
+  static constexpr int depth =
+      std::clamp((block_bytes - 16 - decode_warps * sums_bytes) / decode_warps / (stage_packs * 16), 2, 6);
   static constexpr int ring_packs = depth * stage_packs;  // of a warp
   static constexpr size_t shared_bytes = size_t{decode_warps} * (ring_packs * 16 + sums_bytes) + 16;
 
-  __device__ static int pack(int row, int column) {
-    return row * row_packs + (permuted ? column ^ (row & 7) : column);
-  }
+  __device__ static int pack(int row, int column) { return row * row_packs + (permuted ? column ^ (row & 7) : column); }
   // From the address of pack(row, column) to that of pack(row, column + 2 * pairs); `column` is 0 or 1. Rows start at
   // multiples of their size.
   __device__ static uint32_t columns_on(uint32_t address, int pairs) {

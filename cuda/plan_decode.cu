@@ -1,4 +1,5 @@
-// plan_decode: cuts the decodes of a step into units and divides them over the blocks of paged_decode (decode_plan.cuh).
+// plan_decode: cuts the decodes of a step into units and divides them over the blocks of paged_decode
+// (decode_plan.cuh).
 //
 // One block: a prefix sum over the sequences, then every sequence's thread lists its units and every other thread finds
 // where a block starts. Unlike other kernels it lets its successor start only when its result is written: whatever is
@@ -109,8 +110,8 @@ __global__ void __launch_bounds__(threads) plan_decode_kernel(const __grid_const
   if (block <= p.blocks) begins[block] = start_of(block, index);
   __syncthreads();
   if (block <= p.blocks)
-    plan.starts[block] = {
-        begins[block], last_at_most(begins[block] - index, p.blocks + 1, [&](int b) { return int64_t{begins[b]}; })};
+    plan.starts[block] = {begins[block],
+                          last_at_most(begins[block] - index, p.blocks + 1, [&](int b) { return int64_t{begins[b]}; })};
   __threadfence();
   __syncthreads();
   let_next_kernel_start();

@@ -91,9 +91,9 @@ void bind_cache(py::module_& m) {
       "plan_decode",
       [](const Output& plan, const Input& query_start, const Input& seq_lens, const Input& kv_start,
          const Input& num_decodes, int64_t max_decodes, int64_t heads, int64_t kv_heads, int64_t head_dim) {
-        without_gil<PlanDecode>(plan_decode, {plan.view, query_start.view, seq_lens.view, kv_start.view,
-                                              num_decodes.view, max_decodes, heads, kv_heads, head_dim,
-                                              stream_of(plan)});
+        without_gil<PlanDecode>(
+            plan_decode, {plan.view, query_start.view, seq_lens.view, kv_start.view, num_decodes.view, max_decodes,
+                          heads, kv_heads, head_dim, stream_of(plan)});
       },
       py::arg("plan"), py::arg("query_start"), py::arg("seq_lens"), py::arg("kv_start"), py::arg("num_decodes"),
       py::arg("max_decodes"), py::arg("heads"), py::arg("kv_heads"), py::arg("head_dim"));
@@ -102,10 +102,10 @@ void bind_cache(py::module_& m) {
       [](const Output& out, const Input& q, const Input& k_cache, const Input& v_cache, const Input& query_start,
          const Input& seq_lens, const Input& kv_start, const Input& kv_blocks, const Input& num_decodes,
          int64_t max_decodes, int64_t max_prompts, int64_t max_query_len, float scale, const Input& plan) {
-        without_gil<PagedAttention>(paged_attention, {out.view, q.view, k_cache.view, v_cache.view, query_start.view,
-                                                      seq_lens.view, kv_start.view, kv_blocks.view, num_decodes.view,
-                                                      max_decodes, max_prompts, max_query_len, scale, plan.view,
-                                                      stream_of(out)});
+        without_gil<PagedAttention>(
+            paged_attention, {out.view, q.view, k_cache.view, v_cache.view, query_start.view, seq_lens.view,
+                              kv_start.view, kv_blocks.view, num_decodes.view, max_decodes, max_prompts, max_query_len,
+                              scale, plan.view, stream_of(out)});
       },
       py::arg("out"), py::arg("q"), py::arg("k_cache"), py::arg("v_cache"), py::arg("query_start"), py::arg("seq_lens"),
       py::arg("kv_start"), py::arg("kv_blocks"), py::arg("num_decodes"), py::arg("max_decodes"), py::arg("max_prompts"),

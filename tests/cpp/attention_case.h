@@ -62,9 +62,10 @@ class AttentionCase {
     const float scale = 1.0f / std::sqrt(static_cast<float>(shape_.dim));
     num_decodes = OwnedTensor<int64_t>(std::vector<int64_t>{decodes});
     const auto prompts = static_cast<int64_t>(sequences_.size()) - decodes;
-    return {out.view,      q.view,        k_cache.view,   v_cache.view,     query_start.view,
-            seq_lens.view, kv_start.view, kv_blocks.view, num_decodes.view, decodes,
-            prompts,       longest,       scale,          {},               nullptr};
+    return {
+        out.view,       q.view,           k_cache.view, v_cache.view, query_start.view, seq_lens.view, kv_start.view,
+        kv_blocks.view, num_decodes.view, decodes,      prompts,      longest,          scale,         {},
+        nullptr};
   }
 
   // What the sequence's row for `position` should be, head by head.

@@ -77,6 +77,18 @@ def test_attention_refuses_sequences_without_room_for_their_tokens() -> None:
         ops.paged_attention(q, cache, cache, ints(0, 1), ints(7), ints(0, 1), ints(4), torch.tensor([1]), 1, 0, 1, 1.0)
 
 
+def test_attention_with_a_plan_is_attention_without_one() -> None:
+    q, cache = torch.randn(2, 4, 64), torch.randn(3, 2, 16, 64)
+    query_start, seq_lens, kv_start, one = ints(0, 1, 2), ints(20, 3), ints(0, 2, 3), torch.tensor([1])
+    plan = ops.plan_decode(query_start, seq_lens, kv_start, one, 1, heads=4, kv_heads=2, head_dim=64)
+    columns = (q, cache, cache, query_start, seq_lens, kv_start, ints(2, 0, 1), one, 1, 1, 1, 0.1)
+    assert torch.equal(ops.paged_attention(*columns, plan=plan), ops.paged_attention(*columns))
+    with pytest.raises(ValueError, match="plan has 1279 elements, 1 decodes need 1280"):
+        ops.paged_attention(*columns, plan=plan[:1279])
+    with pytest.raises(ValueError, match="4 query heads cannot share 3 key/value heads"):
+        ops.plan_decode(query_start, seq_lens, kv_start, one, 1, heads=4, kv_heads=3, head_dim=64)
+
+
 def test_a_negative_slot_is_padding_and_one_too_large_is_an_error() -> None:
     cache, k = torch.zeros(2, 1, 4, 64), torch.ones(2, 1, 64)
     store(cache, cache, k, k, torch.tensor([-1, 3]))
