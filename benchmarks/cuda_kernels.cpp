@@ -238,7 +238,9 @@ void rotate_and_store_case(const Heads& h, bool normed, int64_t rows) {
   Memory memory;
   const int64_t heads = h.heads + 2 * h.kv_heads, blocks = (rows + block_size - 1) / block_size;
   const double bytes = 4.0 * static_cast<double>(rows * heads * h.dim);  // read and written
-  const int64_t sets = rows <= 128 ? 1 : sets_of(bytes, 64);  // few rows are in L2, where the product left them
+  // Few rows are in L2, where the product left them.
+  const int64_t sets =
+      rows <= 128 ? std::clamp<int64_t>(static_cast<int64_t>(32e6 / bytes), 1, 64) : sets_of(bytes, 64);
   const TensorView cache = memory.random({sets, 2, blocks, h.kv_heads, block_size, h.dim}),
                    qkv = memory.random({sets, rows, heads, h.dim}), weight = memory.random({h.dim});
   std::vector<int64_t> slots(static_cast<size_t>(rows));

@@ -146,8 +146,9 @@ template <class T, int lanes>
 void launch_with(const RotateAndStoreParams<T>& p, int64_t rows, Stream stream) {
   const int64_t heads = p.heads + 2 * p.kv_heads;
   const auto run = [&]<int turns>() {
-    const int64_t threads = ceil_div(ceil_div(heads, turns) * lanes, warp_size) * warp_size;
-    const int64_t block = std::min<int64_t>(threads, 128);
+    // A row's threads in equal blocks of up to 128, none of them half idle.
+    const int64_t threads = ceil_div(heads, turns) * lanes, blocks = ceil_div(threads, 128);
+    const int64_t block = ceil_div(ceil_div(threads, blocks), warp_size) * warp_size;
     const dim3 grid(static_cast<unsigned>(rows), static_cast<unsigned>(ceil_div(heads, block / lanes * turns)));
     launch(rotate_and_store_kernel<T, lanes, turns>, grid, static_cast<unsigned>(block), 0, stream, p);
   };

@@ -104,7 +104,7 @@ TYPED_TEST(GpuRotateAndStore, equals_its_cpu_twin_for_any_shape) {
   for (const int64_t dim : {32, 64, 80, 96, 128, 256})
     for (const auto& [heads, kv_heads] : {std::pair<int64_t, int64_t>{9, 3}, {14, 2}, {32, 8}, {1, 1}, {70, 10}})
       for (const int64_t rows : {1, 3, 129, 1500}) {
-        if (rows > 1000 && heads > 14) continue;  // the CPU's share of the time
+        if (rows > 1000 && heads != 9) continue;  // the CPU takes the time
         const int64_t block_size = int64_t{16} << this->rng() % 3;
         for (const int64_t rotary_dim : {dim, dim / 2}) {
           if (rotary_dim % 16 != 0) continue;
