@@ -27,12 +27,10 @@ namespace hybrid::cuda {
 
 namespace {
 
-// Of its own, so that rows that only want the largest logit do without what it
-// takes.
+// Apart, so that rows that only want the largest logit do without the registers and the code.
 template <class RowTeam>
-__device__ __noinline__ void sample_row(const SampleParams& p, Shared& shared, float4* kept, uint32_t* allowed,
-                                        int row) {
-  RowSampler<RowTeam>(p, shared, kept, allowed, row).run();
+__device__ __noinline__ void finish_row(const RowSampler<RowTeam>& begun) {
+  RowSampler<RowTeam>(begun).finish();
 }
 
 template <int blocks>
@@ -51,10 +49,13 @@ __global__ void __launch_bounds__(sample_threads, 2) sample_kernel(const __grid_
   }
   for (int row = static_cast<int>(blockIdx.x) / blocks; row < p.rows; row += static_cast<int>(gridDim.x) / blocks) {
     RowSampler<RowTeam> sampler(p, shared, kept, allowed, row);
-    if (sampler.only_greedy())
-      sampler.run_greedy();
-    else
-      sample_row<RowTeam>(p, shared, kept, allowed, row);
+    sampler.begin();
+    if (sampler.only_greedy()) {
+      sampler.finish_greedy();
+    } else {
+      const RowSampler<RowTeam> begun = sampler;
+      finish_row(begun);
+    }
     if constexpr (blocks == 1) __syncthreads();
   }
 }

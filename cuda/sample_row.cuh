@@ -47,31 +47,33 @@ class RowSampler {
         size_(min(p.vocab, first_id_ + p.share) - first_id_),
         quads_((size_ + 3) / 4),
         entries_begin_(p.adjust_start[row]),
-        entries_end_(p.adjust_start[row + 1]) {}
+        entries_end_(p.adjust_start[row + 1]),
+        num_logprobs_(p.logprobs != nullptr ? p.num_logprobs[row] : -1),
+        temperature_(p.temperature[row]) {}
 
-  // The largest logit, and nothing else asked for.
-  __device__ bool only_greedy() const {
-    return !(p_.temperature[row_] >= greedy_below) && entries_begin_ == entries_end_ && !wants_logprobs();
+  // Reads the row and finds its largest logit.
+  __device__ void begin() {
+    if (threadIdx.x < lists) shared_.list_size[threadIdx.x] = 0;
+    load();
+    Team::await_peers();
+    survey(0);
   }
-  __device__ void run_greedy() {
-    load<false>();
-    survey<false>(true);
+  __device__ bool only_greedy() const {
+    return !(temperature_ >= greedy_below) && entries_begin_ == entries_end_ && num_logprobs_ < 0;
+  }
+  __device__ void finish_greedy() {
     set_token(best_id_);
     if (p_.logprobs != nullptr) clear_logprobs_of_row();
   }
-
-  __device__ void run() {
-    if (threadIdx.x < lists) shared_.list_size[threadIdx.x] = 0;
-    const bool adjusted = entries_begin_ != entries_end_, wanted = wants_logprobs();
-    load<true>();
+  __device__ void finish() {
+    const bool wanted = num_logprobs_ >= 0;
     double log_sum = 0;
-    if (wanted) {
-      survey<true>(true);
-      log_sum = write_top_logprobs();
+    if (wanted) log_sum = write_top_logprobs();
+    if (entries_begin_ != entries_end_) {
+      adjust();
+      survey(1);
     }
-    if (adjusted) adjust();
-    if (adjusted || !wanted) survey<true>(!wanted);
-    if (p_.temperature[row_] >= greedy_below && largest_ > low_infinity)
+    if (temperature_ >= greedy_below && largest_ > low_infinity)
       draw();
     else
       set_token(best_id_);
@@ -83,7 +85,6 @@ class RowSampler {
 
  private:
   __device__ static bool leads() { return Team::rank() == 0; }
-  __device__ bool wants_logprobs() const { return p_.logprobs != nullptr && p_.num_logprobs[row_] >= 0; }
 
   // --- The block's share of the row
 
@@ -111,20 +112,19 @@ class RowSampler {
     if (largest > mine_ || (mine_ != mine_ && largest == largest)) mine_ = largest, mine_quad_ = q;
     mine_lowest_ = fminf(mine_lowest_, quad.lowest());
   }
-  template <bool keep>
   __device__ void load() {
     forget();
     if (reinterpret_cast<uintptr_t>(logits_ + first_id_) % 16 == 0)
-      load_whole<keep, true>();
+      load_whole<true>();
     else
-      load_whole<keep, false>();
+      load_whole<false>();
     if (size_ % 4 != 0 && threadIdx.x == 0) {  // the last one is not whole
       const Quad quad = raw_quad(quads_ - 1);
       note(quad, quads_ - 1);
-      if constexpr (keep) values_[quads_ - 1] = quad;
+      values_[quads_ - 1] = quad;
     }
   }
-  template <bool keep, bool aligned>
+  template <bool aligned>
   __device__ void load_whole() {
     constexpr int at_once = 5;
     const int whole = size_ / 4;
@@ -139,7 +139,7 @@ class RowSampler {
 #pragma unroll
         for (float& x : quads[u].x) x = clean(x);
         note(quads[u], q, first + u * sample_threads < whole);
-        if constexpr (keep) values_[q] = quads[u];
+        values_[q] = quads[u];
       }
     }
   }
@@ -210,8 +210,7 @@ class RowSampler {
   // --- Answers of all blocks
 
   // The row's largest and lowest logit and the lowest id of the largest.
-  template <bool kept>
-  __device__ void survey(bool first) {
+  __device__ void survey(int use) {
     const int warp = threadIdx.x / warp_size, lane = threadIdx.x % warp_size;
     float largest = warp_max(mine_), lowest = warp_min(mine_lowest_);
     shared_.thread_largest[threadIdx.x] = mine_;
@@ -221,22 +220,21 @@ class RowSampler {
     largest = warp_max(shared_.warp_value[0][lane % sample_warps]);
     lowest = warp_min(shared_.warp_value[1][lane % sample_warps]);
     if (mine_ == largest) {
-      const Quad quad = kept ? values_[mine_quad_] : raw_quad(mine_quad_);
+      const Quad quad = values_[mine_quad_];
 #pragma unroll
       for (int j = 3; j >= 0; --j)
         if (quad.x[j] == largest) best_id_ = first_id_ + 4 * mine_quad_ + j;
       atomicMin(&shared_.lowest_id, best_id_);
     }
     __syncthreads();
-    if (first) Team::await_peers();
     if (threadIdx.x < Team::size)
-      Team::peer(shared_.parts, threadIdx.x)[Team::rank()] = {largest, lowest, shared_.lowest_id};
+      Team::peer(shared_.parts[use], threadIdx.x)[Team::rank()] = {largest, lowest, shared_.lowest_id, 0};
     Team::sync();
     Best best;
     largest_ = no_candidate(), lowest_ = no_candidate();
 #pragma unroll
     for (int b = 0; b < Team::size; ++b) {
-      const Shared::Part part = shared_.parts[b];
+      const Shared::Part part = shared_.parts[use][b];
       best.add(part.largest, part.id);
       lowest_ = fminf(lowest_, part.lowest);
     }
@@ -385,7 +383,7 @@ class RowSampler {
   // --- The draw
 
   __device__ void draw() {
-    const float temperature = p_.temperature[row_], top_p = p_.top_p[row_];
+    const float temperature = temperature_, top_p = p_.top_p[row_];
     const int top_k = p_.top_k[row_];
     inverse_ = 1.0f / temperature;
     const Weight weight{largest_, inverse_ * log2_e};
@@ -526,7 +524,7 @@ class RowSampler {
     sum_before(mine, all, shared_);
     if (threadIdx.x == 0) Team::peer(shared_.masses, 0)[Team::rank()] = all;
     Team::sync();
-    const int n = min(min(p_.num_logprobs[row_], p_.vocab), p_.width - 1);
+    const int n = min(min(num_logprobs_, p_.vocab), p_.width - 1);
     if (n > 0) select_top(n, -low_infinity, 0);
     double log_sum = 0;
     if (leads()) {
@@ -572,7 +570,8 @@ class RowSampler {
   uint32_t* allowed_;
   int64_t row_;
   const float* logits_;
-  int first_id_, size_, quads_, entries_begin_, entries_end_;
+  int first_id_, size_, quads_, entries_begin_, entries_end_, num_logprobs_;
+  float temperature_;
   float mine_ = 0, mine_lowest_ = 0;  // this thread's largest and lowest
   int mine_quad_ = -1;
   float largest_ = 0, lowest_ = 0, inverse_ = 0;  // of the row

@@ -190,11 +190,11 @@ struct Bins {
 
 // Shared memory of a block; `parts` and `list` are also written by its peers.
 struct alignas(16) Shared {
-  struct Part {
+  struct alignas(16) Part {
     float largest, lowest;
-    int id;
+    int id, unused;
   };
-  Part parts[most_blocks];
+  Part parts[2][most_blocks];  // before and after adjustments
   Best bests[most_blocks];
   uint64_t masses[most_blocks];
   int32_t larger[most_blocks];
