@@ -1,4 +1,6 @@
-// linear for more than 32 rows: tiles of x and of the weight in shared memory, four stages of 64 along k by cp.async.
+// linear for many rows without cuBLASLt: tiles of x and of the weight in shared memory, four stages of 64 along k by
+// cp.async. Where the tiles are too few for the device, a block takes one segment of k of one tile, and a second kernel
+// adds the segments up.
 //
 // A 64-wide slice of an operand lies as two panels [rows][32], row r of the second panel swapped with r ^ 1: 8 lanes of
 // every 16-byte access, writing or reading, then hit 128 different bytes modulo 128. A segment's sums are kept apart
@@ -33,10 +35,17 @@ __device__ inline void load_slice(uint4* to, const T* from, int64_t stride, int6
   }
 }
 
+template <class T>
+struct TiledParams {
+  LinearParams<T> linear;
+  float* partial;  // [segment][row][column], or null: a block takes all segments
+};
+
 // tile_m x tile_n outputs a block, warp_m x warp_n a warp.
 template <class T, int tile_m, int tile_n, int warp_m, int warp_n>
 __global__ void __launch_bounds__((tile_m / warp_m) * (tile_n / warp_n) * warp_size)
-    tiled_linear_kernel(const __grid_constant__ LinearParams<T> p) {
+    tiled_linear_kernel(const __grid_constant__ TiledParams<T> params) {
+  const LinearParams<T>& p = params.linear;
   let_next_kernel_start();
   wait_for_previous_kernel();
   constexpr int threads = (tile_m / warp_m) * (tile_n / warp_n) * warp_size;
@@ -45,21 +54,23 @@ __global__ void __launch_bounds__((tile_m / warp_m) * (tile_n / warp_n) * warp_s
   const int warp = threadIdx.x / warp_size, lane = threadIdx.x % warp_size, g = lane / 4, t = lane % 4;
   const int m0 = warp % (tile_m / warp_m) * warp_m, n0 = warp / (tile_m / warp_m) * warp_n;
   const int64_t row0 = int64_t{blockIdx.x} * tile_m, column0 = int64_t{blockIdx.y} * tile_n;
-  const int64_t slices = (p.k + slice - 1) / slice, segment_slices = p.segment / slice;
+  const int64_t segment_slices = p.segment / slice, first = blockIdx.z * segment_slices;
+  const int64_t all = (p.k + slice - 1) / slice,
+                last = params.partial != nullptr ? min(all, first + segment_slices) : all;
 
   const auto load = [&](int64_t i) {
     uint4* to = shared + i % stages * stage_packs;
-    if (i < slices) {
+    if (i < last) {
       load_slice<T, tile_m, threads>(to, p.x, p.x_row, row0, p.rows, i * slice, p.k);
       load_slice<T, tile_n, threads>(to + tile_m * 8, p.weight, p.k, column0, p.n, i * slice, p.k);
     }
     commit_copies();
   };
-  for (int i = 0; i < stages - 1; ++i) load(i);
+  for (int i = 0; i < stages - 1; ++i) load(first + i);
 
   float total[m_tiles][n_tiles][4] = {}, sum[m_tiles][n_tiles][4] = {};
-  int64_t flush = segment_slices;
-  for (int64_t i = 0; i < slices; ++i) {
+  int64_t flush = first + segment_slices;
+  for (int64_t i = first; i < last; ++i) {
     wait_copies<stages - 2>();
     __syncthreads();
     load(i + stages - 1);
@@ -80,7 +91,7 @@ __global__ void __launch_bounds__((tile_m / warp_m) * (tile_n / warp_n) * warp_s
 #pragma unroll
         for (int n = 0; n < n_tiles; ++n) multiply_span<T>(sum[m][n], a[m][0], a[m][1], b[n]);
     }
-    if (i + 1 == flush || i + 1 == slices) {
+    if (i + 1 == flush || i + 1 == last) {
       flush += segment_slices;
 #pragma unroll
       for (int m = 0; m < m_tiles; ++m)
@@ -95,27 +106,53 @@ __global__ void __launch_bounds__((tile_m / warp_m) * (tile_n / warp_n) * warp_s
 #pragma unroll
     for (int n = 0; n < n_tiles; ++n)
 #pragma unroll
-      for (int j = 0; j < 4; ++j)
-        store_output(p, row0 + m0 + m * 16 + j / 2 * 8 + g, column0 + n0 + n * 8 + 2 * t + j % 2, total[m][n][j]);
+      for (int j = 0; j < 4; ++j) {
+        const int64_t row = row0 + m0 + m * 16 + j / 2 * 8 + g, column = column0 + n0 + n * 8 + 2 * t + j % 2;
+        if (params.partial == nullptr)
+          store_output(p, row, column, total[m][n][j]);
+        else if (row < p.rows && column < p.n)
+          params.partial[(blockIdx.z * p.rows + row) * p.n + column] = total[m][n][j];
+      }
+}
+
+template <class T>
+__global__ void add_segments_kernel(const __grid_constant__ TiledParams<T> params) {
+  let_next_kernel_start();
+  wait_for_previous_kernel();
+  const LinearParams<T>& p = params.linear;
+  const int64_t outputs = p.rows * p.n;
+  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < outputs; i += int64_t{gridDim.x} * blockDim.x) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int s = 0; s < max_segments; ++s)
+      if (s * p.segment < p.k) sum += params.partial[s * outputs + i];
+    store_output(p, i / p.n, i % p.n, sum);
+  }
 }
 
 template <class T, int tile_m, int tile_n, int warp_m, int warp_n>
-void launch_tiled(const LinearParams<T>& p, Stream stream) {
+void launch_tiled(const TiledParams<T>& params, Stream stream) {
+  const LinearParams<T>& p = params.linear;
   constexpr unsigned threads = (tile_m / warp_m) * (tile_n / warp_n) * warp_size;
-  const dim3 grid(static_cast<unsigned>(ceil_div(p.rows, tile_m)), static_cast<unsigned>(ceil_div(p.n, tile_n)));
+  const dim3 grid(static_cast<unsigned>(ceil_div(p.rows, tile_m)), static_cast<unsigned>(ceil_div(p.n, tile_n)),
+                  params.partial != nullptr ? static_cast<unsigned>(ceil_div(p.k, p.segment)) : 1);
   require(grid.y <= 65535, "linear: n = ", p.n, " is more than ", 65535 * tile_n, " columns");
   launch(tiled_linear_kernel<T, tile_m, tile_n, warp_m, warp_n>, grid, threads,
-         size_t{stages} * (tile_m + tile_n) * slice * sizeof(T), stream, p);
+         size_t{stages} * (tile_m + tile_n) * slice * sizeof(T), stream, params);
 }
 
 }  // namespace
 
 template <class T>
 void tiled_linear(const LinearParams<T>& p, Stream stream) {
-  if (ceil_div(p.rows, 128) * ceil_div(p.n, 128) >= multiprocessors())
-    launch_tiled<T, 128, 128, 64, 32>(p, stream);
-  else
-    launch_tiled<T, 64, 64, 32, 32>(p, stream);
+  const auto tiles = [&](int64_t size) { return ceil_div(p.rows, size) * ceil_div(p.n, size); };
+  if (tiles(128) >= multiprocessors()) return launch_tiled<T, 128, 128, 64, 32>({p, nullptr}, stream);
+  if (tiles(64) >= multiprocessors()) return launch_tiled<T, 64, 64, 32, 32>({p, nullptr}, stream);
+  const int64_t outputs = p.rows * p.n, segments = ceil_div(p.k, p.segment);
+  const TiledParams<T> split{
+      p, static_cast<float*>(scratch(static_cast<size_t>(segments * outputs) * sizeof(float), stream))};
+  launch_tiled<T, 64, 64, 32, 32>(split, stream);
+  launch(add_segments_kernel<T>, grid_for(outputs, 256), 256, 0, stream, split);
 }
 
 template void tiled_linear<BFloat16>(const LinearParams<BFloat16>&, Stream);

@@ -70,10 +70,22 @@ LinearParams<T> params_of(const char* op, const Linear& a) {
   return p;
 }
 
-// The rule, from measurements on an H100.
-template <class T>
-bool streams_best(const LinearParams<T>& p) {
-  return p.rows <= 16;
+// Which kernel, from measurements on an H100: our own as long as the weights' way from memory is what counts, then
+// cuBLASLt. False: there is no fused kernel for this many rows.
+template <bool gated, class T>
+bool half_linear(const LinearParams<T>& p, Stream stream) {
+  constexpr int64_t streaming_rows = 16;
+  const auto skinny = [&] { (gated ? skinny_gated_linear<T> : skinny_linear<T>)(p, stream); };
+  if (p.rows <= streaming_rows) return skinny(), true;
+  if (p.rows <= cluster_rows && (gated ? cluster_gated_linear<T> : cluster_linear<T>)(p, stream)) return true;
+  if (!batch_invariant()) {
+    if constexpr (gated) return false;
+    if (library_linear(p, stream)) return true;
+  }
+  if (p.rows <= skinny_rows) return skinny(), true;
+  if constexpr (gated) return false;
+  tiled_linear(p, stream);
+  return true;
 }
 
 }  // namespace
@@ -81,12 +93,10 @@ bool streams_best(const LinearParams<T>& p) {
 void linear(const Linear& a) {
   by_dtype(a.x.dtype, [&]<class T>() {
     const LinearParams<T> p = params_of<T>("linear", a);
-    if constexpr (sizeof(T) == 4) {
+    if constexpr (sizeof(T) == 4)
       float_linear(p, a.stream);
-    } else {
-      if (!streams_best(p) && !batch_invariant() && library_linear(p, a.stream)) return;
-      (p.rows <= skinny_rows ? skinny_linear<T> : tiled_linear<T>)(p, a.stream);
-    }
+    else
+      half_linear<false>(p, a.stream);
   });
 }
 
@@ -98,9 +108,7 @@ void linear_silu_mul(const LinearSiluMul& a) {
     } else {
       LinearParams<T> p = params_of<T>("linear_silu_mul", product);
       p.out = a.out.as<T>(), p.out_row = a.out.strides[0];
-      if (p.rows > skinny_rows || !(streams_best(p) || batch_invariant())) return false;
-      skinny_gated_linear<T>(p, a.stream);
-      return true;
+      return half_linear<true>(p, a.stream);
     }
   });
   if (fused) return;

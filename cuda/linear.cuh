@@ -58,12 +58,20 @@ __device__ inline void multiply_span(float (&c)[4], const uint4& a_low, const ui
   mma<T>(c, a_low.z, a_high.z, a_low.w, a_high.w, b.z, b.w);
 }
 
-// Up to skinny_rows rows: streams the weights. The gated one computes linear_silu_mul.
+// The kernels for 16-bit types; the gated ones compute linear_silu_mul. Up to skinny_rows rows: streams the weights.
 template <class T>
 void skinny_linear(const LinearParams<T>& p, Stream stream);
 template <class T>
 void skinny_gated_linear(const LinearParams<T>& p, Stream stream);
 constexpr int64_t skinny_rows = 32;
+
+// Up to cluster_rows rows: the same for a little more of them. False, and nothing done, on a device without clusters or
+// where x is too large for shared memory.
+template <class T>
+bool cluster_linear(const LinearParams<T>& p, Stream stream);
+template <class T>
+bool cluster_gated_linear(const LinearParams<T>& p, Stream stream);
+constexpr int64_t cluster_rows = 64;
 
 template <class T>
 void tiled_linear(const LinearParams<T>& p, Stream stream);

@@ -63,7 +63,7 @@ void compare_with_cpu(int64_t rows, Weight<T>& weight, int64_t n, int64_t k, std
 }
 
 constexpr std::pair<int64_t, int64_t> odd_sizes[] = {{8, 64},     {100, 72},  {333, 1000}, {896, 896},
-                                                     {1153, 576}, {40, 4864}, {2304, 200}};
+                                                     {1153, 576}, {40, 4864}, {2304, 200}, {24, 14336}};
 
 TYPED_TEST(GpuLinear, equals_its_cpu_twin_for_every_ragged_size) {
   for (const auto& [n, k] : odd_sizes) {

@@ -4,7 +4,10 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 cmake -S . -B build-gpu -G Ninja -DHYBRID_CUDA=ON -DCMAKE_CUDA_ARCHITECTURES="${ARCH:-90a}"
-time cmake --build build-gpu -j"$(nproc)" --target gpu_elementwise gpu_rotate_and_store gpu_linear gpu_attention gpu_sample bench_cuda_kernels
+time cmake --build build-gpu -j"$(nproc)" --target gpu_elementwise gpu_rotate_and_store gpu_linear gpu_attention gpu_sample bench_cuda_kernels bench_cuda_step
+# cuBLASLt, as torch's wheels bring it: `linear` finds it at run time, and without it its tests skip.
+library=$(python3 -c 'import nvidia.cu13 as m; print(list(m.__path__)[0] + "/lib")' 2>/dev/null || true)
+export LD_LIBRARY_PATH="$library:${LD_LIBRARY_PATH:-}"
 failed=0
 time ctest --test-dir build-gpu -L gpu --output-on-failure --timeout 180 || failed=1
 tool=${SANITIZE-memcheck}
@@ -17,4 +20,5 @@ if [ -n "$tool" ]; then
   done
 fi
 build-gpu/benchmarks/bench_cuda_kernels "$@"
+build-gpu/benchmarks/bench_cuda_step
 exit $failed

@@ -1,0 +1,157 @@
+// The linear layers of one decode step as a chain in one CUDA graph: what single kernels' times hide, the gaps between
+// them, is in it.
+//
+// A layer is norm, qkv, norm (in attention's place), output, norm, gate and up with silu_mul, down; then comes the
+// head. Every product has weights of its own. A line gives the time of a step, the median of 5 replays, and the share
+// of a device copy's bandwidth (read + written) at which the weights streamed.
+//   bench_cuda_step [rows ...]
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <functional>
+#include <random>
+#include <vector>
+
+#include "launch.cuh"
+#include "ops/float16.h"
+#include "ops/ops.h"
+
+namespace hybrid::bench {
+namespace {
+
+struct Model {
+  const char* name;
+  int64_t layers, hidden, qkv, inner, vocab;
+};
+constexpr Model models[] = {{"Qwen2.5-0.5B", 24, 896, 1152, 4864, 151936},
+                            {"Llama-3.2-1B", 16, 2048, 3072, 8192, 128256},
+                            {"Llama-3.1-8B", 32, 4096, 6144, 14336, 128256}};
+
+double median_seconds(cudaStream_t stream, const std::function<void()>& work) {
+  cudaEvent_t begin, end;
+  cuda::check(cudaEventCreate(&begin));
+  cuda::check(cudaEventCreate(&end));
+  std::vector<float> milliseconds;
+  for (int i = 0; i < 6; ++i) {
+    cuda::check(cudaEventRecord(begin, stream));
+    work();
+    cuda::check(cudaEventRecord(end, stream));
+    cuda::check(cudaEventSynchronize(end));
+    if (float time = 0; i > 0) cuda::check(cudaEventElapsedTime(&time, begin, end)), milliseconds.push_back(time);
+  }
+  cuda::check(cudaEventDestroy(begin));
+  cuda::check(cudaEventDestroy(end));
+  std::sort(milliseconds.begin(), milliseconds.end());
+  return milliseconds[milliseconds.size() / 2] * 1e-3;
+}
+
+// Random bf16; after 8 M of them the same again.
+BFloat16* random_memory(int64_t elements) {
+  const auto size = static_cast<size_t>(elements);
+  std::vector<BFloat16> pattern(std::min(size, size_t{8} << 20));
+  std::mt19937 rng(1);
+  std::uniform_real_distribution<float> uniform(-0.05f, 0.05f);
+  for (BFloat16& x : pattern) x = BFloat16(uniform(rng));
+  BFloat16* memory = nullptr;
+  cuda::check(cudaMalloc(&memory, size * 2));
+  cuda::check(cudaMemcpy(memory, pattern.data(), pattern.size() * 2, cudaMemcpyHostToDevice));
+  for (size_t done = pattern.size(); done < size; done *= 2)
+    cuda::check(cudaMemcpy(memory + done, memory, std::min(done, size - done) * 2, cudaMemcpyDeviceToDevice));
+  return memory;
+}
+
+TensorView tensor(void* data, DType dtype, std::initializer_list<int64_t> shape) {
+  TensorView t;
+  t.data = data, t.dtype = dtype, t.device = Device::cuda, t.ndim = static_cast<int32_t>(shape.size());
+  std::copy(shape.begin(), shape.end(), t.shape);
+  int64_t stride = 1;
+  for (int i = t.ndim - 1; i >= 0; --i) t.strides[i] = stride, stride *= t.shape[i];
+  return t;
+}
+
+void step(const Model& m, int64_t rows, BFloat16* weights, BFloat16* activations, float* logits, cudaStream_t stream) {
+  const auto activation = [&](int64_t width) {
+    BFloat16* const data = activations;
+    activations += rows * width;
+    return tensor(data, DType::bf16, {rows, width});
+  };
+  const TensorView normed = activation(m.hidden), hidden = activation(m.hidden), qkv = activation(m.qkv),
+                   gate_up = activation(2 * m.inner), product = activation(m.inner);
+  TensorView attended = qkv;
+  attended.shape[1] = m.hidden;  // the queries' columns
+  const TensorView norm = tensor(weights, DType::bf16, {m.hidden});
+  const auto weight = [&](int64_t n, int64_t k) {
+    BFloat16* const data = weights;
+    weights += packed_size(n, k);
+    return tensor(data, DType::bf16, {packed_size(n, k)});
+  };
+  for (int64_t layer = 0; layer < m.layers; ++layer) {
+    rms_norm({normed, hidden, norm, {}, 1e-6f, stream});
+    linear({qkv, normed, weight(m.qkv, m.hidden), {}, m.qkv, m.hidden, stream});
+    rms_norm({normed, attended, norm, {}, 1e-6f, stream});
+    linear({hidden, normed, weight(m.hidden, m.hidden), {}, m.hidden, m.hidden, stream});
+    rms_norm({normed, hidden, norm, {}, 1e-6f, stream});
+    linear_silu_mul({product, normed, weight(2 * m.inner, m.hidden), {}, gate_up, m.hidden, stream});
+    linear({hidden, product, weight(m.hidden, m.inner), {}, m.hidden, m.inner, stream});
+  }
+  rms_norm({normed, hidden, norm, {}, 1e-6f, stream});
+  linear(
+      {tensor(logits, DType::f32, {rows, m.vocab}), normed, weight(m.vocab, m.hidden), {}, m.vocab, m.hidden, stream});
+}
+
+int64_t weight_elements(const Model& m) {
+  return m.layers * (packed_size(m.qkv, m.hidden) + packed_size(m.hidden, m.hidden) +
+                     packed_size(2 * m.inner, m.hidden) + packed_size(m.hidden, m.inner)) +
+         packed_size(m.vocab, m.hidden);
+}
+
+void report(const Model& m, int64_t rows, BFloat16* weights, double copy_bandwidth, cudaStream_t stream) {
+  BFloat16* const activations = random_memory(rows * (2 * m.hidden + m.qkv + 3 * m.inner));
+  float* logits = nullptr;
+  cuda::check(cudaMalloc(&logits, static_cast<size_t>(rows * m.vocab) * sizeof(float)));
+  const auto run = [&] { step(m, rows, weights, activations, logits, stream); };
+  run();  // scratch grows, kernels load
+  cuda::check(cudaStreamSynchronize(stream));
+  cudaGraph_t graph;
+  cudaGraphExec_t executable;
+  cuda::check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+  run();
+  cuda::check(cudaStreamEndCapture(stream, &graph));
+  cuda::check(cudaGraphInstantiate(&executable, graph, 0));
+  const double time = median_seconds(stream, [&] { cuda::check(cudaGraphLaunch(executable, stream)); });
+  std::printf("step of %-12s rows %4ld %10.1f us  %5.1f %% of copy\n", m.name, static_cast<long>(rows), time * 1e6,
+              2.0 * static_cast<double>(weight_elements(m)) / time / copy_bandwidth * 100);
+  std::fflush(stdout);
+  cuda::check(cudaGraphExecDestroy(executable));
+  cuda::check(cudaGraphDestroy(graph));
+  cuda::check(cudaFree(activations));
+  cuda::check(cudaFree(logits));
+}
+
+}  // namespace
+}  // namespace hybrid::bench
+
+int main(int count, char** arguments) {
+  using namespace hybrid;
+  std::vector<int64_t> rows;
+  for (int i = 1; i < count; ++i) rows.push_back(std::atoll(arguments[i]));
+  if (rows.empty()) rows = {1, 8, 16, 32, 64, 128, 256};
+  cudaStream_t stream;
+  cuda::check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+  constexpr int64_t elements = int64_t{1} << 29;
+  BFloat16 *from = bench::random_memory(elements), *to = bench::random_memory(elements);
+  const double copy_bandwidth =
+      4.0 * elements / bench::median_seconds(stream, [&] {
+        cuda::check(cudaMemcpyAsync(to, from, elements * 2, cudaMemcpyDeviceToDevice, stream));
+      });
+  cuda::check(cudaFree(from));
+  cuda::check(cudaFree(to));
+  for (const bench::Model& model : bench::models) {
+    BFloat16* const weights = bench::random_memory(bench::weight_elements(model));
+    for (const int64_t r : rows) bench::report(model, r, weights, copy_bandwidth, stream);
+    cuda::check(cudaFree(weights));
+  }
+  return 0;
+}
