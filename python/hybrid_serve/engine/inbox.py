@@ -149,6 +149,8 @@ def add(core: Scheduler, client: int, request: AddRequest, tokens: Buffer) -> No
     core.add(
         request.id,
         memoryview(tokens).cast("B").cast("i"),
+        num_generated=request.num_generated,
+        first_choice=request.first_choice,
         client=client,
         n=request.n,
         priority=request.priority,
