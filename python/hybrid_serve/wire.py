@@ -163,7 +163,7 @@ class Status(msgspec.Struct, array_like=True, frozen=True):
     facts: EngineFacts | None = None
     restarts: int = 0  # of the engine so far: one that differs from the last says that its requests are lost
     suspects: bytes = b""  # u64: the requests that ran when it died
-    culprit: bytes = b""  # u64: the request, if any, that ran on trial then
+    culprits: bytes = b""  # u64: the one of them, all its choices, that ran on trial then
 
 
 class StartupFailure(msgspec.Struct, array_like=True, frozen=True):
@@ -184,7 +184,7 @@ def api_identity(api_index: int) -> bytes:
 def first_request_id(api_index: int, launch: int) -> int:
     """Of an API server's process; ``launch`` counts those of this index. Ids of an earlier one are never used again:
     the engine may still have its requests."""
-    return api_index << API_INDEX_SHIFT | launch << LAUNCH_SHIFT
+    return api_index << API_INDEX_SHIFT | launch % (1 << API_INDEX_SHIFT - LAUNCH_SHIFT) << LAUNCH_SHIFT
 
 
 def engine_identity(engine_index: int) -> bytes:

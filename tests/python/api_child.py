@@ -18,15 +18,18 @@ from hybrid_serve.config import Config
 from hybrid_serve.wire import SamplingParams
 
 
-def main(config: Config, *, api_index: int, listen_fd: int, control_address: str, data_addresses: list[str]) -> None:
-    asyncio.run(serve(config, api_index, listen_fd, control_address, data_addresses))
+def main(
+    config: Config, *, api_index: int, listen_fd: int, control_address: str, data_addresses: list[str], launch: int
+) -> None:
+    client = ZmqEngineClient(config, api_index, control_address, data_addresses, launch=launch)
+    asyncio.run(serve(config, listen_fd, client))
 
 
 def refuse(config: Config, **_: object) -> None:
     raise RuntimeError("the stand-in fails as it was told to")
 
 
-async def serve(config: Config, api_index: int, fd: int, control_address: str, data_addresses: list[str]) -> None:
+async def serve(config: Config, fd: int, client: ZmqEngineClient) -> None:
     loop = asyncio.get_running_loop()
     stop, cut, open_streams = asyncio.Event(), loop.create_future(), set[asyncio.Task[object]]()
 
@@ -35,7 +38,7 @@ async def serve(config: Config, api_index: int, fd: int, control_address: str, d
         if now and not cut.done():
             cut.set_result(None)
 
-    client = ZmqEngineClient(config, api_index, control_address, data_addresses, on_shutdown=on_shutdown)
+    client.on_shutdown = on_shutdown
     client.start()
 
     async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

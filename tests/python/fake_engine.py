@@ -102,6 +102,8 @@ class FakeEngine:
     stats: EngineStats = field(default_factory=EngineStats)
     reject: EngineRejected | None = None
     dies_after: int | None = None
+    num_replayed: int = 0
+    num_quarantined: int = 0
     calls: list[Call] = field(default_factory=list)
     gates: dict[int, asyncio.Event] = field(default_factory=dict)  # before the step at that position
 
