@@ -161,7 +161,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "max_num_queued_reqs": (0, _INT32_MAX),
     "cpu_threads": (0, 4096),
     "port": (0, 65535),
-    "api_server_count": (1, 256),
+    "api_server_count": (1, 4096),
     "max_request_bytes": (1024, 2**40),
     "max_logprobs": (0, _INT32_MAX),
     "sse_keep_alive_interval": (0, 86400),

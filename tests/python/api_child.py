@@ -1,7 +1,8 @@
 """A stand-in for the API server: a child that uses the client directly and does what a test tells it over TCP.
 
 A connection to the inherited socket says one line: ``PROMPT_LENGTH SEED MAX_TOKENS``. The reply is one token id a line,
-then ``end``, or ``error: ...``.
+then ``end``, or ``error: ...``. Or the line is an ``Ask`` as JSON, and every line of the reply a ``ChoiceOutput`` as
+JSON, then ``end`` or ``error: CODE``.
 """
 
 from __future__ import annotations
@@ -12,10 +13,18 @@ import os
 import socket
 from array import array
 
+import msgspec
+
 from hybrid_serve.client import EngineDead, EngineRejected
 from hybrid_serve.client.engine_client import ZmqEngineClient
 from hybrid_serve.config import Config
 from hybrid_serve.wire import SamplingParams
+
+
+class Ask(msgspec.Struct):
+    prompt: list[int]
+    params: SamplingParams
+    n: int = 1
 
 
 def main(
@@ -60,7 +69,10 @@ async def serve(config: Config, fd: int, client: ZmqEngineClient) -> None:
 async def answer(client: ZmqEngineClient, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     words = (await reader.readline()).split()
     if words == [b"status"]:
-        writer.write(f"{client.status.phase} {os.getpid()}\n".encode())
+        counts = f"{client.status.restarts} {client.num_replayed} {client.num_quarantined} {client.stats.num_running}"
+        writer.write(f"{client.status.phase} {os.getpid()} {counts}\n".encode())
+    elif words and words[0].startswith(b"{"):
+        await answer_json(client, msgspec.json.decode(b" ".join(words), type=Ask), writer)
     else:
         length, seed, max_tokens = map(int, words)
         params = SamplingParams(max_tokens=max_tokens, seed=seed)
@@ -75,3 +87,16 @@ async def answer(client: ZmqEngineClient, reader: asyncio.StreamReader, writer: 
     await writer.drain()
     writer.close()
     await writer.wait_closed()
+
+
+async def answer_json(client: ZmqEngineClient, ask: Ask, writer: asyncio.StreamWriter) -> None:
+    try:
+        async with client.generate(array("i", ask.prompt).tobytes(), ask.params, n=ask.n) as stream:
+            async for outputs in stream:
+                writer.writelines(msgspec.json.encode(output) + b"\n" for output in outputs)
+                await writer.drain()
+        writer.write(b"end\n")
+    except EngineDead:
+        writer.write(b"error: engine_dead\n")
+    except EngineRejected as error:
+        writer.write(f"error: {error.code}\n".encode())

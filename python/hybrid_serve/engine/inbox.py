@@ -114,8 +114,8 @@ class Inbox:
             self.peers.send(client, pack(Kind.REJECT, reject))
             return
         new = Suspect(client, request, tokens)
-        self.peers.live[client].update(new.ids)
         if request.is_suspect:
+            self.peers.live[client].update(new.ids)
             self._probation.hold(new)
         else:
             self._admit(core, new)
@@ -126,8 +126,11 @@ class Inbox:
             add(core, client, request, tokens)
         except (ValueError, TypeError) as error:  # TypeError: a number that no C++ integer holds
             self.peers.send(client, pack(Kind.REJECT, self._refusal(request, len(tokens) // 4, error)))
-            self.peers.live[client].difference_update(new.ids)
-            self._probation.ended(new.ids)
+            if request.is_suspect:
+                self.peers.live[client].difference_update(new.ids)
+                self._probation.ended(new.ids)
+            return
+        self.peers.live[client].update(new.ids)
 
     def _full(self, core: Scheduler, request: AddRequest) -> Reject | None:
         if not self._max_open:
