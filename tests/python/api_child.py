@@ -1,8 +1,9 @@
 """A stand-in for the API server: a child that uses the client directly and does what a test tells it over TCP.
 
 A connection to the inherited socket says one line: ``PROMPT_LENGTH SEED MAX_TOKENS``. The reply is one token id a line,
-then ``end``, or ``error: ...``. Or the line is an ``Ask`` as JSON, and every line of the reply a ``ChoiceOutput`` as
-JSON, then ``end`` or ``error: CODE``.
+then ``end``, or ``error: ...``; with ``pid`` before it, the process's id comes first. Or the line is an ``Ask`` as
+JSON, and every line of the reply a ``ChoiceOutput`` as JSON, then ``end`` or ``error: CODE``. ``status`` is answered
+with what the client knows.
 """
 
 from __future__ import annotations
@@ -74,6 +75,9 @@ async def answer(client: ZmqEngineClient, reader: asyncio.StreamReader, writer: 
     elif words and words[0].startswith(b"{"):
         await answer_json(client, msgspec.json.decode(b" ".join(words), type=Ask), writer)
     else:
+        if words[:1] == [b"pid"]:
+            words.pop(0)
+            writer.write(f"{os.getpid()}\n".encode())
         length, seed, max_tokens = map(int, words)
         params = SamplingParams(max_tokens=max_tokens, seed=seed)
         try:

@@ -10,6 +10,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl
 
@@ -136,7 +137,6 @@ class FakeExecutor:
         most = int(columns["num_logprobs"][: batch.num_sampled].max(initial=-1))
         return FakeResult(tokens) if most < 0 else _with_logprobs(tokens, columns["num_logprobs"], 1 + most)
 
-
     def _die_of_poison(self, batch: Batch, columns: dict[str, NDArray[Any]]) -> None:
         first_blocks = columns["kv_blocks"][columns["kv_start"][: batch.num_seqs]]
         is_deadly = self._cache[first_blocks, 0] == POISON
@@ -155,12 +155,19 @@ def _with_logprobs(tokens: NDArray[np.int32], asked: NDArray[np.int32], width: i
 
 
 def load(config: Config, report: Callable[[str, float], None]) -> FakeExecutor:
-    """An ``engine.executor.Load``; the model's name holds its options: ``fake?delay=0.01&depth=2&refuse=1``."""
+    """An ``engine.executor.Load``; the model's name holds its options: ``fake?delay=0.01&depth=2&refuse=1``. With
+    ``refuse_after`` or ``slow_load_after``, the path of a file, only the first of several loads goes well."""
     options = dict(parse_qsl(config.model.model.partition("?")[2]))
     report("loading_weights", 0.0)
     time.sleep(float(options.get("load", 0)))
-    if "refuse" in options:
+    marker = Path(options.get("refuse_after", options.get("slow_load_after", os.devnull)))
+    is_first = not marker.is_file()
+    if "slow_load_after" in options and not is_first:
+        time.sleep(30)
+    if "refuse" in options or ("refuse_after" in options and not is_first):
         raise StartupError("HS-E999", "the fake model refuses", "it was told to", "do not tell it to", exit_code=12)
+    if is_first and marker != Path(os.devnull):
+        marker.touch()
     report("loading_weights", 1.0)
     return FakeExecutor(
         config.cache.num_gpu_blocks_override or 256,

@@ -20,11 +20,11 @@ PATIENCE = 10.0  # seconds until a test gives up
 _MAIN = """
 import sys
 sys.path[:] = {path!r}
-from hybrid_serve.config import CacheConfig, Config, ModelConfig, ServerConfig, SupervisionConfig
+from hybrid_serve.config import CacheConfig, Config, ModelConfig, SchedulerConfig, ServerConfig, SupervisionConfig
 from hybrid_serve.errors import StartupError, box
 from hybrid_serve.launch.supervisor import serve
 config = Config(model=ModelConfig(model={model!r}, **{model_options!r}), server=ServerConfig(**{server!r}),
-                supervision=SupervisionConfig(**{supervision!r}))
+                supervision=SupervisionConfig(**{supervision!r}), scheduler=SchedulerConfig(**{scheduler!r}))
 try:
     raise SystemExit(serve(config, load={load!r}, api_entry={api_entry!r}))
 except StartupError as error:
@@ -45,6 +45,7 @@ class ServerProcess:
         output_fd: int | None = None,
         model_options: dict[str, Any] | None = None,
         supervision: dict[str, Any] | None = None,
+        scheduler: dict[str, Any] | None = None,
         **server: Any,
     ) -> None:
         self._output_fd = output_fd
@@ -55,6 +56,7 @@ class ServerProcess:
             model_options=model_options or {},
             server=server,
             supervision=supervision or {},
+            scheduler=scheduler or {},
             load=load,
             api_entry=api_entry,
         )
