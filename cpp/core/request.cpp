@@ -77,7 +77,7 @@ void validate_choice_of_tokens(const RequestSpec& spec, const Config& config) {
 
 void validate_ids(const RequestSpec& spec, const Config& config) {
   in_vocab("the prompt", spec.tokens, config.vocab_size);
-  in_vocab("the generated tokens", spec.generated, config.vocab_size);
+  in_vocab("what was generated", spec.generated, config.vocab_size);
   in_vocab("stop_token_ids", spec.stop_token_ids, config.vocab_size);
   in_vocab("allowed_token_ids", spec.allowed_token_ids, config.vocab_size);
   in_vocab("banned_token_ids", spec.banned_token_ids, config.vocab_size);
