@@ -70,9 +70,7 @@ class Inbox:
                 self._take(core, frames)
             except (BadMessage, msgspec.DecodeError) as error:
                 self._drop(frames, error)
-        if lost := self.peers.take_lost():
-            core.abort(array("Q", lost))
-            self._probation.ended(lost)
+        self._abort_lost(core)
         while self._probation.has_next:
             self._admit(core, self._probation.next())
 
@@ -90,6 +88,7 @@ class Inbox:
             index = unpack(header, Join).api_index
             if arrays or not self.peers.join(identity, index):
                 raise BadMessage(f"JOIN as API server {index}")
+            self._abort_lost(core)  # of the one before; at once, lest the new one's requests are taken for them
             return
         client = self.peers.index_of(identity)
         if client is None:
@@ -158,6 +157,11 @@ class Inbox:
         core.abort(memoryview(ids).cast("Q"))
         self.peers.live[client].difference_update(numbers)
         self._probation.ended(numbers)
+
+    def _abort_lost(self, core: Scheduler) -> None:
+        if lost := self.peers.take_lost():
+            core.abort(array("Q", lost))
+            self._probation.ended(lost)
 
     def _drop(self, frames: list[bytes], error: Exception) -> None:
         self.num_dropped += 1

@@ -252,9 +252,11 @@ class Supervisor:
             often = f", after {restarts.recent} restarts within {WINDOW:g} s" if restarts.recent else ""
             self._fail(msgspec.structs.replace(cause, what=cause.what + often))
             return
-        log.error("%s: %s; it is started again %s", cause.what, cause.why, f"in {pause:g} s" if pause else "now")
+        when = f"in {pause:g} s" if pause else "now"
+        log.error("%s: %s; it is started again %s", cause.what, cause.why, when)
         self._due.append((now + pause, again(spec)))
         if spec.role == "engine":
+            log.error("its last batch: %s", self.heartbeat.batch)
             self._is_quiet = False
             running, culprits = self.heartbeat.running, self.heartbeat.culprits
             self._engine_status = Status(
@@ -283,8 +285,7 @@ class Supervisor:
         """Its end is handled like any other, with the reason as its last words."""
         reason, what = self._watchdog.reason, f"{engine.spec.name} (pid {engine.process.pid}) hung"
         stacks = stacks_of(engine.process.pid, stacks_path(self.directory)) or "no stack could be had"
-        text = f"{what}: {reason}; {self.heartbeat.batch}"
-        log.handle(log.makeRecord(log.name, logging.ERROR, __file__, 0, text, (), None, sinfo=stacks))
+        log.handle(log.makeRecord(log.name, logging.ERROR, __file__, 0, f"{what}: {reason}", (), None, sinfo=stacks))
         fix = "the stacks above show where; if it was only slow, a longer limit"
         self._last_words[_identity(engine.spec)] = StartupFailure("HS-E203", what, reason, fix, ENGINE_FAILED)
         engine.kill()
@@ -311,7 +312,8 @@ class Supervisor:
         self._stop()
         if was_serving:
             log.error("%s: %s", failure.what, failure.why)
-        self._tell("api", pack(Kind.STATUS, Status("dead", message=failure.what)))
+        dead = Status("dead", message=failure.what, restarts=self._engine_status.restarts)
+        self._tell("api", pack(Kind.STATUS, dead))
         self._tell("api", pack(Kind.SHUTDOWN, Empty()))
         self._tell("engine", pack(Kind.SHUTDOWN, Empty()))
         self._end_in(GRACE if was_serving else 0)

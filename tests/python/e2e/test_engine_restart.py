@@ -49,13 +49,11 @@ class Client:
 
     def read(self) -> list[dict[str, Any]]:
         body = self._body | {"stream": True, "stream_options": {"include_usage": True}}
-        events: list[dict[str, Any]] = []
         with httpx.stream("POST", self._url, json=body, timeout=60) as response:
             assert response.status_code == 200, response.read()
             lines = [line[6:] for line in self._lines(response) if line.startswith("data: ")]
         assert lines[-1] == "[DONE]"
-        events = [json.loads(line) for line in lines[:-1]]
-        return events
+        return [json.loads(line) for line in lines[:-1]]
 
     def _lines(self, response: httpx.Response) -> Iterator[str]:
         for number, line in enumerate(response.iter_lines()):
@@ -68,7 +66,7 @@ class Client:
 def summary(events: list[dict[str, Any]]) -> dict[str, Any]:
     """What a client makes of a stream: per choice text, log-probabilities and end; and the usage."""
     choices: dict[int, dict[str, Any]] = {}
-    usage = {}
+    usage: dict[str, int] = {}
     for event in events:
         usage = event.get("usage") or usage
         for choice in event["choices"]:

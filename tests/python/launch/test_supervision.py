@@ -253,15 +253,15 @@ def test_a_long_step_within_its_limit_is_busy_and_not_hung(tmp_path: Path) -> No
 
 
 def test_a_step_beyond_its_limit_is_ended_with_stacks_and_the_batchs_numbers(tmp_path: Path) -> None:
-    """P2: without restarts the hang itself is the cause in the last box."""
-    supervision = {"engine_heartbeat_timeout": 1.0, "engine_iteration_timeout": 1.0, "max_restarts": 0}
+    """P2: it hangs again, and the hang is the cause in the last box."""
+    supervision = {"engine_heartbeat_timeout": 1.0, "engine_iteration_timeout": 1.0, "max_restarts": 1}
     with ServerProcess(tmp_path, "fake?slow_at=10&slow=60", supervision=supervision) as server:
         server.wait_ready()
         stream = ask(server, [1, 2], seed=3, max_tokens=30)
         assert reply(stream).end == "error: engine_dead"
         assert server.wait_exit() == 20
         assert "in submit" in server.errors
-        assert "BatchHeader(step=10, num_seqs=1, num_tokens=1" in server.errors
+        assert "its last batch: BatchHeader(step=10, num_seqs=1, num_tokens=1" in server.errors
         assert "HS-E203" in server.errors.splitlines()[-4]
         assert "its step has taken" in server.errors.splitlines()[-3]
         server.check_nothing_is_left()
