@@ -178,11 +178,13 @@ class ZmqEngineClient:
     def _replay(self, suspects: bytes, culprits: bytes) -> None:
         """The engines' requests are lost. Who was to blame fails; the others are asked for again, from where they are.
 
-        On new sockets: what the old ones still hold would come a second time."""
+        What has arrived counts; what has not goes with the old sockets, lest it comes a second time."""
         running, to_blame = set(array("Q", suspects)), set(array("Q", culprits))
         for link in self._links:
             self._loop.remove_reader(link.socket)
-            del self._takers[link.socket]
+            take = self._takers.pop(link.socket)
+            while readable(link.socket):
+                self._receive_one(link.socket, take)
             link.socket.close(linger=0)
             link.socket = connect_dealer(self._context, link.address, api_identity(self._index))
             link.stats = EngineStats()
@@ -221,12 +223,15 @@ class ZmqEngineClient:
         for _ in range(MESSAGES_A_TURN):
             if not readable(socket):
                 return
-            frames = socket.recv_multipart(zmq.NOBLOCK)
-            try:
-                take(frames)
-            except (ValueError, IndexError, TypeError, msgspec.DecodeError) as error:
-                log.error("message of %d frames dropped: %s", len(frames), error)
+            self._receive_one(socket, take)
         self._loop.call_soon(self._receive, socket)
+
+    def _receive_one(self, socket: zmq.Socket[bytes], take: Callable[[list[bytes]], None]) -> None:
+        frames = socket.recv_multipart(zmq.NOBLOCK)
+        try:
+            take(frames)
+        except (ValueError, IndexError, TypeError, msgspec.DecodeError) as error:
+            log.error("message of %d frames dropped: %s", len(frames), error)
 
     def _taker(self, link: Link) -> Callable[[list[bytes]], None]:
         def take(frames: list[bytes]) -> None:
