@@ -172,6 +172,8 @@ class Supervisor:
         self._greeted.add(identity)
         if hello.role == "api":
             self._send(identity, pack(Kind.STATUS, self._engine_status))
+            if self.phase is Phase.DRAINING:  # it was started before, and could not be told
+                self._send(identity, pack(Kind.SHUTDOWN, Empty()))
         self._check_ready()
 
     def _take_status(self, status: Status) -> None:

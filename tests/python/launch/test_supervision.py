@@ -340,3 +340,19 @@ def test_sigterm_under_load_cuts_no_stream(tmp_path: Path) -> None:
             assert server.wait_exit() == 0
             server.check_nothing_is_left()
             assert server.errors == ""
+
+
+@pytest.mark.parametrize("victim", ["engine", "api"])
+def test_sigterm_at_any_point_of_a_restart_ends_the_server_in_order(tmp_path: Path, victim: str) -> None:
+    """F-14: exit code 0 and nothing left, however far the new process has come."""
+    for pause in (0.02, 0.2, 0.4):  # its interpreter starts, it imports, it says hello
+        directory = tmp_path / str(pause)
+        directory.mkdir()
+        with ServerProcess(directory, "fake", supervision=OFTEN, api_server_count=2) as server:
+            server.wait_ready()
+            os.kill(server.child(victim).pid, signal.SIGKILL)
+            time.sleep(pause)
+            server.remember_family()
+            server.signal(signal.SIGTERM)
+            assert server.wait_exit(4) == 0
+            server.check_nothing_is_left()
