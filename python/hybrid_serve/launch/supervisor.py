@@ -242,7 +242,7 @@ class Supervisor:
                 self._fail(cause)
             elif drained:  # its streams are lost, the others' go on
                 log.error("%s: %s", cause.what, cause.why)
-                self.failure, self.exit_code = cause, ENGINE_FAILED
+                self.failure, self.exit_code = self.failure or cause, ENGINE_FAILED
             else:
                 self._restart(child.spec, cause)
         self._stop_when_drained()
@@ -306,10 +306,10 @@ class Supervisor:
 
     def _fail(self, failure: StartupFailure) -> None:
         """Ends the server. Only the first failure is reported: the others are its consequences."""
-        if self.failure is not None or self.phase is Phase.STOPPING:
+        if self.phase is Phase.STOPPING:
             return
         was_serving = self.phase in (Phase.SERVING, Phase.DRAINING)
-        self.failure = failure
+        self.failure = self.failure or failure
         self.exit_code = ENGINE_FAILED if was_serving else failure.exit_code
         self._stop()
         if was_serving:
