@@ -173,16 +173,23 @@ class PyScheduler {
   std::atomic_flag busy_;
 };
 
-void add(PyScheduler& self, uint64_t id, const py::buffer& tokens, const py::object& client, const py::object& n,
-         const py::object& priority, const py::object& max_tokens, const py::object& min_tokens,
-         const py::sequence& stop_token_ids, double temperature, double top_p, const py::object& top_k, double min_p,
-         double repetition_penalty, double frequency_penalty, double presence_penalty, const py::object& seed,
-         const py::object& num_logprobs, const py::sequence& logit_bias, const py::sequence& allowed_token_ids,
-         const py::sequence& banned_token_ids, const py::bytes& cache_salt) {
+// The last `num_generated` of the tokens are the request's own, of an earlier engine.
+void add(PyScheduler& self, uint64_t id, const py::buffer& tokens, const py::object& num_generated,
+         const py::object& first_choice, const py::object& client, const py::object& n, const py::object& priority,
+         const py::object& max_tokens, const py::object& min_tokens, const py::sequence& stop_token_ids,
+         double temperature, double top_p, const py::object& top_k, double min_p, double repetition_penalty,
+         double frequency_penalty, double presence_penalty, const py::object& seed, const py::object& num_logprobs,
+         const py::sequence& logit_bias, const py::sequence& allowed_token_ids, const py::sequence& banned_token_ids,
+         const py::bytes& cache_salt) {
   const ReadBuffer<Token> buffer("tokens", tokens);
   RequestSpec spec;
   spec.id = id;
-  spec.tokens = buffer.span();
+  const int64_t num_own = integer("num_generated", num_generated);
+  require(0 <= num_own && num_own <= std::ssize(buffer.span()), "num_generated is ", num_own, " of ",
+          buffer.span().size(), " tokens");
+  spec.tokens = buffer.span().first(buffer.span().size() - static_cast<size_t>(num_own));
+  spec.generated = buffer.span().last(static_cast<size_t>(num_own));
+  spec.first_choice = integer("first_choice", first_choice);
   spec.client = integer("client", client);
   spec.n = integer("n", n);
   spec.priority = integer("priority", priority);
@@ -289,11 +296,12 @@ void bind_scheduler(py::module_& m) {
   using namespace py::literals;
   py::class_<PyScheduler>(m, "Scheduler")
       .def(py::init<const Config&, const std::vector<py::buffer>&>(), "config"_a, "arenas"_a)
-      .def("add", &add, "id"_a, "tokens"_a, py::kw_only(), "client"_a = 0, "n"_a = 1, "priority"_a = 0,
-           "max_tokens"_a = 16, "min_tokens"_a = 0, "stop_token_ids"_a = py::tuple(), "temperature"_a = 1.0,
-           "top_p"_a = 1.0, "top_k"_a = 0, "min_p"_a = 0.0, "repetition_penalty"_a = 1.0, "frequency_penalty"_a = 0.0,
-           "presence_penalty"_a = 0.0, "seed"_a = 0, "num_logprobs"_a = -1, "logit_bias"_a = py::tuple(),
-           "allowed_token_ids"_a = py::tuple(), "banned_token_ids"_a = py::tuple(), "cache_salt"_a = py::bytes())
+      .def("add", &add, "id"_a, "tokens"_a, py::kw_only(), "num_generated"_a = 0, "first_choice"_a = 0, "client"_a = 0,
+           "n"_a = 1, "priority"_a = 0, "max_tokens"_a = 16, "min_tokens"_a = 0, "stop_token_ids"_a = py::tuple(),
+           "temperature"_a = 1.0, "top_p"_a = 1.0, "top_k"_a = 0, "min_p"_a = 0.0, "repetition_penalty"_a = 1.0,
+           "frequency_penalty"_a = 0.0, "presence_penalty"_a = 0.0, "seed"_a = 0, "num_logprobs"_a = -1,
+           "logit_bias"_a = py::tuple(), "allowed_token_ids"_a = py::tuple(), "banned_token_ids"_a = py::tuple(),
+           "cache_salt"_a = py::bytes())
       .def(
           "abort",
           [](PyScheduler& self, const py::buffer& ids) {
@@ -307,6 +315,11 @@ void bind_scheduler(py::module_& m) {
              return batch ? std::optional(*batch) : std::nullopt;
            })
       .def("commit", &commit, "step"_a, "tokens"_a)
+      .def("ids_in_flight",
+           [](PyScheduler& self) {
+             const auto ids = self.use([](Scheduler& core) { return core.ids_in_flight(); });
+             return py::bytes(reinterpret_cast<const char*>(ids.data()), ids.size() * sizeof(RequestId));
+           })
       .def_property_readonly("idle",
                              [](PyScheduler& self) { return self.use([](Scheduler& core) { return core.idle(); }); })
       .def("stats", [](PyScheduler& self) { return self.use([](Scheduler& core) { return core.stats(); }); })

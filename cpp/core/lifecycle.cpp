@@ -64,7 +64,7 @@ int64_t Scheduler::abort(std::span<const RequestId> ids) {
 void Scheduler::start(Request& request) {
   if (request.num_preemptions == 0) {
     request.cached_tokens = request.num_computed;
-    totals_.prefix_queries += request.num_prompt;
+    totals_.prefix_queries += std::ssize(request.tokens);
     totals_.prefix_hits += request.num_computed;
     // All that it will ever need, so that no later step allocates. Untouched pages cost nothing.
     request.tokens.reserve(static_cast<size_t>(request.length_limit));
@@ -158,6 +158,15 @@ void Scheduler::write_outputs(int64_t step) {
   }
   std::shift_right(start.begin(), start.end(), 1);
   start.front() = 0;
+}
+
+std::vector<RequestId> Scheduler::ids_in_flight() const {
+  std::vector<RequestId> ids;
+  for (int64_t step = next_step_ - num_in_flight_; step < next_step_; ++step)
+    for (const Row& row : in_flight_[static_cast<size_t>(step % config_.depth)].rows) ids.push_back(row.request->id);
+  std::ranges::sort(ids);
+  ids.erase(std::ranges::unique(ids).begin(), ids.end());
+  return ids;
 }
 
 Stats Scheduler::stats() const {

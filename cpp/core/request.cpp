@@ -36,6 +36,12 @@ void validate_lengths(const RequestSpec& spec, const Config& config) {
   require(0 <= spec.min_tokens && spec.min_tokens <= spec.max_tokens, "min_tokens is ", spec.min_tokens,
           ", must be in [0, max_tokens = ", spec.max_tokens, "]");
   require(1 <= spec.n && spec.n <= config.max_num_seqs, "n is ", spec.n, ", must be in [1, ", config.max_num_seqs, "]");
+  require(spec.generated.empty() || spec.n == 1, spec.generated.size(), " tokens are generated already, and n is ",
+          spec.n, ": one choice goes on at a time");
+  const int64_t room = std::min(config.max_model_len, config.pool_tokens()) - num_prompt;
+  require(std::ssize(spec.generated) < std::min(spec.max_tokens, room), spec.generated.size(),
+          " tokens are generated already, max_tokens is ", spec.max_tokens, ", and there is room for ", room);
+  require(spec.first_choice >= 0, "first_choice is ", spec.first_choice, ", must be at least 0");
   require(0 <= spec.client && spec.client < config.num_clients, "client is ", spec.client, ", must be in [0, ",
           config.num_clients, ")");
 }
@@ -71,6 +77,7 @@ void validate_choice_of_tokens(const RequestSpec& spec, const Config& config) {
 
 void validate_ids(const RequestSpec& spec, const Config& config) {
   in_vocab("the prompt", spec.tokens, config.vocab_size);
+  in_vocab("what was generated", spec.generated, config.vocab_size);
   in_vocab("stop_token_ids", spec.stop_token_ids, config.vocab_size);
   in_vocab("allowed_token_ids", spec.allowed_token_ids, config.vocab_size);
   in_vocab("banned_token_ids", spec.banned_token_ids, config.vocab_size);
@@ -140,12 +147,15 @@ Request::Request(const RequestSpec& spec, int64_t choice, int64_t arrival_, cons
       length_limit(hybrid::length_limit(spec, config)),
       min_tokens(spec.min_tokens),
       stop_token_ids(sorted(spec.stop_token_ids)),
-      sampling(sampling_of_choice(spec.sampling, choice)),
+      sampling(sampling_of_choice(spec.sampling, spec.first_choice + choice)),
       state(choice == 0 ? State::waiting : State::held),
       tokens(spec.tokens.begin(), spec.tokens.end()),
       adjustments(spec),
       kv(pool),
-      root_hash(hybrid::root_hash(spec, config)) {}
+      root_hash(hybrid::root_hash(spec, config)) {
+  tokens.insert(tokens.end(), spec.generated.begin(), spec.generated.end());
+  for (const Token token : spec.generated) adjustments.observe(token);
+}
 
 void Request::move_to(State next) {
   const bool exists = next == State::finished  ? state != State::finished

@@ -27,11 +27,15 @@ struct SamplingRow {
 
 // `= {}` lets a caller name some fields only, without a warning.
 struct RequestSpec {
-  RequestId id = 0;  // of the first choice; the others follow
-  std::span<const Token> tokens = {};
+  RequestId id = 0;                    // of the first choice; the others follow
+  std::span<const Token> tokens = {};  // the prompt
+  // Picked by an earlier engine, which is gone: the request goes on behind them as if it had picked them itself. They
+  // count for max_tokens, min_tokens and the penalties, and are not given out again. Only with n = 1.
+  std::span<const Token> generated = {};
   int64_t client = 0;
   int64_t n = 1;
-  int64_t priority = 0;  // lower runs first
+  int64_t first_choice = 0;  // of the request that this was a part of: whose seed choice 0 takes
+  int64_t priority = 0;      // lower runs first
   int64_t max_tokens = 16;
   int64_t min_tokens = 0;
   std::vector<Token> stop_token_ids = {};

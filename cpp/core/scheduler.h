@@ -37,6 +37,9 @@ class Scheduler {
   // The tokens picked in the oldest batch in flight, one per sampled row.
   const Outputs& commit(int64_t step, std::span<const Token> tokens);
 
+  // Requests with a row in a batch in flight, each once, in no order: what a device that fails was working on.
+  std::vector<RequestId> ids_in_flight() const;
+
   bool idle() const { return requests_.empty() && num_in_flight_ == 0; }
   Stats stats() const;
   // No KV computed before this call is found by a later request. True if no block is in use.

@@ -98,6 +98,8 @@ class Scheduler:
         id: int,
         tokens: _Array,  # i32
         *,
+        num_generated: int = 0,  # the last ones of tokens: picked by an earlier engine, not given out again
+        first_choice: int = 0,  # of the request that this was a part of: whose seed choice 0 takes
         client: int = 0,
         n: int = 1,
         priority: int = 0,
@@ -127,6 +129,9 @@ class Scheduler:
     def schedule(self) -> Batch | None: ...
     def commit(self, step: int, tokens: _Array) -> Outputs:
         """``tokens``: i32, one per sampled row of that step. Steps are committed in order, else ValueError."""
+
+    def ids_in_flight(self) -> bytes:
+        """u64, native order: requests with a row in a batch that is not committed, each once."""
 
     @property
     def idle(self) -> bool:

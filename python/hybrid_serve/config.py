@@ -103,6 +103,9 @@ class ServerConfig:
         tuple[str, ...], Option("key(s) clients must send as a bearer token", "KEY", common=True, secret=True)
     ] = ()
     insecure_no_auth: Annotated[bool, Option("allow a host other than loopback without a key")] = False
+    api_server_count: Annotated[
+        int, Option("API server processes that share the port", "N", short="-asc", common=True)
+    ] = 1
     root_path: Annotated[str, Option("path prefix that a proxy in front strips")] = ""
     max_request_bytes: Annotated[int, Option("largest request body, e.g. 16MiB", "SIZE")] = 16 * 2**20
     max_logprobs: Annotated[int, Option("largest top_logprobs a request may ask for")] = 20
@@ -118,6 +121,20 @@ class ServerConfig:
 
 
 @dataclass(frozen=True)
+class SupervisionConfig:
+    """What is done about processes that die or hang."""
+
+    max_restarts: Annotated[int, Option("restarts of each process within 5 minutes, then the server ends")] = 3
+    restart_delay: Annotated[float, Option("seconds before the second restart; doubles with each further one")] = 1.0
+    engine_heartbeat_timeout: Annotated[
+        float, Option("seconds without a sign of life after which the engine is restarted")
+    ] = 10.0
+    engine_iteration_timeout: Annotated[
+        float, Option("seconds a step may take before the engine is restarted, and 0.1 s more a token")
+    ] = 60.0
+
+
+@dataclass(frozen=True)
 class Config:
     """All of it; what a process is started with."""
 
@@ -126,6 +143,7 @@ class Config:
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
+    supervision: SupervisionConfig = field(default_factory=SupervisionConfig)
 
     def to_json(self) -> bytes:
         return msgspec.json.encode(self)
@@ -152,10 +170,15 @@ _RANGES: dict[str, tuple[float, float]] = {
     "max_num_queued_reqs": (0, _INT32_MAX),
     "cpu_threads": (0, 4096),
     "port": (0, 65535),
+    "api_server_count": (1, 4096),
     "max_request_bytes": (1024, 2**40),
     "max_logprobs": (0, _INT32_MAX),
     "sse_keep_alive_interval": (0, 86400),
     "shutdown_timeout": (0, 86400),
+    "max_restarts": (0, _INT32_MAX),
+    "restart_delay": (0, 86400),
+    "engine_heartbeat_timeout": (1, 86400),
+    "engine_iteration_timeout": (1, 86400),
 }
 
 

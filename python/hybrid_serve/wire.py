@@ -4,7 +4,7 @@ A message is a list of ZMQ frames: ``[kind, header, array, ...]``. ``kind`` is o
 Struct, arrays are raw little-endian bytes (so token ids never become Python objects on the way).
 
 Topology: the supervisor binds one ROUTER (control: HELLO, STATUS), each engine binds one ROUTER (data); engines and API
-servers connect DEALERs. Request ids are unique in a server: ``api_index << 48 | counter``, one id per choice.
+servers connect DEALERs. Request ids are unique in a server, one per choice: see ``first_request_id``.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from typing import Any, TypeVar
 
 import msgspec
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MAX_FRAME_BYTES = 64 * 2**20
 API_INDEX_SHIFT = 48
+LAUNCH_SHIFT = 36
 
 
 class Kind:
@@ -76,7 +77,9 @@ class SamplingParams(msgspec.Struct, array_like=True, frozen=True, kw_only=True)
 
 
 class AddRequest(msgspec.Struct, array_like=True, frozen=True):
-    """One prompt. Followed by its token ids (i32). ``id .. id + n - 1`` are its choices."""
+    """One prompt. Followed by its token ids (i32). ``id .. id + n - 1`` are its choices.
+
+    The last fields continue a request whose engine died (``streams.ZmqStream.replay``)."""
 
     id: int
     n: int
@@ -84,6 +87,10 @@ class AddRequest(msgspec.Struct, array_like=True, frozen=True):
     params: SamplingParams
     eos_token_ids: tuple[int, ...] = ()  # end the choice unless ignore_eos; part of the model, sent for statelessness
     cache_salt: bytes = b""
+    num_generated: int = 0  # the last ones of the token ids: they count as picked, and are not sent again; needs n = 1
+    first_choice: int = 0  # of the request that this was a part of: whose seed choice 0 takes
+    is_replay: bool = False  # it was let in before: a full queue does not refuse it
+    is_suspect: bool = False  # it ran when the engine died, and may be the cause: it is tried on its own first
 
 
 class Join(msgspec.Struct, array_like=True, frozen=True):
@@ -146,13 +153,17 @@ class EngineFacts(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Status(msgspec.Struct, array_like=True, frozen=True):
-    """Engine -> supervisor -> API servers. ``phase``: starting, loading_weights, allocating, ready, draining, dead."""
+    """Engine -> supervisor -> API servers. ``phase``: starting, loading_weights, allocating, ready, not_responding,
+    restarting, draining, dead. What follows ``facts`` is the supervisor's to say."""
 
     phase: str
     progress: float = 0.0  # of the phase, 0 to 1
     message: str = ""
     seconds: float = 0.0  # the phase so far
     facts: EngineFacts | None = None
+    restarts: int = 0  # of the engine so far: one that differs from the last says that its requests are lost
+    suspects: bytes = b""  # u64: the requests that ran when it died
+    culprits: bytes = b""  # u64: the one of them, all its choices, that ran on trial then
 
 
 class StartupFailure(msgspec.Struct, array_like=True, frozen=True):
@@ -168,6 +179,12 @@ class StartupFailure(msgspec.Struct, array_like=True, frozen=True):
 def api_identity(api_index: int) -> bytes:
     """By which an API server's DEALERs are known to the ROUTERs."""
     return b"api-%d" % api_index
+
+
+def first_request_id(api_index: int, launch: int) -> int:
+    """Of an API server's process; ``launch`` counts those of this index. Ids of an earlier one are never used again:
+    the engine may still have its requests."""
+    return api_index << API_INDEX_SHIFT | launch % (1 << API_INDEX_SHIFT - LAUNCH_SHIFT) << LAUNCH_SHIFT
 
 
 def engine_identity(engine_index: int) -> bytes:

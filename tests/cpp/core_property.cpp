@@ -69,7 +69,8 @@ class RandomSession {
  private:
   struct Choice {
     Expected expected;
-    size_t num_given = 0;
+    size_t num_before = 0;  // picked by an earlier engine
+    size_t num_given = num_before;
   };
 
   int64_t below(int64_t n) { return static_cast<int64_t>(random_() % static_cast<uint64_t>(n)); }
@@ -127,14 +128,26 @@ class RandomSession {
   }
 
   void add() {
-    const RequestSpec spec = random_spec();
+    RequestSpec spec = random_spec();
     try {
-      scheduler_.add(spec);
+      spec.validate(config_);
     } catch (const std::invalid_argument&) {
       return;
     }
-    for (int64_t i = 0; i < spec.n; ++i) choices_[next_id_ + static_cast<RequestId>(i)] = {reference(spec, i, config_)};
+    if (spec.n == 1 && chance(20)) begin_elsewhere(spec);
+    scheduler_.add(spec);
+    for (int64_t i = 0; i < spec.n; ++i)
+      choices_[next_id_ + static_cast<RequestId>(i)] = {.expected = reference(spec, spec.first_choice + i, config_),
+                                                        .num_before = spec.generated.size()};
     next_id_ += static_cast<RequestId>(spec.n);
+  }
+
+  // As after an engine's death: some choice, with some of its tokens.
+  void begin_elsewhere(RequestSpec& spec) {
+    spec.first_choice = below(3);
+    generated_ = reference(spec, spec.first_choice, config_).tokens;
+    generated_.resize(static_cast<size_t>(below(std::ssize(generated_))));
+    spec.generated = generated_;
   }
 
   void abort() {
@@ -174,7 +187,7 @@ class RandomSession {
       const auto found = choices_.find(outputs.ids[i]);
       invariant(found != choices_.end(), "S9: output of a choice that is gone");
       Choice& choice = found->second;
-      invariant((outputs.cached_tokens[i] >= 0) == (choice.num_given == 0),
+      invariant((outputs.cached_tokens[i] >= 0) == (choice.num_given == choice.num_before),
                 "cached_tokens is not on the first row alone");
       invariant(choice.num_given < choice.expected.tokens.size(), "S9: more tokens than expected");
       invariant(outputs.tokens[i] == choice.expected.tokens[choice.num_given++],
@@ -193,7 +206,7 @@ class RandomSession {
   FakeExecutor executor_;
   Scheduler scheduler_;
   RequestId next_id_;
-  std::vector<Token> prompt_;
+  std::vector<Token> prompt_, generated_;
   std::unordered_map<RequestId, Choice> choices_;
   std::deque<Batch> in_flight_;
   uint64_t decisions_ = 0;

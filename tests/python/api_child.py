@@ -1,7 +1,9 @@
 """A stand-in for the API server: a child that uses the client directly and does what a test tells it over TCP.
 
 A connection to the inherited socket says one line: ``PROMPT_LENGTH SEED MAX_TOKENS``. The reply is one token id a line,
-then ``end``, or ``error: ...``.
+then ``end``, or ``error: ...``; with ``pid`` before it, the process's id comes first. Or the line is an ``Ask`` as
+JSON, and every line of the reply a ``ChoiceOutput`` as JSON, then ``end`` or ``error: CODE``. ``status`` is answered
+with what the client knows.
 """
 
 from __future__ import annotations
@@ -12,21 +14,32 @@ import os
 import socket
 from array import array
 
+import msgspec
+
 from hybrid_serve.client import EngineDead, EngineRejected
 from hybrid_serve.client.engine_client import ZmqEngineClient
 from hybrid_serve.config import Config
 from hybrid_serve.wire import SamplingParams
 
 
-def main(config: Config, *, api_index: int, listen_fd: int, control_address: str, data_addresses: list[str]) -> None:
-    asyncio.run(serve(config, api_index, listen_fd, control_address, data_addresses))
+class Ask(msgspec.Struct):
+    prompt: list[int]
+    params: SamplingParams
+    n: int = 1
+
+
+def main(
+    config: Config, *, api_index: int, listen_fd: int, control_address: str, data_addresses: list[str], launch: int
+) -> None:
+    client = ZmqEngineClient(config, api_index, control_address, data_addresses, launch=launch)
+    asyncio.run(serve(config, listen_fd, client))
 
 
 def refuse(config: Config, **_: object) -> None:
     raise RuntimeError("the stand-in fails as it was told to")
 
 
-async def serve(config: Config, api_index: int, fd: int, control_address: str, data_addresses: list[str]) -> None:
+async def serve(config: Config, fd: int, client: ZmqEngineClient) -> None:
     loop = asyncio.get_running_loop()
     stop, cut, open_streams = asyncio.Event(), loop.create_future(), set[asyncio.Task[object]]()
 
@@ -35,7 +48,7 @@ async def serve(config: Config, api_index: int, fd: int, control_address: str, d
         if now and not cut.done():
             cut.set_result(None)
 
-    client = ZmqEngineClient(config, api_index, control_address, data_addresses, on_shutdown=on_shutdown)
+    client.on_shutdown = on_shutdown
     client.start()
 
     async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -57,8 +70,14 @@ async def serve(config: Config, api_index: int, fd: int, control_address: str, d
 async def answer(client: ZmqEngineClient, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     words = (await reader.readline()).split()
     if words == [b"status"]:
-        writer.write(f"{client.status.phase} {os.getpid()}\n".encode())
+        counts = f"{client.status.restarts} {client.num_replayed} {client.num_quarantined} {client.stats.num_running}"
+        writer.write(f"{client.status.phase} {os.getpid()} {counts}\n".encode())
+    elif words and words[0].startswith(b"{"):
+        await answer_json(client, msgspec.json.decode(b" ".join(words), type=Ask), writer)
     else:
+        if words[:1] == [b"pid"]:
+            words.pop(0)
+            writer.write(f"{os.getpid()}\n".encode())
         length, seed, max_tokens = map(int, words)
         params = SamplingParams(max_tokens=max_tokens, seed=seed)
         try:
@@ -72,3 +91,16 @@ async def answer(client: ZmqEngineClient, reader: asyncio.StreamReader, writer: 
     await writer.drain()
     writer.close()
     await writer.wait_closed()
+
+
+async def answer_json(client: ZmqEngineClient, ask: Ask, writer: asyncio.StreamWriter) -> None:
+    try:
+        async with client.generate(array("i", ask.prompt).tobytes(), ask.params, n=ask.n) as stream:
+            async for outputs in stream:
+                writer.writelines(msgspec.json.encode(output) + b"\n" for output in outputs)
+                await writer.drain()
+        writer.write(b"end\n")
+    except EngineDead:
+        writer.write(b"error: engine_dead\n")
+    except EngineRejected as error:
+        writer.write(f"error: {error.code}\n".encode())

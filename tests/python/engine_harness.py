@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 import time
 from array import array
@@ -21,7 +22,10 @@ from hybrid_serve.engine.inbox import Inbox
 from hybrid_serve.engine.loop import EngineLoop
 from hybrid_serve.engine.outbox import Outbox
 from hybrid_serve.engine.peers import Peers
+from hybrid_serve.engine.probation import Probation
 from hybrid_serve.engine.process import engine_facts, make_core
+from hybrid_serve.engine.watched import WatchedExecutor
+from hybrid_serve.heartbeat import Heartbeat, make, max_watched_ids
 from hybrid_serve.sockets import bind_router, connect_dealer
 from hybrid_serve.wire import Empty, Kind, SamplingParams, Status, api_identity, engine_identity, pack
 
@@ -48,14 +52,22 @@ class EngineThread:
         self.facts = engine_facts(self.config, facts)
         self.core = make_core(self.config, self.executor, facts, num_clients)
         self.peers = Peers(bind_router(self.context, self.data_address), num_clients)
+        num_ids = max_watched_ids(self.config)
+        heartbeat_fd = make(num_ids)
+        self.heartbeat = Heartbeat(heartbeat_fd, num_ids)
+        os.close(heartbeat_fd)
+        probation = Probation(self.heartbeat.try_out)
         self.inbox = Inbox(
             self.peers,
             connect_dealer(self.context, self.control_address, engine_identity(0)),
+            self.heartbeat,
+            probation,
             longest_prompt=facts.max_model_len - 1,
             max_num_seqs=self.config.scheduler.max_num_seqs,
             max_num_queued_reqs=self.config.scheduler.max_num_queued_reqs,
         )
-        self.loop = EngineLoop(self.core, self.executor, self.inbox, Outbox(self.peers))
+        watched = WatchedExecutor(self.executor, self.core, self.heartbeat)
+        self.loop = EngineLoop(self.core, watched, self.inbox, Outbox(self.peers, probation))
         self.error: BaseException | None = None
         self.thread = threading.Thread(target=self._run, daemon=True)
 

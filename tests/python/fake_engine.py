@@ -60,6 +60,8 @@ class FakeStream:
         position = 0
         while self._open:
             await engine.pause(position)
+            if engine.reject_after is not None and position >= engine.reject_after[0]:
+                raise engine.reject_after[1]
             if engine.dies_after is not None and position >= engine.dies_after:
                 raise EngineDead("killed by the test")
             outputs = [
@@ -101,7 +103,10 @@ class FakeEngine:
     facts: EngineFacts | None = FACTS
     stats: EngineStats = field(default_factory=EngineStats)
     reject: EngineRejected | None = None
+    reject_after: tuple[int, EngineRejected] | None = None
     dies_after: int | None = None
+    num_replayed: int = 0
+    num_quarantined: int = 0
     calls: list[Call] = field(default_factory=list)
     gates: dict[int, asyncio.Event] = field(default_factory=dict)  # before the step at that position
 

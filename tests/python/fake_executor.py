@@ -6,8 +6,11 @@ a wrong block, slot, copy, position or seed gives a wrong token, and ``expected`
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl
 
@@ -22,6 +25,7 @@ from hybrid_serve.errors import StartupError
 
 VOCAB_SIZE = 1000
 MAX_MODEL_LEN = 4096
+POISON = 999
 _WEIGHTS = np.random.default_rng(7).integers(1, 1 << 40, MAX_MODEL_LEN + 1, np.int64)
 
 
@@ -67,7 +71,9 @@ class FakePending(NamedTuple):
 
 
 class FakeExecutor:
-    """``delay``: seconds a step. ``crash_at``: the step that raises. ``on_step``: called with every batch."""
+    """``delay``: seconds a step. ``crash_at``: the step that raises. ``slow_at``: the step that takes ``slow`` seconds.
+    ``on_step``: called with every batch. A sequence that begins with POISON kills the process when it has
+    ``poison_length`` tokens."""
 
     def __init__(
         self,
@@ -77,7 +83,11 @@ class FakeExecutor:
         delay: float = 0.0,
         crash_at: int = -1,
         on_step: Callable[[Batch], None] | None = None,
+        slow_at: int = -1,
+        slow: float = 0.0,
+        poison_length: int = MAX_MODEL_LEN + 1,
     ) -> None:
+        self._slow_at, self._slow, self._poison_length = slow_at, slow, poison_length
         self.depth, self._delay, self._crash_at, self._on_step = depth, delay, crash_at, on_step
         self._num_blocks, self._block_size = num_blocks, block_size
         self._cache = np.full((num_blocks, block_size), -1, np.int64)
@@ -102,6 +112,8 @@ class FakeExecutor:
             raise RuntimeError(f"the fake model fails at step {batch.step}")
         if self._on_step is not None:
             self._on_step(batch)
+        if batch.step == self._slow_at:
+            time.sleep(self._slow)
         ready_at = time.monotonic() + self._delay if self._delay else 0.0
         return FakePending(self._compute(batch), ready_at)
 
@@ -113,6 +125,7 @@ class FakeExecutor:
         unknown = ids < 0
         ids[unknown] = self._last[-ids[unknown] - 1]
         self._cache.reshape(-1)[columns["slots"][: batch.num_tokens]] = ids
+        self._die_of_poison(batch, columns)
         rows = columns["sample_rows"][: batch.num_sampled]
         seqs = np.searchsorted(columns["query_start"][1 : batch.num_seqs + 1], rows, side="right")
         tokens = np.empty(batch.num_sampled, np.int32)
@@ -123,6 +136,12 @@ class FakeExecutor:
         self._last = tokens
         most = int(columns["num_logprobs"][: batch.num_sampled].max(initial=-1))
         return FakeResult(tokens) if most < 0 else _with_logprobs(tokens, columns["num_logprobs"], 1 + most)
+
+    def _die_of_poison(self, batch: Batch, columns: dict[str, NDArray[Any]]) -> None:
+        first_blocks = columns["kv_blocks"][columns["kv_start"][: batch.num_seqs]]
+        is_deadly = self._cache[first_blocks, 0] == POISON
+        if np.any(is_deadly & (columns["seq_lens"][: batch.num_seqs] >= self._poison_length)):
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _with_logprobs(tokens: NDArray[np.int32], asked: NDArray[np.int32], width: int) -> FakeResult:
@@ -136,12 +155,19 @@ def _with_logprobs(tokens: NDArray[np.int32], asked: NDArray[np.int32], width: i
 
 
 def load(config: Config, report: Callable[[str, float], None]) -> FakeExecutor:
-    """An ``engine.executor.Load``; the model's name holds its options: ``fake?delay=0.01&depth=2&refuse=1``."""
+    """An ``engine.executor.Load``; the model's name holds its options: ``fake?delay=0.01&depth=2&refuse=1``. With
+    ``refuse_after`` or ``slow_load_after``, the path of a file, only the first of several loads goes well."""
     options = dict(parse_qsl(config.model.model.partition("?")[2]))
     report("loading_weights", 0.0)
     time.sleep(float(options.get("load", 0)))
-    if "refuse" in options:
+    marker = Path(options.get("refuse_after", options.get("slow_load_after", os.devnull)))
+    is_first = not marker.is_file()
+    if "slow_load_after" in options and not is_first:
+        time.sleep(30)
+    if "refuse" in options or ("refuse_after" in options and not is_first):
         raise StartupError("HS-E999", "the fake model refuses", "it was told to", "do not tell it to", exit_code=12)
+    if is_first and marker != Path(os.devnull):
+        marker.touch()
     report("loading_weights", 1.0)
     return FakeExecutor(
         config.cache.num_gpu_blocks_override or 256,
@@ -149,4 +175,7 @@ def load(config: Config, report: Callable[[str, float], None]) -> FakeExecutor:
         int(options.get("depth", 1)),
         float(options.get("delay", 0)),
         int(options.get("crash_at", -1)),
+        slow_at=int(options.get("slow_at", -1)),
+        slow=float(options.get("slow", 0)),
+        poison_length=int(options.get("poison_length", MAX_MODEL_LEN + 1)),
     )

@@ -20,10 +20,11 @@ PATIENCE = 10.0  # seconds until a test gives up
 _MAIN = """
 import sys
 sys.path[:] = {path!r}
-from hybrid_serve.config import CacheConfig, Config, ModelConfig, ServerConfig
+from hybrid_serve.config import CacheConfig, Config, ModelConfig, SchedulerConfig, ServerConfig, SupervisionConfig
 from hybrid_serve.errors import StartupError, box
 from hybrid_serve.launch.supervisor import serve
-config = Config(model=ModelConfig(model={model!r}, **{model_options!r}), server=ServerConfig(**{server!r}))
+config = Config(model=ModelConfig(model={model!r}, **{model_options!r}), server=ServerConfig(**{server!r}),
+                supervision=SupervisionConfig(**{supervision!r}), scheduler=SchedulerConfig(**{scheduler!r}))
 try:
     raise SystemExit(serve(config, load={load!r}, api_entry={api_entry!r}))
 except StartupError as error:
@@ -43,12 +44,21 @@ class ServerProcess:
         api_entry: str = "api_child:main",
         output_fd: int | None = None,
         model_options: dict[str, Any] | None = None,
+        supervision: dict[str, Any] | None = None,
+        scheduler: dict[str, Any] | None = None,
         **server: Any,
     ) -> None:
         self._output_fd = output_fd
         server = {"port": 0, "shutdown_timeout": 5.0} | server
         code = _MAIN.format(
-            path=sys.path, model=model, model_options=model_options or {}, server=server, load=load, api_entry=api_entry
+            path=sys.path,
+            model=model,
+            model_options=model_options or {},
+            server=server,
+            supervision=supervision or {},
+            scheduler=scheduler or {},
+            load=load,
+            api_entry=api_entry,
         )
         self.run_directory = directory
         self._output = directory / "output"
@@ -111,9 +121,14 @@ class ServerProcess:
             return
         self.family += [process for process in found if process not in self.family]
 
-    def child(self, role: str) -> psutil.Process:
-        """By its title, ``hybrid-serve: engine 0``."""
-        return next(process for process in self.family if f"{role} 0" in " ".join(process.cmdline()))
+    def child(self, role: str, index: int = 0) -> psutil.Process:
+        """The one that lives, by its title, ``hybrid-serve: engine 0``."""
+        self.wait(lambda: self._find(f"hybrid-serve: {role} {index}"))
+        return self._find(f"hybrid-serve: {role} {index}")[0]
+
+    def _find(self, title: str) -> list[psutil.Process]:
+        self.remember_family()
+        return [process for process in self.family if _is_alive(process) and process.cmdline()[:1] == [title]]
 
     def signal(self, number: signal.Signals) -> None:
         os.kill(self.process.pid, number)

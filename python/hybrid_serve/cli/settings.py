@@ -14,7 +14,7 @@ ENV_PREFIX = "HYBRID_SERVE_"
 
 # Flags of `vllm serve` that we know and do not have. One that config.py gains leaves this table (a test sees to it).
 _VLLM_ONLY = """
-    allow-credentials allowed-headers allowed-methods allowed-origins api-server-count asc async-scheduling
+    allow-credentials allowed-headers allowed-methods allowed-origins async-scheduling
     chat-template-content-format collect-detailed-traces compilation-config cpu-offload-gb cudagraph-capture-sizes
     custom-histogram-buckets data-parallel-address data-parallel-backend data-parallel-external-lb
     data-parallel-hybrid-lb data-parallel-rank data-parallel-rpc-port data-parallel-size data-parallel-size-local

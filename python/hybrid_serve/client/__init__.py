@@ -73,6 +73,9 @@ class EngineClient(Protocol):
     @property
     def stats(self) -> EngineStats: ...
 
+    num_replayed: int  # requests asked for again after an engine died
+    num_quarantined: int  # requests given up because an engine died of them, twice
+
     def generate(
         self,
         token_ids: bytes,

@@ -16,7 +16,6 @@ from .. import __version__
 from ..config import Config
 from ..sockets import connect_dealer, readable
 from ..wire import (
-    API_INDEX_SHIFT,
     MAX_FRAME_BYTES,
     PROTOCOL_VERSION,
     AddRequest,
@@ -31,6 +30,7 @@ from ..wire import (
     Status,
     StepHeader,
     api_identity,
+    first_request_id,
     pack,
     unpack,
 )
@@ -40,19 +40,22 @@ from .streams import ZmqStream
 
 log = logging.getLogger(__name__)
 MESSAGES_A_TURN = 64  # then other tasks of the event loop get theirs
+_QUARANTINED = "The engine died twice while it worked on this request; it is not tried again."
 
 
 class Link:
-    """One engine: its socket, the streams that wait for it, what it said of itself last."""
+    """One engine: its address, the socket to the process that is there now, the streams that wait for it, what it said
+    of itself last."""
 
-    def __init__(self, socket: zmq.Socket[bytes]) -> None:
-        self.socket = socket
+    def __init__(self, address: str, socket: zmq.Socket[bytes]) -> None:
+        self.address, self.socket = address, socket
         self.streams: dict[int, ZmqStream] = {}  # by choice id; only choices that run
         self.stats = EngineStats()
 
 
 class ZmqEngineClient:
-    """Sends requests, hands what comes back to their streams, and passes on what the supervisor says.
+    """Sends requests, hands what comes back to their streams, and passes on what the supervisor says. When an engine
+    died it asks the next one for the rest of what was open (``_replay``).
 
     Knows ids and frames; not text, not HTTP. All of it runs in the event loop that ``start`` was called in: no task,
     no thread, no lock. ``on_shutdown(now)`` is called with False when running requests are to be finished and no more
@@ -66,16 +69,19 @@ class ZmqEngineClient:
         control_address: str,
         data_addresses: Sequence[str],
         *,
+        launch: int = 0,
         on_shutdown: Callable[[bool], None] | None = None,
         on_status: Callable[[Status], None] | None = None,
     ) -> None:
+        """``launch``: how many API servers of this index ran before."""
         self.on_shutdown, self.on_status = on_shutdown, on_status
         self._config, self._index = config, api_index
         self._control_address, self._data_addresses = control_address, data_addresses
         self._status = Status("starting")
         self._facts: EngineFacts | None = None
         self._num_shutdowns = 0
-        self._next_id = api_index << API_INDEX_SHIFT
+        self.num_replayed = self.num_quarantined = 0
+        self._next_id = first_request_id(api_index, launch)
         self._links: list[Link] = []
         self._link_of: dict[ZmqStream, Link] = {}
         self._takers: dict[zmq.Socket[bytes], Callable[[list[bytes]], None]] = {}
@@ -114,7 +120,7 @@ class ZmqEngineClient:
         first_id = self._next_id
         self._next_id += n
         request = AddRequest(first_id, n, priority, params, eos_token_ids, cache_salt)
-        return ZmqStream(first_id, n, lambda stream: self._begin(stream, request, token_ids), self._abort)
+        return ZmqStream(request, token_ids, self._begin, self._abort)
 
     # Its life
 
@@ -127,10 +133,9 @@ class ZmqEngineClient:
         hello = Hello("api", self._index, os.getpid(), PROTOCOL_VERSION, __version__, self._config.digest())
         self._send(self._control, pack(Kind.HELLO, hello))
         for address in self._data_addresses:
-            link = Link(connect_dealer(self._context, address, api_identity(self._index)))
+            link = Link(address, connect_dealer(self._context, address, api_identity(self._index)))
             self._links.append(link)
-            self._receive_by(link.socket, self._taker(link))
-            self._send(link.socket, pack(Kind.JOIN, Join(self._index)))
+            self._join(link)
 
     def close(self) -> None:
         """Streams that are still open fail."""
@@ -142,7 +147,12 @@ class ZmqEngineClient:
 
     # Sending
 
-    def _begin(self, stream: ZmqStream, request: AddRequest, token_ids: bytes) -> None:
+    def _join(self, link: Link) -> None:
+        self._receive_by(link.socket, self._taker(link))
+        self._send(link.socket, pack(Kind.JOIN, Join(self._index)))
+
+    def _begin(self, stream: ZmqStream) -> None:
+        request, token_ids = stream.first_message()
         if self._status.phase == "dead":
             stream.fail(EngineDead(self._status.message))
             return
@@ -165,6 +175,35 @@ class ZmqEngineClient:
         self._forget_if_over(stream)
         self._send(link.socket, pack(Kind.ABORT, Empty(), array("Q", ids)))
 
+    def _replay(self, suspects: bytes, culprits: bytes) -> None:
+        """The engines' requests are lost. Who was to blame fails; the others are asked for again, from where they are.
+
+        What has arrived counts; what has not goes with the old sockets, lest it comes a second time."""
+        running, to_blame = set(array("Q", suspects)), set(array("Q", culprits))
+        for link in self._links:
+            self._loop.remove_reader(link.socket)
+            take = self._takers.pop(link.socket)
+            while readable(link.socket):
+                self._receive_one(link.socket, take)
+            link.socket.close(linger=0)
+            link.socket = connect_dealer(self._context, link.address, api_identity(self._index))
+            link.stats = EngineStats()
+            self._join(link)
+            for stream in dict.fromkeys(link.streams.values()):
+                if to_blame.isdisjoint(stream.live_ids):
+                    self.num_replayed += 1
+                    for request, token_ids in stream.replay(running):
+                        self._send(link.socket, pack(Kind.ADD, request, token_ids))
+                else:
+                    self.num_quarantined += 1
+                    self._give_up(link, stream, EngineRejected(500, _QUARANTINED, "request_quarantined"))
+
+    def _give_up(self, link: Link, stream: ZmqStream, error: Exception) -> None:
+        for id in stream.live_ids:
+            del link.streams[id]
+        self._link_of.pop(stream, None)
+        stream.fail(error)
+
     def _send(self, socket: zmq.Socket[bytes], message: list[Any]) -> None:
         socket.send_multipart(message, flags=zmq.NOBLOCK)
         if readable(socket):  # the send may have swallowed the event that the loop waits for
@@ -184,12 +223,15 @@ class ZmqEngineClient:
         for _ in range(MESSAGES_A_TURN):
             if not readable(socket):
                 return
-            frames = socket.recv_multipart(zmq.NOBLOCK)
-            try:
-                take(frames)
-            except (ValueError, IndexError, TypeError, msgspec.DecodeError) as error:
-                log.error("message of %d frames dropped: %s", len(frames), error)
+            self._receive_one(socket, take)
         self._loop.call_soon(self._receive, socket)
+
+    def _receive_one(self, socket: zmq.Socket[bytes], take: Callable[[list[bytes]], None]) -> None:
+        frames = socket.recv_multipart(zmq.NOBLOCK)
+        try:
+            take(frames)
+        except (ValueError, IndexError, TypeError, msgspec.DecodeError) as error:
+            log.error("message of %d frames dropped: %s", len(frames), error)
 
     def _taker(self, link: Link) -> Callable[[list[bytes]], None]:
         def take(frames: list[bytes]) -> None:
@@ -222,17 +264,20 @@ class ZmqEngineClient:
 
     def _take_reject(self, link: Link, reject: Reject) -> None:
         stream = link.streams.get(reject.id)
-        for id in range(reject.id, reject.id + reject.n):
-            link.streams.pop(id, None)
         if stream is not None:
-            self._link_of.pop(stream, None)
-            stream.fail(EngineRejected(reject.status, reject.message, reject.code, reject.param))
+            others = [id for id in stream.live_ids if not reject.id <= id < reject.id + reject.n]
+            if others:  # choices that were replayed one by one
+                self._send(link.socket, pack(Kind.ABORT, Empty(), array("Q", others)))
+            self._give_up(link, stream, EngineRejected(reject.status, reject.message, reject.code, reject.param))
 
     def _take_control(self, frames: list[bytes]) -> None:
         kind = frames[0]
         if kind == Kind.STATUS:
-            self._status = status = unpack(frames[1], Status)
+            before, self._status = self._status, unpack(frames[1], Status)
+            status = self._status
             self._facts = status.facts or self._facts
+            if status.restarts != before.restarts:
+                self._replay(status.suspects, status.culprits)
             if status.phase == "dead":
                 self._fail_all(EngineDead(status.message))
             if self.on_status is not None:

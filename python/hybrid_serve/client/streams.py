@@ -1,28 +1,38 @@
-"""ZmqStream: the outputs of one request while they arrive."""
+"""ZmqStream: the outputs of one request while they arrive, and what it takes to ask for the rest of them again."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Iterator
 
+import msgspec
+
+from ..wire import AddRequest
 from . import ChoiceOutput
 
 
 class ZmqStream:
-    """Which choices of a request still run, and what came of them since the last turn. Knows no socket and no frame.
+    """Which choices of a request still run, what came of them in all and since the last turn. Knows no socket.
 
     One task iterates. ``begin`` is called on entering the ``async with`` block, ``abort`` with the ids that nobody
     wants any more: of one choice, or on leaving the block of all that still run.
     """
 
-    __slots__ = ("_abort", "_begin", "_error", "_live", "_outputs", "_waiter", "first_id", "n")
+    __slots__ = ("_abort", "_begin", "_error", "_live", "_outputs", "_prompt", "_received", "_request", "_waiter")
 
     def __init__(
-        self, first_id: int, n: int, begin: Callable[[ZmqStream], None], abort: Callable[[ZmqStream, list[int]], None]
+        self,
+        request: AddRequest,
+        prompt: bytes,
+        begin: Callable[[ZmqStream], None],
+        abort: Callable[[ZmqStream, list[int]], None],
     ) -> None:
-        self.first_id, self.n = first_id, n
+        """``prompt``: i32."""
+        self._request, self._prompt = request, prompt
         self._begin, self._abort = begin, abort
-        self._live = set(range(n))  # choices
+        self._live = set(range(request.n))  # choices
+        self._received = [array("i") for _ in range(request.n)]
         self._outputs: list[ChoiceOutput] = []
         self._error: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
@@ -65,11 +75,45 @@ class ZmqStream:
     # What follows is the client's side.
 
     @property
+    def first_id(self) -> int:
+        return self._request.id
+
+    @property
     def live_ids(self) -> list[int]:
         return [self.first_id + choice for choice in sorted(self._live)]
 
+    def first_message(self) -> tuple[AddRequest, bytes]:
+        """The request, and its token ids."""
+        return self._request, self._prompt
+
+    def replay(self, suspects: set[int]) -> Iterator[tuple[AddRequest, bytes]]:
+        """What an engine that knows nothing of the request must be told for the rest of it: one request, or one a
+        choice if some of them have begun, each with the tokens it has received."""
+        ids = set(self.live_ids)
+        if len(ids) == self._request.n and not any(self._received):
+            is_suspect = not suspects.isdisjoint(ids)
+            yield msgspec.structs.replace(self._request, is_replay=True, is_suspect=is_suspect), self._prompt
+            return
+        for choice in sorted(self._live):
+            received = self._received[choice]
+            id = self.first_id + choice
+            request = msgspec.structs.replace(
+                self._request,
+                id=id,
+                n=1,
+                num_generated=len(received),
+                first_choice=choice,
+                is_replay=True,
+                is_suspect=id in suspects,
+            )
+            yield request, self._prompt + received.tobytes()
+
     def put(self, output: ChoiceOutput) -> None:
         """Wakes nobody: a step may bring several outputs."""
+        received = self._received[output.choice]
+        if received:
+            output.cached_tokens = -1  # said before; a replay finds other blocks
+        received.extend(output.token_ids)
         self._outputs.append(output)
         if output.finish:
             self._live.discard(output.choice)

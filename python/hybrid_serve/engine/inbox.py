@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING
 import msgspec
 import zmq
 
+from ..heartbeat import EnginePhase, Heartbeat
 from ..sockets import readable
 from ..wire import API_INDEX_SHIFT, AddRequest, Join, Kind, Reject, pack, unpack
 from .peers import Peers
+from .probation import Probation, Suspect
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from .._core import Scheduler
 
 log = logging.getLogger(__name__)
+IDLE_MS = 1000  # an engine that sleeps says so this often
 MESSAGES_A_STEP = 256  # then the running requests get their step, whoever floods the socket
 
 
@@ -33,12 +36,15 @@ class Inbox:
         self,
         peers: Peers,
         control: zmq.Socket[bytes],
+        heartbeat: Heartbeat,
+        probation: Probation,
         *,
         longest_prompt: int,
         max_num_seqs: int,
         max_num_queued_reqs: int,
     ) -> None:
         self.peers, self.control = peers, control
+        self._heartbeat, self._probation = heartbeat, probation
         self.stopping = False
         self.num_dropped = 0
         self._longest_prompt = longest_prompt
@@ -49,9 +55,11 @@ class Inbox:
         self._poller.register(control, zmq.POLLIN)
 
     def drain(self, core: Scheduler, wait: bool) -> None:
-        """Takes in what has arrived; ``wait``: sleeps until something does."""
-        if wait:
-            self._poller.poll()
+        """Takes in what has arrived; ``wait``: sleeps until something does, or a while."""
+        if wait and not self._probation.has_next:
+            self._heartbeat.enter(EnginePhase.IDLE)
+            self._poller.poll(IDLE_MS)
+        self._heartbeat.enter(EnginePhase.STEP)
         while readable(self.control):
             self._take_control(self.control.recv_multipart())
         for _ in range(MESSAGES_A_STEP):
@@ -62,8 +70,9 @@ class Inbox:
                 self._take(core, frames)
             except (BadMessage, msgspec.DecodeError) as error:
                 self._drop(frames, error)
-        if lost := self.peers.take_lost():
-            core.abort(array("Q", lost))
+        self._abort_lost(core)
+        while self._probation.has_next:
+            self._admit(core, self._probation.next())
 
     def _take_control(self, frames: list[bytes]) -> None:
         if frames[0] == Kind.SHUTDOWN:
@@ -79,6 +88,7 @@ class Inbox:
             index = unpack(header, Join).api_index
             if arrays or not self.peers.join(identity, index):
                 raise BadMessage(f"JOIN as API server {index}")
+            self._abort_lost(core)  # of the one before; at once, lest the new one's requests are taken for them
             return
         client = self.peers.index_of(identity)
         if client is None:
@@ -98,21 +108,34 @@ class Inbox:
             raise BadMessage(f"choices {request.id:#x} to {last:#x} are not those of API server {client}")
         if len(tokens) % 4:
             raise BadMessage(f"{len(tokens)} bytes are not token ids")
-        if reject := self._full(core, request):
+        reject = None if request.is_replay else self._full(core, request)
+        if reject is not None:
             self.peers.send(client, pack(Kind.REJECT, reject))
             return
+        new = Suspect(client, request, tokens)
+        if request.is_suspect:
+            self.peers.live[client].update(new.ids)
+            self._probation.hold(new)
+        else:
+            self._admit(core, new)
+
+    def _admit(self, core: Scheduler, new: Suspect) -> None:
+        client, request, tokens = new
         try:
             add(core, client, request, tokens)
         except (ValueError, TypeError) as error:  # TypeError: a number that no C++ integer holds
             self.peers.send(client, pack(Kind.REJECT, self._refusal(request, len(tokens) // 4, error)))
+            if request.is_suspect:
+                self.peers.live[client].difference_update(new.ids)
+                self._probation.ended(new.ids)
             return
-        self.peers.live[client].update(range(request.id, last + 1))
+        self.peers.live[client].update(new.ids)
 
     def _full(self, core: Scheduler, request: AddRequest) -> Reject | None:
         if not self._max_open:
             return None
         stats = core.stats()
-        num_open = stats.num_running + stats.num_waiting
+        num_open = stats.num_running + stats.num_waiting + self._probation.num_held
         if num_open + request.n <= self._max_open:
             return None
         text = f"The engine is full: {num_open} requests run or wait, {self._max_open} may. Try again later."
@@ -133,6 +156,12 @@ class Inbox:
             raise BadMessage(f"ABORT by API server {client} of a request of another")
         core.abort(memoryview(ids).cast("Q"))
         self.peers.live[client].difference_update(numbers)
+        self._probation.ended(numbers)
+
+    def _abort_lost(self, core: Scheduler) -> None:
+        if lost := self.peers.take_lost():
+            core.abort(array("Q", lost))
+            self._probation.ended(lost)
 
     def _drop(self, frames: list[bytes], error: Exception) -> None:
         self.num_dropped += 1
@@ -149,6 +178,8 @@ def add(core: Scheduler, client: int, request: AddRequest, tokens: Buffer) -> No
     core.add(
         request.id,
         memoryview(tokens).cast("B").cast("i"),
+        num_generated=request.num_generated,
+        first_choice=request.first_choice,
         client=client,
         n=request.n,
         priority=request.priority,

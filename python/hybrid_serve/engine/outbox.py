@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from ..wire import EngineStats, Kind, StepHeader, pack
 from .executor import StepResult
 from .peers import Peers
+from .probation import Probation
 
 if TYPE_CHECKING:
     from .._core import Outputs, Scheduler
@@ -22,14 +23,16 @@ STATS_INTERVAL = 0.25  # seconds; also how soon an API server that went away is 
 class Outbox:
     """Cuts the columns of a step by API server and sends them; knows no request, makes no object per token."""
 
-    def __init__(self, peers: Peers, clock: Callable[[], float] = time.monotonic) -> None:
-        self._peers, self._clock = peers, clock
+    def __init__(self, peers: Peers, probation: Probation, clock: Callable[[], float] = time.monotonic) -> None:
+        self._peers, self._probation, self._clock = peers, probation, clock
         self._next_stats = 0.0
         self._said: tuple[int, int] | None = None  # (steps, joins) at the last statistics of an idle engine
 
     def send(self, outputs: Outputs, result: StepResult) -> None:
         """Everything in ``outputs`` and ``result`` is read before this returns."""
         starts = outputs.client_start.tolist()
+        if self._probation.is_busy:
+            self._probation.stepped(outputs.ids)
         for client, live in enumerate(self._peers.live):
             start, end = starts[client], starts[client + 1]
             if start == end:
@@ -39,7 +42,9 @@ class Outbox:
             ended = bytes(columns[2])
             if ended.count(0) != len(ended):
                 ids = columns[0]
-                live.difference_update([ids[row] for row, reason in enumerate(ended) if reason])
+                finished = [ids[row] for row, reason in enumerate(ended) if reason]
+                live.difference_update(finished)
+                self._probation.ended(finished)
 
     def send_stats(self, core: Scheduler, idle: bool) -> None:
         """At most four times a second; on becoming idle at once, and then once for every API server that joins."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import gc
 import logging
 import mmap
@@ -10,6 +11,7 @@ import os
 import secrets
 import signal
 import sys
+import threading
 import time
 from importlib import import_module
 from typing import Any
@@ -19,6 +21,7 @@ import zmq
 from .. import __version__, _core
 from ..config import Config
 from ..errors import StartupError
+from ..heartbeat import STACKS_SIGNAL, EnginePhase, Heartbeat, max_watched_ids
 from ..sockets import bind_router, connect_dealer
 from ..wire import PROTOCOL_VERSION, EngineFacts, Hello, Kind, Status, engine_identity, pack
 from .executor import Executor, ExecutorFacts
@@ -26,15 +29,30 @@ from .inbox import Inbox
 from .loop import EngineLoop
 from .outbox import Outbox
 from .peers import Peers
+from .probation import Probation
+from .watched import WatchedExecutor
 
 log = logging.getLogger(__name__)
 PROGRESS_INTERVAL = 0.1  # seconds
 PR_SET_PDEATHSIG = 1
 
 
-def main(config: Config, *, index: int, num_clients: int, control_address: str, data_address: str, load: str) -> None:
+def main(
+    config: Config,
+    *,
+    index: int,
+    num_clients: int,
+    control_address: str,
+    data_address: str,
+    load: str,
+    heartbeat_fd: int,
+    stacks_path: str,
+) -> None:
     """Returns when the supervisor says stop. ``load``: "module:function", an ``executor.Load``. Raises StartupError."""
     die_with_parent()
+    dump_stacks_on_signal(stacks_path)
+    heartbeat = Heartbeat(heartbeat_fd, max_watched_ids(config))
+    threading.Thread(target=heartbeat.pulse_forever, daemon=True, name="pulse").start()
     # torch reads this when it is first imported: weights and KV cache on 2 MiB pages, which the kernels' long reads and
     # scattered blocks pay for in fewer address misses (some 8 % of a decode step of 16 sequences).
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
@@ -54,16 +72,21 @@ def main(config: Config, *, index: int, num_clients: int, control_address: str, 
         for what, num_bytes in facts.memory:
             log.info("memory: %8.2f GiB  %s", num_bytes / 2**30, what)
         core = make_core(config, executor, facts, num_clients)
+        probation = Probation(heartbeat.try_out)
         inbox = Inbox(
             peers,
             control,
+            heartbeat,
+            probation,
             longest_prompt=min(facts.max_model_len, facts.num_blocks * config.cache.block_size) - 1,
             max_num_seqs=config.scheduler.max_num_seqs,
             max_num_queued_reqs=config.scheduler.max_num_queued_reqs,
         )
-        progress.ready(engine_facts(config, facts), facts.notes)
         collect_garbage_rarely()
-        EngineLoop(core, executor, inbox, Outbox(peers)).run()
+        heartbeat.enter(EnginePhase.IDLE)
+        progress.ready(engine_facts(config, facts), facts.notes)
+        watched = WatchedExecutor(executor, core, heartbeat)
+        EngineLoop(core, watched, inbox, Outbox(peers, probation)).run()
     finally:
         context.destroy(linger=0)
 
@@ -129,6 +152,11 @@ class Progress:
 
     def _send(self, status: Status) -> None:
         self._control.send_multipart(pack(Kind.STATUS, status))
+
+
+def dump_stacks_on_signal(path: str) -> None:
+    """``STACKS_SIGNAL`` writes every thread's Python stack there, also while a step in C++ or CUDA does not return."""
+    faulthandler.register(STACKS_SIGNAL, file=open(path, "w"), all_threads=True)  # noqa: SIM115  open as long as we live
 
 
 def die_with_parent() -> None:

@@ -33,12 +33,13 @@ def plan(
     config: Config,
     directory: Path,
     listen_fd: int,
+    heartbeat_fd: int,
     *,
-    num_api_servers: int = 1,
     load: str = LOAD_INLINE,
     api_entry: str = API_ENTRY,
 ) -> list[ProcessSpec]:
     """The children of one server, the slowest to start first. ``directory``: of this run, for their sockets.
+    ``heartbeat_fd``: see ``heartbeat.make``.
     ``load``: what the engine computes with, an ``engine.executor.Load``."""
     control = control_address(directory)
     data = f"ipc://{directory}/engine-0"
@@ -48,11 +49,14 @@ def plan(
         entry=ENGINE_ENTRY,
         arguments={
             "index": 0,
-            "num_clients": num_api_servers,
+            "num_clients": config.server.api_server_count,
             "control_address": control,
             "data_address": data,
             "load": load,
+            "heartbeat_fd": heartbeat_fd,
+            "stacks_path": str(stacks_path(directory)),
         },
+        inherited_fds=(heartbeat_fd,),
     )
     servers = [
         ProcessSpec(
@@ -64,12 +68,25 @@ def plan(
                 "listen_fd": listen_fd,
                 "control_address": control,
                 "data_addresses": [data],
+                "launch": 0,
             },
             inherited_fds=(listen_fd,),
         )
-        for index in range(num_api_servers)
+        for index in range(config.server.api_server_count)
     ]
     return [engine, *servers]
+
+
+def again(spec: ProcessSpec) -> ProcessSpec:
+    """For the process that takes the place of one that died."""
+    if "launch" not in spec.arguments:
+        return spec
+    return msgspec.structs.replace(spec, arguments=spec.arguments | {"launch": spec.arguments["launch"] + 1})
+
+
+def stacks_path(directory: Path) -> Path:
+    """Where an engine that hangs writes its stacks."""
+    return directory / "engine-0.stacks"
 
 
 def control_address(directory: Path) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
-import socket
 import time
 from collections.abc import Callable
 from enum import Enum
@@ -16,14 +16,18 @@ import zmq
 
 from ..config import Config
 from ..errors import StartupError
+from ..heartbeat import Heartbeat, make, max_watched_ids
 from ..sockets import bind_router, readable
 from ..wire import Empty, Hello, Kind, StartupFailure, Status, api_identity, engine_identity, pack, unpack
 from . import listener
 from .handshake import refusal
 from .local import Child, start
-from .plan import ProcessSpec, control_address, plan
+from .plan import ProcessSpec, again, control_address, plan, stacks_path
 from .report import PlainReporter, Reporter
+from .restarts import WINDOW, Restarts
 from .run_directory import RunDirectory
+from .signals import Signals
+from .watchdog import Verdict, Watchdog, stacks_of
 
 log = logging.getLogger(__name__)
 
@@ -49,25 +53,37 @@ def serve(config: Config, reporter: Reporter | None = None, **plan_options: Any)
     reporter = reporter or PlainReporter(config)
     with listener.listen(config.server) as http, RunDirectory() as directory:
         reporter.bound(listener.url(http))
-        specs = plan(config, directory, http.fileno(), **plan_options)
-        supervisor = Supervisor(config, directory, specs, reporter)
+        heartbeat_fd = make(max_watched_ids(config))
+        specs = plan(config, directory, http.fileno(), heartbeat_fd, **plan_options)
+        supervisor = Supervisor(config, directory, specs, reporter, Heartbeat(heartbeat_fd, max_watched_ids(config)))
         try:
             return supervisor.run()
         finally:
             supervisor.close()
+            os.close(heartbeat_fd)
 
 
 class Supervisor:
-    """Starts the planned processes, passes on what the engine says of itself, and ends all of them when one of them
-    ends, or in order when a signal asks for it. Knows no request. Never outlived by a child."""
+    """Starts the planned processes, passes on what the engine says of itself, starts again what dies or hangs; ends all
+    of them when that happens too often, or in order when a signal asks for it. Knows no request. Never outlived by a
+    child."""
 
-    def __init__(self, config: Config, directory: Path, specs: list[ProcessSpec], reporter: Reporter) -> None:
+    def __init__(
+        self, config: Config, directory: Path, specs: list[ProcessSpec], reporter: Reporter, heartbeat: Heartbeat
+    ) -> None:
         self.config, self.directory, self.specs, self.reporter = config, directory, specs, reporter
+        self.heartbeat = heartbeat
         self.phase = Phase.STARTING
         self.failure: StartupFailure | None = None  # the first one: the others follow from it
         self.exit_code = 0
         self.children: dict[int, Child] = {}  # by file descriptor of its life
         self._engine_status = Status("starting")
+        self._watchdog = Watchdog(config.supervision, heartbeat)
+        self._next_look = 0.0
+        self._is_quiet = False  # the engine, and API servers were told
+        self._restarts = {spec.name: Restarts(config.supervision) for spec in specs}
+        self._due: list[tuple[float, ProcessSpec]] = []  # to be started again, and when
+        self._last_words: dict[bytes, StartupFailure] = {}  # of a child that is about to end
         self._greeted: set[bytes] = set()
         self._digest = config.digest()
         self._deadline: float | None = None
@@ -81,24 +97,37 @@ class Supervisor:
     def run(self) -> int:
         """Returns the exit code when no child is left. Raises StartupError if that was not wanted."""
         for spec in self.specs:
-            child = start(spec, self.config, str(self.directory))
-            self.children[child.life.fileno()] = child
-            self._poller.register(child.life, zmq.POLLIN)
-        while self.children:
+            self._start(spec)
+        while self.children or self._due:
             events = dict(self._poller.poll(self._milliseconds_left()))
             self._take_messages()
             for number in self._signals.take():
                 self._signalled(number)
             for fd in [fd for fd in events if fd in self.children]:
                 self._ended(self.children.pop(fd))
+            self._start_due()
+            self._watch_engine()
             if self._deadline is not None and time.monotonic() >= self._deadline:
                 self._deadline = None
-                self.phase = Phase.STOPPING
+                self._stop()
                 self._kill_all()
         if self.failure is not None:
             failure = self.failure
             raise StartupError(failure.code, failure.what, failure.why, failure.fix, self.exit_code)
         return self.exit_code
+
+    def _start(self, spec: ProcessSpec) -> None:
+        if spec.role == "engine":
+            self.heartbeat.clear()
+        child = start(spec, self.config, str(self.directory))
+        self.children[child.life.fileno()] = child
+        self._poller.register(child.life, zmq.POLLIN)
+
+    def _start_due(self) -> None:
+        now = time.monotonic()
+        for due in [due for due in self._due if due[0] <= now]:
+            self._due.remove(due)
+            self._start(due[1])
 
     def close(self) -> None:
         """Whatever happened: no child is left behind, no handler, no socket."""
@@ -123,14 +152,14 @@ class Supervisor:
 
     def _take(self, identity: bytes, kind: bytes, header: bytes) -> None:
         if kind == Kind.FAILED:
-            self._fail(unpack(header, StartupFailure))
+            failure = unpack(header, StartupFailure)
+            if self.phase is Phase.STARTING:
+                self._fail(failure)
+            self._last_words[identity.removeprefix(b"failed-")] = failure
         elif kind == Kind.HELLO:
             self._greet(identity, unpack(header, Hello))
         elif kind == Kind.STATUS and identity in self._greeted:
-            self._engine_status = unpack(header, Status)
-            self.reporter.status(self._engine_status)
-            self._tell("api", pack(Kind.STATUS, self._engine_status))
-            self._check_ready()
+            self._take_status(unpack(header, Status))
         else:
             log.warning("control message of kind %r from %r dropped", kind, identity)
 
@@ -143,7 +172,19 @@ class Supervisor:
         self._greeted.add(identity)
         if hello.role == "api":
             self._send(identity, pack(Kind.STATUS, self._engine_status))
+            if self.phase is Phase.DRAINING:  # it was started before, and could not be told
+                self._send(identity, pack(Kind.SHUTDOWN, Empty()))
         self._check_ready()
+
+    def _take_status(self, status: Status) -> None:
+        restarts = self._engine_status.restarts
+        self._engine_status = msgspec.structs.replace(status, restarts=restarts)
+        self._tell("api", pack(Kind.STATUS, self._engine_status))
+        if self.phase is Phase.STARTING:
+            self.reporter.status(status)
+            self._check_ready()
+        elif status.phase == "ready":
+            log.info("the engine serves again, restart %d", restarts)
 
     def _check_ready(self) -> None:
         everyone = {_identity(spec) for spec in self.specs}
@@ -165,7 +206,7 @@ class Supervisor:
                 raise
             log.debug("%r is gone", identity)  # its end is handled where its life ends
 
-    # What ends
+    # What ends, and starts again
 
     def _signalled(self, number: int) -> None:
         if self.phase is Phase.SERVING:
@@ -173,9 +214,12 @@ class Supervisor:
             self.reporter.draining(self.config.server.shutdown_timeout)
             self._tell("api", pack(Kind.SHUTDOWN, Empty()))
             self._end_in(self.config.server.shutdown_timeout + DRAIN_GRACE)
+            # An engine that is being restarted still has streams to finish; a new API server would have none.
+            self._due = [due for due in self._due if due[1].role == "engine"]
+            self._stop_when_drained()
         elif self.phase in (Phase.STARTING, Phase.DRAINING):
             was_serving = self.phase is Phase.DRAINING
-            self.phase = Phase.STOPPING
+            self._stop()
             self.exit_code = 128 + number
             if was_serving:  # open streams still get their error events
                 self._tell("api", pack(Kind.SHUTDOWN, Empty()))
@@ -185,28 +229,93 @@ class Supervisor:
 
     def _ended(self, child: Child) -> None:
         self._poller.unregister(child.life)
-        code = child.reap()
+        code, identity = child.reap(), _identity(child.spec)
+        self._greeted.discard(identity)
         log.debug("%s ended with exit code %d", child.spec.name, code)
-        if self.phase is Phase.DRAINING and child.spec.role == "api" and code == 0:
-            if not self._running("api"):  # nobody is left to serve: the engines can go
-                self.phase = Phase.STOPPING
-                self._tell("engine", pack(Kind.SHUTDOWN, Empty()))
-                self._end_in(GRACE)
-        elif self.phase is not Phase.STOPPING:
-            self._wait_for(lambda: self.failure is not None, LAST_WORDS if code > 0 else 0)
-            self._fail(_death(child, code))
+        if self.phase is Phase.STOPPING:
+            return
+        drained = self.phase is Phase.DRAINING and child.spec.role == "api"
+        if not (drained and code == 0):
+            self._wait_for(lambda: identity in self._last_words, LAST_WORDS if code > 0 else 0)
+            cause = self._last_words.pop(identity, None) or _death(child, code)
+            if self.phase is Phase.STARTING:
+                self._fail(cause)
+            elif drained:  # its streams are lost, the others' go on
+                log.error("%s: %s", cause.what, cause.why)
+                self.failure, self.exit_code = self.failure or cause, ENGINE_FAILED
+            else:
+                self._restart(child.spec, cause)
+        self._stop_when_drained()
+
+    def _restart(self, spec: ProcessSpec, cause: StartupFailure) -> None:
+        now, restarts = time.monotonic(), self._restarts[spec.name]
+        pause = restarts.next_pause(now)
+        if pause is None:
+            often = f", after {restarts.recent} restarts within {WINDOW:g} s" if restarts.recent else ""
+            self._fail(msgspec.structs.replace(cause, what=cause.what + often))
+            return
+        when = f"in {pause:g} s" if pause else "now"
+        log.error("%s: %s; it is started again %s", cause.what, cause.why, when)
+        self._due.append((now + pause, again(spec)))
+        if spec.role == "engine":
+            log.error("its last batch: %s", self.heartbeat.batch)
+            self._is_quiet = False
+            running, culprits = self.heartbeat.running, self.heartbeat.culprits
+            self._engine_status = Status(
+                "restarting", message=cause.what, restarts=restarts.total, suspects=running, culprits=culprits
+            )
+            self._tell("api", pack(Kind.STATUS, self._engine_status))
+
+    def _watch_engine(self) -> None:
+        now = time.monotonic()
+        if now < self._next_look:
+            return
+        self._next_look = now + self._watchdog.interval
+        verdict = self._watchdog.look()
+        if self.phase not in (Phase.SERVING, Phase.DRAINING) or not self._running("engine"):
+            return
+        if verdict is Verdict.HUNG:
+            self._end_hung(self._running("engine")[0])
+        elif self._is_quiet != (verdict is Verdict.QUIET):
+            self._is_quiet = not self._is_quiet
+            status = msgspec.structs.replace(self._engine_status, suspects=b"", culprits=b"")
+            if self._is_quiet:
+                status = msgspec.structs.replace(status, phase="not_responding", message=self._watchdog.reason)
+            self._tell("api", pack(Kind.STATUS, status))
+
+    def _end_hung(self, engine: Child) -> None:
+        """Its end is handled like any other, with the reason as its last words."""
+        reason, what = self._watchdog.reason, f"{engine.spec.name} (pid {engine.process.pid}) hung"
+        stacks = stacks_of(engine.process.pid, stacks_path(self.directory)) or "no stack could be had"
+        log.handle(log.makeRecord(log.name, logging.ERROR, __file__, 0, f"{what}: {reason}", (), None, sinfo=stacks))
+        fix = "the stacks above show where; if it was only slow, a longer limit"
+        self._last_words[_identity(engine.spec)] = StartupFailure("HS-E203", what, reason, fix, ENGINE_FAILED)
+        engine.kill()
+        self._next_look += GRACE  # it is judged once
+
+    def _stop(self) -> None:
+        self.phase = Phase.STOPPING
+        self._due.clear()
+
+    def _stop_when_drained(self) -> None:
+        """Nobody is left to serve: the engines can go."""
+        if self.phase is Phase.DRAINING and not self._running("api"):
+            self._stop()
+            self._tell("engine", pack(Kind.SHUTDOWN, Empty()))
+            self._end_in(GRACE if self._engine_status.phase == "ready" else 0)
 
     def _fail(self, failure: StartupFailure) -> None:
         """Ends the server. Only the first failure is reported: the others are its consequences."""
-        if self.failure is not None or self.phase is Phase.STOPPING:
+        if self.phase is Phase.STOPPING:
             return
         was_serving = self.phase in (Phase.SERVING, Phase.DRAINING)
-        self.failure = failure
+        self.failure = self.failure or failure
         self.exit_code = ENGINE_FAILED if was_serving else failure.exit_code
-        self.phase = Phase.STOPPING
+        self._stop()
         if was_serving:
             log.error("%s: %s", failure.what, failure.why)
-        self._tell("api", pack(Kind.STATUS, Status("dead", message=failure.what)))
+        dead = Status("dead", message=failure.what, restarts=self._engine_status.restarts)
+        self._tell("api", pack(Kind.STATUS, dead))
         self._tell("api", pack(Kind.SHUTDOWN, Empty()))
         self._tell("engine", pack(Kind.SHUTDOWN, Empty()))
         self._end_in(GRACE if was_serving else 0)
@@ -214,10 +323,11 @@ class Supervisor:
     def _end_in(self, seconds: float) -> None:
         self._deadline = time.monotonic() + seconds
 
-    def _milliseconds_left(self) -> int | None:
-        if self._deadline is None:
-            return None
-        return max(0, int((self._deadline - time.monotonic()) * 1000) + 1)
+    def _milliseconds_left(self) -> int:
+        times = [self._next_look, *(when for when, _ in self._due)]
+        if self._deadline is not None:
+            times.append(self._deadline)
+        return max(0, int((min(times) - time.monotonic()) * 1000) + 1)
 
     def _wait_for(self, condition: Callable[[], bool], seconds: float) -> None:
         end = time.monotonic() + seconds
@@ -231,32 +341,6 @@ class Supervisor:
 
     def _running(self, role: str) -> list[Child]:
         return [child for child in self.children.values() if child.spec.role == role]
-
-
-class Signals:
-    """SIGINT and SIGTERM as bytes on a socket, so that one poll waits for them and for everything else."""
-
-    HANDLED = (signal.SIGINT, signal.SIGTERM)
-
-    def __init__(self) -> None:
-        self.readable, self._written = socket.socketpair()
-        self.readable.setblocking(False)
-        self._written.setblocking(False)
-        self._old_fd = signal.set_wakeup_fd(self._written.fileno(), warn_on_full_buffer=False)
-        self._old = {number: signal.signal(number, lambda *_: None) for number in self.HANDLED}
-
-    def take(self) -> list[int]:
-        try:
-            return [number for number in self.readable.recv(64) if number in self.HANDLED]
-        except BlockingIOError:
-            return []
-
-    def close(self) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-        signal.set_wakeup_fd(self._old_fd)
-        self.readable.close()
-        self._written.close()
 
 
 def _identity(spec: ProcessSpec) -> bytes:

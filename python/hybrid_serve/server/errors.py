@@ -48,9 +48,11 @@ CATALOGUE: dict[str, tuple[int, str, str]] = {
     "model_loading": (503, _UNAVAILABLE, "HS-E151"),
     "engine_dead": (503, _UNAVAILABLE, "HS-E152"),
     "draining": (503, _UNAVAILABLE, "HS-E153"),
+    "engine_restarting": (503, _UNAVAILABLE, "HS-E154"),
+    "request_quarantined": (500, _SERVER, "HS-E155"),
 }
 _INTERNAL_MESSAGE = "The server had an error while processing your request."
-_RETRY_SECONDS = {"model_loading": 2, "engine_dead": 5, "draining": 5}
+_RETRY_SECONDS = {"model_loading": 2, "engine_dead": 5, "draining": 5, "engine_restarting": 2}
 
 
 class ApiError(Exception):

@@ -40,6 +40,8 @@ class Lifecycle:
             raise ApiError("draining", "The server is shutting down and takes no new requests.")
         if phase == "dead":
             raise ApiError("engine_dead", "The engine is not running.")
+        if phase in ("restarting", "not_responding"):
+            raise ApiError("engine_restarting", "The engine is being restarted. Try again shortly.")
         status = self._client.status
         percent = f" ({status.progress:.0%})" if status.progress else ""
         raise ApiError("model_loading", f"The model is still loading: {phase.replace('_', ' ')}{percent}.")

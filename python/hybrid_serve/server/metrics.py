@@ -118,6 +118,9 @@ class Metrics(Collector):
         yield self._counter("prompt_tokens", "Prompt tokens of all requests.", self.prompt_tokens)
         yield self._counter("prompt_tokens_cached", "Prompt tokens that were in the cache.", self.cached_tokens)
         yield self._counter("generation_tokens", "Tokens generated.", self.generation_tokens)
+        yield self._own_counter("engine_restarts", "Restarts of the engine.", self._client.status.restarts)
+        yield self._own_counter("requests_replayed", "Requests that outlived an engine.", self._client.num_replayed)
+        yield self._own_counter("requests_quarantined", "Requests that killed it twice.", self._client.num_quarantined)
         success = CounterMetricFamily(
             f"{self._prefix}request_success", "Choices by the way they ended.", labels=[*_LABELS, "finished_reason"]
         )
@@ -135,6 +138,11 @@ class Metrics(Collector):
 
     def _counter(self, name: str, text: str, value: float) -> Metric:
         family = CounterMetricFamily(self._prefix + name, text, labels=_LABELS)
+        family.add_metric(self._labels, value)
+        return family
+
+    def _own_counter(self, name: str, text: str, value: float) -> Metric:
+        family = CounterMetricFamily(f"hybrid:{name}", text, labels=_LABELS)
         family.add_metric(self._labels, value)
         return family
 

@@ -55,15 +55,15 @@ def http_server(context: ServerContext) -> HttpServer:
     return HttpServer(config)
 
 
-def main(config: Config, api_index: int, listen_fd: int, control_address: str, data_addresses: Sequence[str]) -> None:
-    """Returns when the server was told to shut down and has. Raises ``StartupError``."""
-    uvloop.run(_serve(config, api_index, socket.socket(fileno=listen_fd), control_address, data_addresses))
-
-
-async def _serve(
-    config: Config, api_index: int, listener: socket.socket, control_address: str, data_addresses: Sequence[str]
+def main(
+    config: Config, api_index: int, listen_fd: int, control_address: str, data_addresses: Sequence[str], launch: int
 ) -> None:
-    client = ZmqEngineClient(config, api_index, control_address, data_addresses)
+    """Returns when the server was told to shut down and has. Raises ``StartupError``."""
+    client = ZmqEngineClient(config, api_index, control_address, data_addresses, launch=launch)
+    uvloop.run(_serve(config, api_index, socket.socket(fileno=listen_fd), client))
+
+
+async def _serve(config: Config, api_index: int, listener: socket.socket, client: ZmqEngineClient) -> None:
     context = ServerContext(config, client, api_index)
     server = http_server(context)
     stopping = Stopping(context, server)

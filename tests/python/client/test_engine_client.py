@@ -164,6 +164,114 @@ def test_a_dead_engine_fails_the_open_streams_after_what_has_arrived_and_every_n
     with_server(tmp_path, test)
 
 
+def ids_of(*numbers: int) -> bytes:
+    return array("Q", numbers).tobytes()
+
+
+async def joined_again(server: FakeServer) -> None:
+    assert (await server.receive(server.engines[0]))[1] == Kind.JOIN
+
+
+def test_after_an_engines_death_each_choice_goes_on_behind_what_it_has_received(tmp_path: Path) -> None:
+    """F-01: the same id, seed and limits; which part of the tokens is the request's own is said."""
+
+    async def test(server: FakeServer) -> None:
+        asked = params(50, min_tokens=9)
+        async with server.client.generate(ids([1, 2]), asked, n=3, priority=4, cache_salt=b"x") as stream:
+            original = unpack((await server.receive(server.engines[0]))[2], AddRequest)
+            server.step([(0, 10, FinishReason.NONE), (1, 20, FinishReason.STOP)])
+            server.step([(0, 11, FinishReason.NONE)])
+            assert len(await anext(stream)) >= 2
+            await until(lambda: stream._received[0].tolist() == [10, 11])
+            server.tell(pack(Kind.STATUS, Status("restarting", restarts=1, suspects=ids_of(FIRST_ID, FIRST_ID + 1))))
+            await joined_again(server)
+            added = [await server.receive(server.engines[0]) for _ in range(2)]
+            first, third = (unpack(frames[2], AddRequest) for frames in added)
+            assert [frames[3] for frames in added] == [ids([1, 2, 10, 11]), ids([1, 2])]
+            assert (first.id, first.n, first.num_generated, first.first_choice) == (FIRST_ID, 1, 2, 0)
+            assert (third.id, third.n, third.num_generated, third.first_choice) == (FIRST_ID + 2, 1, 0, 2)
+            assert (first.is_replay, first.is_suspect, third.is_replay, third.is_suspect) == (True, True, True, False)
+            for again in (first, third):
+                assert (again.params, again.priority, again.cache_salt) == (asked, 4, b"x")
+            assert not original.is_replay
+            assert server.client.num_replayed == 1
+
+    with_server(tmp_path, test)
+
+
+def test_a_request_of_which_nothing_came_is_asked_for_as_it_was(tmp_path: Path) -> None:
+    async def test(server: FakeServer) -> None:
+        async with server.client.generate(ids([1, 2]), params(), n=3):
+            original = unpack((await server.receive(server.engines[0]))[2], AddRequest)
+            server.tell(pack(Kind.STATUS, Status("restarting", restarts=1, suspects=ids_of(FIRST_ID))))
+            await joined_again(server)
+            frames = await server.receive(server.engines[0])
+            again = unpack(frames[2], AddRequest)
+            assert (again.id, again.n, again.is_suspect, frames[3]) == (original.id, 3, True, ids([1, 2]))
+
+    with_server(tmp_path, test)
+
+
+def test_what_the_dead_engine_had_sent_and_nobody_read_is_not_taken_twice(tmp_path: Path) -> None:
+    """The old socket goes with what is in it; the same status told again replays nothing."""
+
+    async def test(server: FakeServer) -> None:
+        async with server.client.generate(ids([1]), params()) as stream:
+            await server.receive(server.engines[0])
+            restarting = pack(Kind.STATUS, Status("restarting", restarts=1))
+            # Both wait for the client when it looks next; whichever it reads first, the token comes once.
+            server.tell(restarting)
+            server.step([(0, 5, FinishReason.NONE)])
+            await joined_again(server)
+            own = unpack((await server.receive(server.engines[0]))[2], AddRequest).num_generated
+            server.step([(0, token, FinishReason.NONE) for token in (5, 6)[own:]])
+            server.tell(restarting)
+            server.step([(0, 7, FinishReason.STOP)])
+            assert [output.token_ids for turn in [turn async for turn in stream] for output in turn] == [[5], [6], [7]]
+            assert server.client.num_replayed == 1
+
+    with_server(tmp_path, test)
+
+
+def test_the_culprit_fails_alone(tmp_path: Path) -> None:
+    """F-02: with all its choices; it is not sent again."""
+
+    async def test(server: FakeServer) -> None:
+        culprit, innocent = server.client.generate(ids([1]), params(), n=2), server.client.generate(ids([2]), params())
+        async with culprit, innocent:
+            for _ in range(2):
+                await server.receive(server.engines[0])
+            both = ids_of(FIRST_ID + 1, FIRST_ID + 2)
+            lost = Status("restarting", restarts=2, suspects=both, culprits=ids_of(FIRST_ID + 1))
+            server.tell(pack(Kind.STATUS, lost))
+            with pytest.raises(EngineRejected) as caught:
+                await anext(culprit)
+            assert (caught.value.status, caught.value.code) == (500, "request_quarantined")
+            await joined_again(server)
+            assert unpack((await server.receive(server.engines[0]))[2], AddRequest).id == FIRST_ID + 2
+            assert (server.client.num_replayed, server.client.num_quarantined) == (1, 1)
+
+    with_server(tmp_path, test)
+
+
+def test_a_refused_replay_of_one_choice_ends_the_others_in_the_engine(tmp_path: Path) -> None:
+    async def test(server: FakeServer) -> None:
+        async with server.client.generate(ids([1]), params(), n=2) as stream:
+            await server.receive(server.engines[0])
+            server.step([(0, 5, FinishReason.NONE)])
+            assert await anext(stream)
+            server.tell(pack(Kind.STATUS, Status("restarting", restarts=1)))
+            await joined_again(server)
+            for _ in range(2):
+                await server.receive(server.engines[0])
+            server.send(pack(Kind.REJECT, Reject(FIRST_ID, 1, 400, "smaller now", "context_length_exceeded")))
+            with pytest.raises(EngineRejected, match="smaller now"):
+                await anext(stream)
+            assert (await server.receive(server.engines[0]))[3] == ids_of(FIRST_ID + 1)
+
+    with_server(tmp_path, test)
+
+
 def test_a_reader_that_waits_is_woken_when_the_client_closes(tmp_path: Path) -> None:
     async def test(server: FakeServer) -> None:
         stream = await server.client.generate(ids([1]), params()).__aenter__()

@@ -11,24 +11,21 @@ from pathlib import Path
 
 import httpx
 import psutil
-import pytest
 
 from .server import Server, command, free_port, serving, wait_until
 
 
-@pytest.mark.parametrize("victim", ["supervisor", "engine", "api"])
-def test_kill_9_of_any_process_leaves_no_orphan(demo_gguf: Path, victim: str) -> None:
+def test_kill_9_of_the_supervisor_leaves_no_orphan(demo_gguf: Path) -> None:
     with serving(str(demo_gguf), "--max-model-len", "512") as server:
         tree = server.tree()
         assert len(tree) >= 3
-        target = tree[0] if victim == "supervisor" else server.child(f"hybrid-serve: {victim}")
-        target.kill()
+        tree[0].kill()
         server.process.wait(10)
 
         def gone() -> bool:
             return not [p for p in tree if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 
-        wait_until(gone, f"all processes are gone after kill -9 of the {victim}", timeout=5)
+        wait_until(gone, "all processes are gone", timeout=5)
         assert server.process.returncode != 0
         # A killed process's last thread may hold the port for a moment after it counts as gone.
         wait_until(lambda: is_free(server.port), "the port is free", timeout=5)

@@ -12,6 +12,7 @@ import pytest
 from api_harness import CHAT, COMPLETIONS, MESSAGES, Api
 from fake_engine import FakeEngine
 from hybrid_serve.client import EngineRejected
+from hybrid_serve.wire import Status
 
 INVALID = "invalid_request_error"
 SECRETS = re.compile(r"0x[0-9a-f]{6,}|/home/|/work|site-packages|Traceback|File \"|\.py|hybrid_serve")
@@ -285,6 +286,35 @@ def test_refusal_of_the_engine_reaches_the_client_as_its_status(make_api: Any, s
         make_api(FakeEngine(lambda call, choice: [], reject=too_long)).post(CHAT, chat(stream=stream)).json()["error"]
     )
     assert (error["code"], error["param"], error["type"]) == ("context_length_exceeded", "prompt", INVALID)
+
+
+def test_a_quarantined_request_is_a_500_with_its_code_and_on_a_stream_an_error_event(make_api: Any) -> None:
+    """F-02, P11, P13."""
+    quarantined = EngineRejected(500, "it died of this request", "request_quarantined")
+    api = make_api(FakeEngine(lambda call, choice: [5] * 10, reject=quarantined))
+    response = api.post(CHAT, chat())
+    assert response.status_code == 500
+    error = response.json()["error"]
+    assert (error["code"], error["type"], error["hs_code"]) == ("request_quarantined", "server_error", "HS-E155")
+    begun = make_api(FakeEngine(lambda call, choice: [5] * 10, reject_after=(2, quarantined)))
+    streamed = begun.post(CHAT, chat(stream=True))
+    assert streamed.status_code == 200
+    assert "[DONE]" not in streamed.text
+    last = json.loads(streamed.text.strip().split("\n\n")[-1].removeprefix("data: "))
+    assert last["error"]["code"] == "request_quarantined"
+
+
+@pytest.mark.parametrize("phase", ["restarting", "not_responding"])
+def test_a_request_during_a_restart_is_told_to_come_back(make_api: Any, phase: str) -> None:
+    """P1, P2: and ``/ready`` says so, while ``/live`` is well."""
+    api = make_api(FakeEngine(lambda call, choice: [5], status=Status(phase, message="engine 0 (pid 7) died")))
+    response = api.post(CHAT, chat())
+    assert response.status_code == 503
+    assert response.json()["error"]["code"] == "engine_restarting"
+    assert response.headers["retry-after"] == "2"
+    ready = api.get("/ready")
+    assert (ready.status_code, ready.json()["state"]) == (503, phase)
+    assert api.get("/live").status_code == 200
 
 
 def test_death_of_the_engine_is_a_503_and_on_a_stream_an_error_event_without_done(make_api: Any) -> None:

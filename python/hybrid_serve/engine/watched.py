@@ -1,0 +1,33 @@
+"""WatchedExecutor: says in the heartbeat which step is begun, for whoever has to find out what an engine died of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from typing_extensions import Buffer
+
+from ..heartbeat import BatchHeader, Heartbeat
+from .executor import Executor, ExecutorFacts, Layout, Pending
+
+if TYPE_CHECKING:
+    from .._core import Batch, Scheduler
+
+
+class WatchedExecutor:
+    """An executor in front of another one. Knows the batch's numbers and ids, not what is computed."""
+
+    def __init__(self, executor: Executor, core: Scheduler, heartbeat: Heartbeat) -> None:
+        self._executor, self._core, self._heartbeat = executor, core, heartbeat
+        self.depth = executor.depth
+
+    def allocate(self) -> ExecutorFacts:
+        return self._executor.allocate()
+
+    def bind(self, arenas: Sequence[Buffer], layout: Layout) -> None:
+        self._executor.bind(arenas, layout)
+
+    def submit(self, batch: Batch) -> Pending:
+        header = BatchHeader(*(getattr(batch, name) for name in BatchHeader._fields))
+        self._heartbeat.enter_step(header, self._core.ids_in_flight())
+        return self._executor.submit(batch)
