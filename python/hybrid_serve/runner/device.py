@@ -49,6 +49,5 @@ def open_device(config: EngineConfig) -> CpuDevice:
             "device cuda is not available",
             "this version runs models on the CPU only",
             "leave --device out, or use --device cpu",
-            exit_code=2,
         )
     return CpuDevice(config.cpu_threads)

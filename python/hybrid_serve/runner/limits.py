@@ -40,7 +40,6 @@ def longest_context(spec: ModelSpec, requested: int) -> int:
             f"--max-model-len {requested} is more than the model can do",
             f"this model takes up to {limit} tokens: {reason}",
             f"--max-model-len {limit}, or leave it out",
-            exit_code=2,
         )
     return requested or limit
 
@@ -100,7 +99,7 @@ def check_weights_fit(weight_bytes: int, free_bytes: int) -> None:
 
 
 def _does_not_fit(what: str, why: str, fix: str) -> StartupError:
-    return StartupError("HS-E026", what, why, fix, exit_code=12)
+    return StartupError("HS-E026", what, why, fix)
 
 
 def _mib(num_bytes: int) -> str:

@@ -70,6 +70,7 @@ def test_the_installed_command_and_the_module_are_the_same() -> None:
         (["--help"], {"torch", "numpy", "starlette", "zmq", "msgspec", "yaml", "http.client", "asyncio"}),
         (["serve", "--help"], {"torch", "numpy", "starlette", "zmq", "yaml", "http.client", "asyncio"}),
         (["chat", "--help"], {"torch", "numpy", "starlette", "zmq", "yaml", "asyncio"}),
+        (["explain", "HS-E031"], {"torch", "numpy", "starlette", "zmq", "msgspec", "yaml", "http.client", "asyncio"}),
         (["collect-env", "--help"], {"torch", "numpy", "starlette", "zmq", "yaml", "http.client"}),
     ],
 )
