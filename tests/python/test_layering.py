@@ -41,7 +41,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "text": {"checkpoint", *BOTTOM},
     "server": {"client", "text", "checkpoint", *BOTTOM},
     "launch": {"checkpoint", "sockets", *BOTTOM},
-    "cli": {"launch", "client", "checkpoint", *BOTTOM},
+    "cli": {"launch", "client", "text", "checkpoint", *BOTTOM},
     "llm": {"engine", "runner", "models", "text", "checkpoint", "client", "launch", "_core", *BOTTOM},
     "__main__": {"cli"},
 }

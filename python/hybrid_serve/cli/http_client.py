@@ -35,6 +35,7 @@ class Answer:
         self._reader, self._parser = reader, httptools.HttpResponseParser(self)
         self._pieces: list[bytes] = []
         self._has_head = self._is_complete = False
+        self.may_be_followed = False  # the body has ended, and the connection can carry another request
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         """The pieces of the body as they come. Raises HttpFailure if it ends early."""
@@ -48,11 +49,6 @@ class Answer:
 
     async def read(self) -> bytes:
         return b"".join([piece async for piece in self])
-
-    @property
-    def may_be_followed(self) -> bool:
-        """Whether the connection can carry another request."""
-        return self._is_complete and bool(self._parser.should_keep_alive())
 
     async def head(self) -> None:
         while not self._has_head:
@@ -82,7 +78,7 @@ class Answer:
         self._pieces.append(body)
 
     def on_message_complete(self) -> None:
-        self._is_complete = True
+        self._is_complete, self.may_be_followed = True, self._parser.should_keep_alive()
 
 
 class HttpClient:

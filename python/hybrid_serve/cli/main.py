@@ -24,6 +24,7 @@ COMMANDS = {
     "chat": Command("openai", "chat", "talk to a running server"),
     "complete": Command("openai", "complete", "let a running server continue a text"),
     "run-batch": Command("batch.command", "run_batch", "answer a file of requests into a file of results"),
+    "bench": Command("bench.command", "bench", "measure a server, the engine, or a start"),
     "explain": Command("explain", "explain", "say what an error's number (HS-E###) means and what helps"),
     "collect-env": Command("collect_env", "collect_env", "print what a bug report needs to know"),
 }
