@@ -114,6 +114,8 @@ def _memory() -> dict[str, Any]:
         "total_bytes": sizes.get("MemTotal"),
         "available_bytes": sizes.get("MemAvailable"),
         "cgroup_limit_bytes": int(limit) if limit.isdigit() else None,
+        "huge_pages": (re.findall(r"\[(\w+)\]", _read("/sys/kernel/mm/transparent_hugepage/enabled")) or [None])[0],
+        "shared_bytes": shutil.disk_usage("/dev/shm").total if Path("/dev/shm").is_dir() else None,
     }
 
 
@@ -134,6 +136,15 @@ def _packages() -> dict[str, str | None]:
         required = []  # used from a source tree
     names = {re.split(r"[\s;<>=!~\[(]", line, maxsplit=1)[0] for line in required}
     return {name: _version(name) for name in sorted(names | {"torch", "transformers"})}
+
+
+def optional_packages() -> set[str]:
+    """Those that only an extra requires."""
+    try:
+        required = metadata.requires("hybrid-serve") or []
+    except metadata.PackageNotFoundError:
+        return set()
+    return {re.split(r"[\s;<>=!~\[(]", line, maxsplit=1)[0] for line in required if "extra ==" in line}
 
 
 def _version(package: str) -> str | None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import psutil
 import torch
 from torch import Tensor
 
 from .. import _kernels
 from ..config import EngineConfig
 from ..errors import StartupError
+from . import memory
 
 
 class CpuDevice:
@@ -30,11 +28,7 @@ class CpuDevice:
 
     def free_bytes(self) -> int:
         """Memory that can be taken without swapping, within the limit of the control group if there is one."""
-        available = psutil.virtual_memory().available
-        limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-        if limit.exists() and used.exists() and (text := limit.read_text().strip()).isdigit():
-            available = min(available, max(int(text) - int(used.read_text()), 0))
-        return available
+        return memory.free_bytes()
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Not initialised; the system provides pages as they are first written."""
