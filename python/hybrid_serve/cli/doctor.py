@@ -164,6 +164,13 @@ def _packages(facts: Facts) -> Check:
     missing = [name for name in missing if name not in collect_env.optional_packages()]
     if missing:
         return Check("packages", "fail", f"not installed: {', '.join(missing)}", f"pip install {' '.join(missing)}")
+    if old := collect_env.too_old():
+        return Check(
+            "packages",
+            "fail",
+            f"too old: {', '.join(old)}",
+            f"pip install --upgrade {' '.join(line.split()[0] for line in old)}",
+        )
     return Check("packages", "ok", f"torch {facts['packages']['torch']}, and {len(facts['packages']) - 1} more")
 
 

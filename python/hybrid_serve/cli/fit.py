@@ -22,6 +22,7 @@ from ..models import family_of
 from ..models.names import expected_tensors
 from ..runner import limits, memory
 from . import options
+from .collect_env import output_lines
 from .settings import settings
 from .usage import Parser, UsageError, dashed
 
@@ -102,7 +103,6 @@ def _plan(config: Config, model: Model, free: int) -> limits.CachePlan:
 
 
 def _facts(config: Config, model: Model, free: int, plan: limits.CachePlan | None) -> dict[str, Any]:
-    left = max(free - model.weight_bytes, 0)
     found: dict[str, Any] = {
         "model": config.model.model,
         "family": model.spec.family,
@@ -112,9 +112,13 @@ def _facts(config: Config, model: Model, free: int, plan: limits.CachePlan | Non
         "weight_bytes": model.weight_bytes,
         "kv_bytes_per_token": model.token_bytes,
         "free_bytes": free,
-        "free_after_weights_bytes": left,
+        "free_after_weights_bytes": max(free - model.weight_bytes, 0),
         "start": None,
-        "choices": _choices(config, model, int(left * _SHARE_FOR_CACHE)),
+        "choices": _choices(config, model, _for_cache(model, free)),
+        "gpus": [
+            {"name": name, "free_bytes": gpu_free, "choices": _choices(config, model, _for_cache(model, gpu_free))}
+            for name, gpu_free in gpus()
+        ],
     }
     if plan is not None:
         num_tokens = plan.num_blocks * config.cache.block_size
@@ -124,6 +128,20 @@ def _facts(config: Config, model: Model, free: int, plan: limits.CachePlan | Non
             "requests_of_that_length": num_tokens // plan.max_model_len,
             "notes": list(plan.notes),
         }
+    return found
+
+
+def _for_cache(model: Model, free: int) -> int:
+    return int(max(free - model.weight_bytes, 0) * _SHARE_FOR_CACHE)
+
+
+def gpus() -> list[tuple[str, int]]:
+    """(name, free bytes) of each that is visible."""
+    found = []
+    for line in output_lines(["nvidia-smi", "--query-gpu=name,memory.free", "--format=csv,noheader,nounits"]):
+        name, _, mib = line.rpartition(",")
+        if mib.strip().isdigit():
+            found.append((name, int(mib) * 2**20))
     return found
 
 
@@ -162,6 +180,10 @@ def _text(found: dict[str, Any]) -> str:
         for row in found["choices"]:
             size = f"{row['context']:>7} x {row['requests']:>5} requests = {_gib(row['kv_cache_bytes']):>9}"
             lines.append(f"  context {size}   {row['flags']}")
+    for index, gpu in enumerate(found["gpus"]):
+        best = gpu["choices"][0] if gpu["choices"] else None
+        verdict = f"context {best['context']} x {best['requests']} requests at most" if best else "does not fit"
+        lines.append(f"gpu {index}    {gpu['name']}, {_gib(gpu['free_bytes'])} free: {verdict}")
     return "\n".join(lines)
 
 

@@ -97,6 +97,20 @@ def test_free_memory_is_within_the_control_groups_limit(tmp_path: Path, monkeypa
     assert memory.free_bytes() > 2**20
 
 
+def test_each_gpu_has_a_verdict(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """P3."""
+    program = tmp_path / "nvidia-smi"
+    program.write_text('#!/bin/sh\necho "H100, 4096"\necho "Tiny, 0"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert main(["fit", str(model)]) == 0
+    first, second = capsys.readouterr().out.splitlines()[-2:]
+    assert first.startswith("gpu 0    H100, 4.00 GiB free: context 512 x")
+    assert second == "gpu 1    Tiny, 0.00 GiB free: does not fit"
+
+
 class Hub(BaseHTTPRequestHandler):
     """Enough of a model hub for one small file."""
 

@@ -7,6 +7,7 @@ import os
 import resource
 import socket
 import zipfile
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,17 @@ def test_a_fault_is_found_and_has_a_fix(
 ) -> None:
     check = checked(altered(altered(facts, "hybrid-serve", cuda_kernels=False), section, **values))[name]
     assert (check.level, words in check.found) == (level, True), check
+
+
+def test_packages_below_their_least_version_are_a_failure(
+    monkeypatch: pytest.MonkeyPatch, facts: dict[str, dict[str, Any]]
+) -> None:
+    version = metadata.version("msgspec")
+    monkeypatch.setattr(metadata, "requires", lambda _: [f"msgspec>={version}.0", "pyyaml>=5", 'zzz>=9; extra == "x"'])
+    assert checked(facts)["packages"].level == "ok"
+    monkeypatch.setattr(metadata, "requires", lambda _: ["msgspec>=99.1", "torch"])
+    check = checked(facts)["packages"]
+    assert (check.level, check.found) == ("fail", f"too old: msgspec {version}, needs 99.1")
 
 
 def test_a_busy_port_names_who_has_it(facts: dict[str, dict[str, Any]]) -> None:

@@ -160,6 +160,8 @@ class _Batch:
             print(f"{status.phase.replace('_', ' ')} {status.message}".rstrip(), file=sys.stderr)
 
     def ready(self) -> None:
+        if self._driver is not None:
+            return  # ready again
         client = HttpClient(self._url, self._config.server.api_key[0])
         self._driver = Driver(client, self._max_inflight, self._take)
         self._thread.start()

@@ -63,12 +63,11 @@ class Driver:
         if request.problem:
             problem = {"code": "invalid_line", "message": f"line {request.number}: {request.problem}"}
             return Result(name, request.custom_id, None, problem)
+        failure = ""
         async with self._gate:
             for attempt in range(1, MAX_TRIES + 1):
                 if self._stopping.is_set():
                     return None
-                pause = LONGEST_PAUSE
-                failure = ""
                 try:
                     async with self._client.request("POST", request.url, request.body) as answer:
                         body = await answer.read()
@@ -76,10 +75,10 @@ class Driver:
                         request_id = answer.headers.get("x-request-id", "")
                         response = Response(answer.status, request_id, _one_line(body))
                         return Result(name, request.custom_id, response, None)
-                    pause = _seconds(answer.headers.get("retry-after", "1"))
+                    failure, pause = f"HTTP {answer.status}", _seconds(answer.headers.get("retry-after", ""))
                 except HttpFailure as error:
-                    failure = str(error)
-                if not await self._pause(pause if not failure else 1.0):
+                    failure, pause = str(error), 1.0
+                if not await self._pause(pause):
                     return None
         return Result(name, request.custom_id, None, {"code": "connection_error", "message": failure})
 

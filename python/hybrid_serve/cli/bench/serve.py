@@ -150,7 +150,7 @@ async def _wait_ready(client: HttpClient, url: str, seconds: float) -> str:
                 body, status = await answer.read(), answer.status
             if status == 200 and await _takes_requests(client):
                 return str(json.loads(body)["data"][0]["id"])
-            why = f"HTTP {status}"
+            why = "the model is not loaded" if status == 200 else f"HTTP {status}"
         except HttpFailure as error:
             why = str(error)
         except (ValueError, LookupError, TypeError):
