@@ -163,7 +163,9 @@ void attention(const std::string& name, const Heads& h, const std::vector<int32_
   a.out = out, a.q = q;
   a.query_start = memory.column(query_start, DType::i32), a.seq_lens = memory.column(lens, DType::i32);
   a.kv_start = memory.column(kv_start, DType::i32), a.kv_blocks = memory.column(table, DType::i32);
-  a.num_decodes = decode ? seqs : 0, a.max_query_len = *std::max_element(queries.begin(), queries.end());
+  a.num_decodes = memory.column(std::vector<int64_t>{decode ? seqs : 0}, DType::i64);
+  a.max_decodes = decode ? seqs : 0, a.max_prompts = decode ? 0 : seqs,
+  a.max_query_len = *std::max_element(queries.begin(), queries.end());
   a.scale = 1.0f / std::sqrt(static_cast<float>(h.dim)), a.stream = stream;
   const double time = time_of_launch(layers, [&](int64_t layer) {
     for (int which : {0, 1}) {

@@ -152,7 +152,7 @@ struct Batch {
       a.seq_lens = view_of(seq_lens.data(), DType::i32, {n});
       a.kv_start = view_of(kv_start.data(), DType::i32, {n + 1});
       a.kv_blocks = view_of(kv_blocks.data(), DType::i32, {blocks});
-      a.num_decodes = decodes;
+      a.num_decodes = view_of(&decodes, DType::i64, {1}), a.max_decodes = decodes, a.max_prompts = n - decodes;
       a.max_query_len = longest;
       a.scale = 1.0f / std::sqrt(static_cast<float>(dim));
       a.stream = nullptr;

@@ -21,7 +21,8 @@ struct AttentionParams {
   const int32_t* __restrict__ kv_blocks;
   int64_t out_row, out_head, q_row, q_head;  // strides in elements
   int64_t k_block, k_head, v_block, v_head;  // a head's tokens are contiguous
-  int first_seq, seqs;                       // the kernel's sequences: [first_seq, first_seq + seqs)
+  const int64_t* __restrict__ num_decodes;   // or null: no decodes
+  int first_seq, seqs;                       // the call's sequences: [first_seq, first_seq + seqs)
   int kv_heads, group, dim, block_shift;     // group: query heads of a KV head; 2^block_shift tokens a block
   float scale_log2;                          // scale / ln 2: softmax is in base 2
   float* __restrict__ partials;              // decode only

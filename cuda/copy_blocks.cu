@@ -16,6 +16,8 @@ struct CopyBlocksParams {
 };
 
 __global__ void copy_blocks_kernel(const __grid_constant__ CopyBlocksParams p) {
+  let_next_kernel_start();
+  wait_for_previous_kernel();
   const char* from = p.cache + p.src[blockIdx.y] * p.block_stride;
   char* to = p.cache + p.dst[blockIdx.y] * p.block_stride;
   const int64_t step = int64_t{gridDim.x} * blockDim.x * 16;

@@ -3,6 +3,7 @@
 
 #include "device.cuh"
 #include "launch.cuh"
+#include "ops/ops.h"
 
 namespace hybrid::cuda {
 
@@ -26,7 +27,7 @@ struct Region {
 };
 
 struct DeviceState {
-  int64_t multiprocessors = 0, shared_bytes = 0;
+  int64_t multiprocessors = 0, shared_bytes = 0, capability = 0;
   Region scratch, counters;
 };
 
@@ -38,10 +39,12 @@ DeviceState& current() {
   check(cudaGetDevice(&index));
   DeviceState& state = states[index];
   if (state.multiprocessors == 0) {
-    int count = 0, bytes = 0;
+    int count = 0, bytes = 0, major = 0;
     check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, index));
     check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, index));
+    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index));
     state.multiprocessors = count;
+    state.capability = major;
     state.shared_bytes = bytes;
   }
   return state;
@@ -62,6 +65,13 @@ int64_t multiprocessors() {
 int64_t shared_bytes_per_multiprocessor() {
   const std::lock_guard lock(guard);
   return current().shared_bytes;
+}
+
+bool is_built() { return true; }
+
+bool can_overlap_launches() {
+  const std::lock_guard lock(guard);
+  return current().capability >= 9;
 }
 
 void* scratch(size_t bytes, Stream stream) {

@@ -37,6 +37,8 @@ __device__ inline void load_slice(uint4* to, const T* from, int64_t stride, int6
 template <class T, int tile_m, int tile_n, int warp_m, int warp_n>
 __global__ void __launch_bounds__((tile_m / warp_m) * (tile_n / warp_n) * warp_size)
     tiled_linear_kernel(const __grid_constant__ LinearParams<T> p) {
+  let_next_kernel_start();
+  wait_for_previous_kernel();
   constexpr int threads = (tile_m / warp_m) * (tile_n / warp_n) * warp_size;
   constexpr int m_tiles = warp_m / 16, n_tiles = warp_n / 8, stage_packs = (tile_m + tile_n) * 8;
   extern __shared__ uint4 shared[];

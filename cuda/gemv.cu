@@ -25,6 +25,8 @@ struct Ring {
 
 template <class T, int eights, int columns>
 __global__ void __launch_bounds__(threads) skinny_linear_kernel(const __grid_constant__ LinearParams<T> p) {
+  let_next_kernel_start();
+  wait_for_previous_kernel();
   using Ring = Ring<eights, columns>;
   constexpr int tiles = (eights + 1) / 2;  // of 16 rows
   extern __shared__ uint4 shared[];

@@ -16,6 +16,23 @@ inline void check(cudaError_t result, std::source_location at = std::source_loca
     throw InternalError(concat("CUDA: ", cudaGetErrorString(result), " at ", at.file_name(), ":", at.line()));
 }
 
+// Programmatic dependent launch: where the device can (compute capability 9.0), a kernel's blocks may start while its
+// predecessor in the stream still runs. So every kernel calls wait_for_previous_kernel() before it touches anything
+// that an earlier one writes or reads; ahead of that it may read only what no kernel writes (weights, tables). It
+// returns when the predecessor has ended and its writes are visible, hence, as that one waited too, when all earlier
+// ones have. let_next_kernel_start() only gives the successor leave to start; it is no fence.
+__device__ inline void wait_for_previous_kernel() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ inline void let_next_kernel_start() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+bool can_overlap_launches();  // of the current device
+
 // Kernels take one struct by value, in constant memory (`const __grid_constant__ Params`).
 template <class Params>
 void launch(void (*kernel)(Params), dim3 grid, dim3 block, size_t shared_bytes, Stream stream, const Params& params,
@@ -29,6 +46,11 @@ void launch(void (*kernel)(Params), dim3 grid, dim3 block, size_t shared_bytes, 
   config.blockDim = block;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = static_cast<cudaStream_t>(stream);
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &overlap;
+  config.numAttrs = can_overlap_launches() ? 1 : 0;
   check(cudaLaunchKernelEx(&config, kernel, params), at);
 }
 

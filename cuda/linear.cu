@@ -14,6 +14,8 @@ constexpr int tile = 32;
 
 // A block computes 32 x 32 outputs, a thread four of them; each is one chain of fused multiply-adds in ascending k.
 __global__ void float_linear_kernel(const __grid_constant__ LinearParams<float> p) {
+  let_next_kernel_start();
+  wait_for_previous_kernel();
   __shared__ float x[tile][tile + 1], w[tile][tile + 1];
   const int64_t row0 = int64_t{blockIdx.y} * tile, column0 = int64_t{blockIdx.x} * tile;
   const int lane = threadIdx.x, first = threadIdx.y;

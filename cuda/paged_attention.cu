@@ -16,6 +16,8 @@ constexpr int warps = 4, most_dim = 256;
 // A block a (query row, head): warp w takes tiles w, w + 4, ... of 32 tokens, a lane a token for the scores and every
 // 32nd column for the sums. For correctness, not for speed.
 __global__ void float_attention_kernel(const __grid_constant__ AttentionParams<float> p) {
+  let_next_kernel_start();
+  wait_for_previous_kernel();
   __shared__ float query[most_dim], sums[warps][most_dim], states[warps][2];
   const int dim = p.dim, row = blockIdx.x, head = blockIdx.y, lane = threadIdx.x % warp_size,
             warp = threadIdx.x / warp_size;
@@ -94,6 +96,7 @@ AttentionParams<T> params_of(const PagedAttention& a) {
           a.k_cache.strides[1],
           a.v_cache.strides[0],
           a.v_cache.strides[1],
+          a.num_decodes.as<int64_t>(),
           0,
           static_cast<int>(a.seq_lens.shape[0]),
           static_cast<int>(a.k_cache.shape[1]),
@@ -117,11 +120,8 @@ void paged_attention(const PagedAttention& a) {
         launch(float_attention_kernel, dim3(static_cast<unsigned>(rows), static_cast<unsigned>(a.q.shape[1])),
                warps * warp_size, 0, a.stream, p);
     } else {
-      const int decodes = static_cast<int>(a.num_decodes), prompts = p.seqs - decodes;
-      p.seqs = decodes;
-      if (decodes > 0) paged_decode<T>(p, a.kv_blocks.shape[0] << p.block_shift, a.stream);
-      p.first_seq = decodes, p.seqs = prompts;
-      if (prompts > 0) paged_prefill<T>(p, rows - decodes, a.stream);
+      if (a.max_decodes > 0) paged_decode<T>(p, a.kv_blocks.shape[0] << p.block_shift, a.stream);
+      if (a.max_prompts > 0) paged_prefill<T>(p, rows, a.stream);
     }
   });
 }

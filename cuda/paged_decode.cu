@@ -55,10 +55,11 @@ __device__ void count_tiles(const AttentionParams<T>& p, int32_t* tiles_before) 
   const int lane = threadIdx.x % warp_size, warp = threadIdx.x / warp_size;
   const int each = (p.seqs + threads - 1) / threads, begin = min(p.seqs, static_cast<int>(threadIdx.x) * each),
             end = min(p.seqs, begin + each);
+  const int64_t decodes = *p.num_decodes;
   int32_t mine = 0;
   for (int s = begin; s < end; ++s) {
     const int32_t* start = p.query_start + p.first_seq + s;
-    const int32_t tokens = start[1] > start[0] ? p.seq_lens[p.first_seq + s] : 0;
+    const int32_t tokens = p.first_seq + s < decodes && start[1] > start[0] ? p.seq_lens[p.first_seq + s] : 0;
     mine += (max(tokens, 0) + tile - 1) / tile;
     tiles_before[s + 1] = mine;
   }
@@ -357,6 +358,8 @@ class Decode {
 
 template <class T, int dim>
 __global__ void __launch_bounds__(threads) paged_decode_kernel(const __grid_constant__ AttentionParams<T> p) {
+  let_next_kernel_start();
+  wait_for_previous_kernel();
   extern __shared__ uint4 shared[];
   Decode<T, dim>(p, shared, min(p.group, most_rows)).run();
 }

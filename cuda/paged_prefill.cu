@@ -35,14 +35,16 @@ struct Share {
 // Sequences own consecutive block indices, at least as many as they need: floor sums bound the ceilings.
 template <class T, int dim>
 __device__ bool find_share(const AttentionParams<T>& p, Share& share) {
-  const int32_t* starts = p.query_start + p.first_seq;
+  const int first_seq = p.num_decodes != nullptr ? static_cast<int>(*p.num_decodes) : 0, seqs = p.seqs - first_seq;
+  if (seqs <= 0) return false;
+  const int32_t* starts = p.query_start + first_seq;
   const int64_t index = gridDim.x - 1 - blockIdx.x;  // late rows see most tokens: the longest work first
   const auto first_block = [&](int s) { return (int64_t{starts[s]} - starts[0]) * p.group / Tile<dim>::rows + s; };
-  const int s = last_not_above(index, p.seqs, first_block);
+  const int s = last_not_above(index, seqs, first_block);
   const int queries = starts[s + 1] - starts[s];
   const int64_t row0 = (index - first_block(s)) * Tile<dim>::rows;
   if (row0 >= int64_t{queries} * p.group) return false;
-  share.seq = p.first_seq + s;
+  share.seq = first_seq + s;
   share.head = blockIdx.y;
   share.row0 = static_cast<int>(row0);
   share.rows = queries * p.group;
@@ -249,6 +251,8 @@ class Prefill {
 
 template <class T, int dim>
 __global__ void __launch_bounds__(threads) paged_prefill_kernel(const __grid_constant__ AttentionParams<T> p) {
+  let_next_kernel_start();
+  wait_for_previous_kernel();
   extern __shared__ uint4 shared[];
   Share share;
   if (find_share<T, dim>(p, share)) Prefill<T, dim>(p, share, shared).run();

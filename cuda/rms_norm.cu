@@ -28,6 +28,8 @@ struct RmsNormParams {
 
 template <class T, class R>
 __global__ void rms_norm_kernel(const __grid_constant__ RmsNormParams<T, R> p) {
+  let_next_kernel_start();
+  wait_for_previous_kernel();
   constexpr int per = Pack<T>::size, residual_per = Pack<R>::size;
   __shared__ float scratch[warp_size];
   const int64_t row = blockIdx.x;

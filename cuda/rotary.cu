@@ -23,6 +23,8 @@ struct RotaryParams {
 
 template <class T>
 __global__ void rotary_kernel(const __grid_constant__ RotaryParams<T> p) {
+  let_next_kernel_start();
+  wait_for_previous_kernel();
   const int row_pairs = (p.heads + p.kv_heads) * p.half;
   const int64_t total = p.rows * row_pairs;
   for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < total; i += int64_t{gridDim.x} * blockDim.x) {

@@ -380,6 +380,8 @@ class RowSampler {
 };
 
 __global__ void __launch_bounds__(sample_threads) sample_kernel(const __grid_constant__ SampleParams p) {
+  let_next_kernel_start();
+  wait_for_previous_kernel();
   extern __shared__ uint4 shared[];
   SharedRow& row = *reinterpret_cast<SharedRow*>(shared);
   RowSampler(p, row, reinterpret_cast<uint32_t*>(&row + 1)).run();

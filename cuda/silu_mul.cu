@@ -17,6 +17,8 @@ struct SiluMulParams {
 
 template <class T>
 __global__ void silu_mul_kernel(const __grid_constant__ SiluMulParams<T> p) {
+  let_next_kernel_start();
+  wait_for_previous_kernel();
   constexpr int per = Pack<T>::size;
   const int64_t packs = p.dim / per, total = p.rows * packs;
   for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < total; i += int64_t{gridDim.x} * blockDim.x) {

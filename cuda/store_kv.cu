@@ -25,6 +25,8 @@ struct StoreKvParams {
 
 template <class T>
 __global__ void store_kv_kernel(const __grid_constant__ StoreKvParams<T> p) {
+  let_next_kernel_start();
+  wait_for_previous_kernel();
   constexpr int per = Pack<T>::size;
   const int packs = p.dim / per, row_packs = p.kv_heads * packs;
   const int64_t total = p.rows * row_packs;

@@ -22,6 +22,7 @@ void without_gil(void (*op)(const Args&), const Args& args) {
 }
 
 void bind_settings(py::module_& m) {
+  m.def("has_cuda", &cuda::is_built);
   m.def("isa", [] { return cpu::kernels().name; });
   m.def("set_num_threads", &cpu::set_num_threads, py::arg("n"));
   m.def("num_threads", &cpu::num_threads);
@@ -41,10 +42,10 @@ void bind_layers(py::module_& m) {
       py::arg("out"), py::arg("weight"));
   m.def(
       "embedding",
-      [](const Output& out, const Input& ids, const Input& table, int64_t vocab) {
-        without_gil<Embedding>(embedding, {out.view, ids.view, table.view, vocab, stream_of(out)});
+      [](const Output& out, const Input& ids, const Input& table, const Input& picked, int64_t vocab) {
+        without_gil<Embedding>(embedding, {out.view, ids.view, table.view, picked.view, vocab, stream_of(out)});
       },
-      py::arg("out"), py::arg("ids"), py::arg("table"), py::arg("vocab"));
+      py::arg("out"), py::arg("ids"), py::arg("table"), py::arg("picked"), py::arg("vocab"));
   m.def(
       "linear",
       [](const Output& out, const Input& x, const Input& weight, const Input& bias, int64_t n, int64_t k) {
@@ -79,14 +80,15 @@ void bind_cache(py::module_& m) {
   m.def(
       "paged_attention",
       [](const Output& out, const Input& q, const Input& k_cache, const Input& v_cache, const Input& query_start,
-         const Input& seq_lens, const Input& kv_start, const Input& kv_blocks, int64_t num_decodes,
-         int64_t max_query_len, float scale) {
-        without_gil<PagedAttention>(paged_attention,
-                                    {out.view, q.view, k_cache.view, v_cache.view, query_start.view, seq_lens.view,
-                                     kv_start.view, kv_blocks.view, num_decodes, max_query_len, scale, stream_of(out)});
+         const Input& seq_lens, const Input& kv_start, const Input& kv_blocks, const Input& num_decodes,
+         int64_t max_decodes, int64_t max_prompts, int64_t max_query_len, float scale) {
+        without_gil<PagedAttention>(paged_attention, {out.view, q.view, k_cache.view, v_cache.view, query_start.view,
+                                                      seq_lens.view, kv_start.view, kv_blocks.view, num_decodes.view,
+                                                      max_decodes, max_prompts, max_query_len, scale, stream_of(out)});
       },
       py::arg("out"), py::arg("q"), py::arg("k_cache"), py::arg("v_cache"), py::arg("query_start"), py::arg("seq_lens"),
-      py::arg("kv_start"), py::arg("kv_blocks"), py::arg("num_decodes"), py::arg("max_query_len"), py::arg("scale"));
+      py::arg("kv_start"), py::arg("kv_blocks"), py::arg("num_decodes"), py::arg("max_decodes"), py::arg("max_prompts"),
+      py::arg("max_query_len"), py::arg("scale"));
   m.def(
       "copy_blocks",
       [](const Output& cache, const Input& src, const Input& dst) {

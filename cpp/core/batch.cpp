@@ -84,9 +84,10 @@ void BatchWriter::begin(int64_t step) {
 int32_t BatchWriter::add(const Request& request, int64_t num_new) {
   const int64_t seq = batch_.num_seqs++;
   const int64_t length = request.num_computed + num_new;
-  invariant(num_new == 1 || batch_.max_query_len != 1 || batch_.num_decodes == seq, "a decode behind a prefill");
+  const bool is_decode = request.is_decode(num_new);
+  invariant(!is_decode || batch_.num_decodes == seq, "a decode behind a prompt");
   add_tokens(request, num_new);
-  batch_.num_decodes += num_new == 1;
+  batch_.num_decodes += is_decode;
   batch_.max_query_len = std::max(batch_.max_query_len, num_new);
   batch_.max_seq_len = std::max(batch_.max_seq_len, length);
   at_.query_start[seq + 1] = static_cast<int32_t>(batch_.num_tokens);
@@ -137,20 +138,50 @@ void BatchWriter::add_sample(const Request& request, int64_t position) {
   at_.adjust_start[row + 1] = static_cast<int32_t>(batch_.num_adjustments);
 }
 
+void BatchWriter::pad() {
+  const bool decodes_only = batch_.num_decodes == batch_.num_seqs;
+  const auto up = [](const std::vector<int64_t>& sizes, int64_t n) {
+    const auto size = std::ranges::lower_bound(sizes, n);
+    return size == sizes.end() ? int64_t{0} : *size;
+  };
+  const int64_t seqs = up(decodes_only ? config_.decode_sizes : config_.mixed_seq_sizes, batch_.num_seqs);
+  const int64_t tokens = decodes_only ? seqs : up(config_.mixed_token_sizes, batch_.num_tokens);
+  batch_.is_padded = seqs > 0 && tokens > 0;
+  batch_.padded_seqs = batch_.is_padded ? seqs : batch_.num_seqs;
+  batch_.padded_tokens = batch_.is_padded ? tokens : batch_.num_tokens;
+  for (int64_t row = batch_.num_tokens; row < batch_.padded_tokens; ++row) {
+    at_.token_ids[row] = at_.positions[row] = 0;
+    at_.slots[row] = -1;
+  }
+  for (int64_t seq = batch_.num_seqs; seq < batch_.padded_seqs; ++seq) {
+    at_.query_start[seq + 1] = at_.query_start[seq];
+    at_.kv_start[seq + 1] = at_.kv_start[seq];
+    at_.seq_lens[seq] = 0;
+  }
+  for (int64_t row = batch_.num_sampled; row < batch_.padded_seqs; ++row) {
+    at_.sample_rows[row] = at_.top_k[row] = at_.sample_positions[row] = 0;
+    at_.temperature[row] = at_.min_p[row] = 0;
+    at_.top_p[row] = at_.repetition_penalty[row] = 1;
+    at_.num_logprobs[row] = -1;
+    at_.seeds[row] = 0;
+    at_.adjust_start[row + 1] = at_.adjust_start[row];
+  }
+}
+
 const Batch& BatchWriter::finish(const CopyList& copies) {
   invariant(copies.size() <= static_cast<size_t>(config_.max_num_seqs), "more copies than sequences");
   for (const auto& [source, destination] : copies) {
     at_.copy_src[batch_.num_copies] = source;
     at_.copy_dst[batch_.num_copies++] = destination;
   }
-  batch_.padded_seqs = batch_.num_seqs;
+  pad();
   const Column& last = layout_[batch_.num_adjustments > 0 ? Col::adjust_flags : Col::kv_blocks];
   batch_.bytes_used = last.offset + last.item_bytes * (batch_.num_adjustments > 0 ? batch_.num_adjustments
                                                                                   : at_.kv_start[batch_.num_seqs]);
-  const int64_t header[BatchLayout::header_size] = {batch_.step,        batch_.num_tokens,  batch_.num_seqs,
-                                                    batch_.num_decodes, batch_.num_sampled, batch_.max_query_len,
-                                                    batch_.max_seq_len, batch_.num_copies,  batch_.num_adjustments,
-                                                    batch_.padded_seqs, batch_.bytes_used};
+  const int64_t header[BatchLayout::header_size] = {batch_.step,        batch_.num_tokens,    batch_.num_seqs,
+                                                    batch_.num_decodes, batch_.num_sampled,   batch_.max_query_len,
+                                                    batch_.max_seq_len, batch_.num_copies,    batch_.num_adjustments,
+                                                    batch_.bytes_used,  batch_.padded_tokens, batch_.padded_seqs};
   std::memcpy(at_.header, header, sizeof header);
   return batch_;
 }

@@ -65,8 +65,10 @@ class BatchLayout {
 // The first entries of the header column, in this order.
 struct Batch {
   int64_t step = 0, num_tokens = 0, num_seqs = 0, num_decodes = 0, num_sampled = 0;
-  int64_t max_query_len = 0, max_seq_len = 0, num_copies = 0, num_adjustments = 0, padded_seqs = 0, bytes_used = 0;
-  int64_t arena = 0;  // not in the header: which of the scheduler's arenas holds it
+  int64_t max_query_len = 0, max_seq_len = 0, num_copies = 0, num_adjustments = 0, bytes_used = 0;
+  int64_t padded_tokens = 0, padded_seqs = 0;  // rows of the columns that hold values, see BatchWriter::pad
+  bool is_padded = false;  // to sizes of the configuration; false: the batch is larger than those. Not in the header.
+  int64_t arena = 0;                           // not in the header: which of the scheduler's arenas holds it
 };
 
 class BatchWriter {
@@ -75,7 +77,7 @@ class BatchWriter {
   BatchWriter(const Config& config, const BatchLayout& layout, std::span<std::byte* const> arenas);
 
   void begin(int64_t step);
-  // A sequence with its next `num_new` tokens, for which its KV has room. Those with one token come first.
+  // A sequence with its next `num_new` tokens, for which its KV has room. Decodes come first.
   // Returns the row of the token that is picked for it, -1 if tokens remain to be computed.
   int32_t add(const Request& request, int64_t num_new);
   const Batch& finish(const CopyList& copies);
@@ -93,6 +95,9 @@ class BatchWriter {
     float* adjust_add;
     int32_t* adjust_flags;
   };
+  // A captured graph runs with fixed sizes: up to one of those, tokens that belong to nobody and are not stored, and
+  // sequences that own nothing and pick a token that nobody reads.
+  void pad();
   void add_tokens(const Request& request, int64_t num_new);
   void add_sample(const Request& request, int64_t position);
 

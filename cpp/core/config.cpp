@@ -13,6 +13,12 @@ void in_range(const char* field, int64_t value, int64_t low, int64_t high) {
   require(low <= value && value <= high, field, " is ", value, ", must be in [", low, ", ", high, "]");
 }
 
+void sizes(const char* field, const std::vector<int64_t>& values, int64_t largest) {
+  for (size_t i = 0; i < values.size(); ++i)
+    require(values[i] > (i > 0 ? values[i - 1] : 0) && values[i] <= largest, field, " holds ", values[i],
+            ", must ascend from 1 to at most ", largest);
+}
+
 }  // namespace
 
 int64_t Config::max_blocks_per_seq() const { return std::min(blocks_for(max_model_len), num_blocks); }
@@ -30,6 +36,9 @@ void Config::validate() {
   in_range("depth", depth, 1, 2);
   if (max_adjustments == 0) max_adjustments = 4 * vocab_size;
   in_range("max_adjustments", max_adjustments, 1, i32_max);
+  sizes("decode_sizes", decode_sizes, max_num_seqs);
+  sizes("mixed_seq_sizes", mixed_seq_sizes, max_num_seqs);
+  sizes("mixed_token_sizes", mixed_token_sizes, max_num_batched_tokens);
   require(max_num_batched_tokens >= max_num_seqs, "max_num_batched_tokens is ", max_num_batched_tokens,
           ", must be at least max_num_seqs, ", max_num_seqs, ": every running request needs a token a step");
   require(pool_tokens() >= 2, "num_blocks x block_size is ", num_blocks, " x ", block_size,

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "common/siphash.h"
 
@@ -19,6 +20,9 @@ struct Config {
   bool enable_prefix_caching = true;
   int64_t max_adjustments = 0;  // of one batch; 0: validate() makes it 4 * vocab_size
   SipHash128::Key hash_key{};
+  // Sizes that batches are padded to, ascending; a batch above the last of its kind keeps its own. Of batches of
+  // decodes only (their tokens are as many as their sequences), and of the others.
+  std::vector<int64_t> decode_sizes = {}, mixed_seq_sizes = {}, mixed_token_sizes = {};
 
   // Fills in defaults; throws std::invalid_argument naming the field and its value if the capacities cannot work
   // together.

@@ -61,6 +61,9 @@ class Request {
   int64_t num_tokens() const { return static_cast<int64_t>(tokens.size()) + num_unknown; }
   int64_t num_missing() const { return num_tokens() - num_computed; }
   int64_t num_generated() const { return num_tokens() - num_prompt; }
+  // Whether its next `num_new` tokens are the one that was picked last, not a piece of the prompt or of what has to be
+  // computed again.
+  bool is_decode(int64_t num_new) const { return num_new == 1 && num_missing() == 1 && num_computed >= num_prompt; }
   // False while what comes next depends on a token that is still in flight.
   bool ready() const { return num_unknown == 0 || (num_tokens() < length_limit && !adjustments.needs_tokens()); }
 

@@ -85,7 +85,7 @@ const Batch* Scheduler::write_batch() {
   writer_.begin(next_step_);
   for (const bool decodes : {true, false}) {
     for (const auto& [request, num_new] : plan_) {
-      if ((num_new == 1) != decodes) continue;
+      if (request->is_decode(num_new) != decodes) continue;
       const int32_t sampled_row = writer_.add(*request, num_new);
       request->num_computed += num_new;
       ++request->in_flight;

@@ -100,7 +100,8 @@ void check(const Embedding& a) {
     call.packed("table", a.table, a.out.dtype, {packed_size(a.vocab, dim)});
   else
     call.tensor("table", a.table, a.out.dtype, {a.vocab, dim});
-  call.indices<int32_t>("ids", a.ids, 0, a.vocab);
+  if (a.picked.defined()) call.packed("picked", a.picked, DType::i32, {any});
+  call.indices<int32_t>("ids", a.ids, a.picked.defined() ? -a.picked.shape[0] : 0, a.vocab);
 }
 
 void check(const PackWeight& a) {
@@ -184,6 +185,9 @@ void check_sequences(const Call& call, const PagedAttention& a) {
   const int32_t *query_start = a.query_start.as<int32_t>(), *seq_lens = a.seq_lens.as<int32_t>(),
                 *kv_start = a.kv_start.as<int32_t>();
   const int64_t seqs = a.seq_lens.shape[0], block_size = a.k_cache.shape[2];
+  const int64_t decodes = a.num_decodes.defined() ? *a.num_decodes.as<int64_t>() : 0;
+  call.need(decodes >= 0 && decodes <= a.max_decodes && seqs - decodes <= a.max_prompts, decodes, " of ", seqs,
+            " sequences are decodes, the call allows ", a.max_decodes, " and ", a.max_prompts, " others");
   call.need(query_start[0] >= 0 && query_start[seqs] <= a.q.shape[0], "query_start covers rows ", query_start[0],
             " to ", query_start[seqs], ", q has ", a.q.shape[0]);
   call.need(kv_start[0] >= 0 && kv_start[seqs] <= a.kv_blocks.shape[0], "kv_start covers blocks ", kv_start[0], " to ",
@@ -193,8 +197,8 @@ void check_sequences(const Call& call, const PagedAttention& a) {
                   blocks = int64_t{kv_start[s + 1]} - kv_start[s];
     call.need(queries >= 0 && queries <= a.max_query_len && queries <= seq_lens[s], "sequence ", s, " has ", queries,
               " query rows, expected 0 to min(max_query_len = ", a.max_query_len, ", seq_len = ", seq_lens[s], ")");
-    call.need(s >= a.num_decodes || queries == 1, "sequence ", s, " has ", queries, " query rows, but num_decodes is ",
-              a.num_decodes);
+    call.need(s >= decodes || queries == 1, "sequence ", s, " has ", queries, " query rows, but num_decodes is ",
+              decodes);
     call.need(blocks * block_size >= seq_lens[s], "sequence ", s, " of ", seq_lens[s], " tokens has ", blocks,
               " blocks of ", block_size);
   }
@@ -220,7 +224,11 @@ void check(const PagedAttention& a) {
   call.packed("query_start", a.query_start, DType::i32, {seqs + 1});
   call.packed("kv_start", a.kv_start, DType::i32, {seqs + 1});
   call.packed("kv_blocks", a.kv_blocks, DType::i32, {any});
-  call.need(a.num_decodes >= 0 && a.num_decodes <= seqs, "num_decodes is ", a.num_decodes, " of ", seqs, " sequences");
+  if (a.num_decodes.defined()) call.packed("num_decodes", a.num_decodes, DType::i64, {1});
+  call.need(a.max_decodes == 0 || a.num_decodes.defined(), "max_decodes is ", a.max_decodes,
+            ", but num_decodes is missing");
+  call.need(a.max_prompts >= seqs - a.max_decodes, seqs, " sequences, but at most ", a.max_decodes, " decodes and ",
+            a.max_prompts, " others");
   check_sequences(call, a);
   call.indices<int32_t>("kv_blocks", a.kv_blocks, 0, blocks);
 }

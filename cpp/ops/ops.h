@@ -10,16 +10,19 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
 #include "ops/tensor.h"
 
 namespace hybrid {
 
-// out[r] = table[ids[r]]
+// out[r] = table[ids[r]]. A negative id, -(i + 1), stands for picked[i]: a token of the step before, which the host
+// need not have seen.
 struct Embedding {
-  TensorView out;    // T [rows, dim]
-  TensorView ids;    // i32 [rows], each in [0, vocab)
-  TensorView table;  // T, a packed weight (see PackWeight) of n = vocab, k = dim, or a plain [vocab, dim] tensor
+  TensorView out;     // T [rows, dim]
+  TensorView ids;     // i32 [rows], each in [0, vocab), or negative
+  TensorView table;   // T, a packed weight (see PackWeight) of n = vocab, k = dim, or a plain [vocab, dim] tensor
+  TensorView picked;  // i32 [any] or undefined
   int64_t vocab;
   Stream stream;
 };
@@ -88,7 +91,10 @@ struct PagedAttention {
   TensorView seq_lens;          // i32 [seqs], new tokens included
   TensorView kv_start;          // i32 [seqs + 1]
   TensorView kv_blocks;         // i32 [kv_start[seqs]]
-  int64_t num_decodes;          // the first num_decodes sequences have one query row each
+  // The first num_decodes sequences are decodes: one query row each, worked on by another kernel where that pays.
+  // Undefined: none are. On a device the value is read there; what is launched depends on the two bounds alone.
+  TensorView num_decodes;                                                      // i64 [1]
+  int64_t max_decodes = 0, max_prompts = std::numeric_limits<int64_t>::max();  // there are no more of each kind
   int64_t max_query_len;
   float scale;
   Stream stream;
@@ -152,6 +158,7 @@ void sample(const Sample&);
 }  // namespace cpu
 
 namespace cuda {
+bool is_built();  // whether these are kernels, or stand-ins that throw
 void embedding(const Embedding&);
 void pack_weight(const PackWeight&);
 void linear(const Linear&);

@@ -22,6 +22,9 @@ class Config:
     enable_prefix_caching: bool
     max_adjustments: int  # entries of the ragged logit adjustments of one batch
     hash_key: bytes  # 16 bytes, keys the prefix hash
+    decode_sizes: list[int]  # sizes that batches are padded to, ascending: decodes only,
+    mixed_seq_sizes: list[int]  # and others; a batch above the last one keeps its own
+    mixed_token_sizes: list[int]
     def __init__(
         self,
         *,
@@ -36,6 +39,9 @@ class Config:
         enable_prefix_caching: bool = True,
         max_adjustments: int = 0,  # 0: 4 * vocab_size
         hash_key: bytes = b"",  # empty: a fixed key (tests); the engine passes a random one
+        decode_sizes: Sequence[int] = (),
+        mixed_seq_sizes: Sequence[int] = (),
+        mixed_token_sizes: Sequence[int] = (),
     ) -> None: ...
 
 def batch_layout(config: Config) -> tuple[int, dict[str, tuple[int, str, int]]]:
@@ -48,14 +54,16 @@ class Batch:
     arena: int  # which of the arenas given to the Scheduler holds it
     num_tokens: int
     num_seqs: int
-    num_decodes: int  # the first ones, one query row each
+    num_decodes: int  # the first ones: each the token that was picked last
     num_sampled: int
     max_query_len: int
     max_seq_len: int
     num_copies: int
     num_adjustments: int
-    padded_seqs: int
     bytes_used: int
+    padded_tokens: int  # rows of the columns that hold values
+    padded_seqs: int
+    is_padded: bool  # to sizes of the configuration
 
 class Outputs:
     """What a step gave, as columns grouped by client: client c owns rows [client_start[c], client_start[c+1]).

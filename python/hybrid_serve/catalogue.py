@@ -3,7 +3,7 @@
 Knows texts and numbers; imports nothing, so that any process and any command can have it. An error's own message says
 what happened this time; its entry here says what that means and what helps.
 
-Numbers: HS-E02x model files and memory, HS-E03x addresses, HS-E04x tokenizer and template; HS-E1xx answers to a request
+Numbers: HS-E02x model files and memory, HS-E03x addresses, HS-E05x tokenizer and template; HS-E1xx answers to a request
 (with an HTTP status instead of an exit code); HS-E2xx processes.
 """
 
@@ -113,28 +113,28 @@ _STARTS = (
         "--host 127.0.0.1, or a --port from 1024 on.",
     ),
     _start(
-        40,
+        50,
         10,
         "The model has no tokenizer",
         "The folder has no tokenizer.json, and nothing else in it could be turned into one.",
         "Use the model's complete folder, or name a tokenizer: --tokenizer FOLDER_OR_HUB_ID.",
     ),
     _start(
-        41,
+        51,
         11,
         "The tokenizer cannot be used",
         "tokenizer.json or the vocabulary in the GGUF file is damaged, or of a kind that is not supported.",
         "Download the model again, or name another tokenizer: --tokenizer FOLDER_OR_HUB_ID.",
     ),
     _start(
-        42,
+        52,
         2,
         "The chat template is not found",
         "--chat-template is neither a file nor a template (which has a brace or a line break in it).",
         "Check the path given to --chat-template.",
     ),
     _start(
-        43,
+        53,
         11,
         "The chat template cannot be used",
         "It has a mistake of syntax; the message has the place.",
@@ -267,7 +267,7 @@ _ANSWERS = (
     ),
     _http(153, 503, "draining", "The server is being shut down.", "Send it to another server, or later."),
     _http(
-        154,
+        156,
         503,
         "overloaded",
         "As many requests wait as --max-num-queued-reqs allows.",

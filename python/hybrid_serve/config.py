@@ -65,6 +65,9 @@ class CacheConfig:
     kv_cache_memory_bytes: Annotated[
         int, Option("bytes of KV cache, e.g. 2GiB; 0: a share of free memory", "SIZE", common=True)
     ] = 0
+    gpu_memory_utilization: Annotated[
+        float, Option("share of the GPU's memory that may be used, by all of this process", common=True)
+    ] = 0.9
     enable_prefix_caching: Annotated[bool, Option("reuse the KV of equal prompt beginnings")] = True
 
 
@@ -83,6 +86,7 @@ class EngineConfig:
 
     device: Annotated[Literal["auto", "cpu", "cuda"], Option("auto: CUDA where it is, else CPU", common=True)] = "auto"
     cpu_threads: Annotated[int, Option("threads of the CPU kernels; 0: one per usable core")] = 0
+    enforce_eager: Annotated[bool, Option("CUDA: launch kernel by kernel, capture no graphs")] = False
 
 
 @dataclass(frozen=True)
@@ -138,6 +142,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "seed": (-1, 2**63 - 1),
     "num_gpu_blocks_override": (0, _INT32_MAX),
     "kv_cache_memory_bytes": (0, 2**63 - 1),
+    "gpu_memory_utilization": (0.05, 1),
     "max_num_seqs": (1, _INT32_MAX),
     "max_num_batched_tokens": (0, _INT32_MAX),
     "max_num_queued_reqs": (0, _INT32_MAX),

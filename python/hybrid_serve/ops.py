@@ -32,10 +32,10 @@ def pack_weight(weight: Tensor) -> PackedWeight:
     return PackedWeight(data, n, k)
 
 
-def embedding(ids: Tensor, table: PackedWeight) -> Tensor:
-    """ids: i32 [rows] -> T [rows, k]."""
+def embedding(ids: Tensor, table: PackedWeight, picked: Tensor | None = None) -> Tensor:
+    """ids: i32 [rows] -> T [rows, k]. A negative id, -(i + 1), stands for the id ``picked[i]``."""
     out = table.data.new_empty(ids.shape[0], table.k)
-    _kernels.embedding(out, ids, table.data, table.n)
+    _kernels.embedding(out, ids, table.data, picked, table.n)
     return out
 
 
@@ -94,7 +94,9 @@ def paged_attention(
     seq_lens: Tensor,
     kv_start: Tensor,
     kv_blocks: Tensor,
-    num_decodes: int,
+    num_decodes: Tensor,
+    max_decodes: int,
+    max_prompts: int,
     max_query_len: int,
     scale: float,
     out: Tensor | None = None,
@@ -103,7 +105,19 @@ def paged_attention(
     if out is None:
         out = torch.empty_like(q)
     _kernels.paged_attention(
-        out, q, k_cache, v_cache, query_start, seq_lens, kv_start, kv_blocks, num_decodes, max_query_len, scale
+        out,
+        q,
+        k_cache,
+        v_cache,
+        query_start,
+        seq_lens,
+        kv_start,
+        kv_blocks,
+        num_decodes,
+        max_decodes,
+        max_prompts,
+        max_query_len,
+        scale,
     )
     return out
 

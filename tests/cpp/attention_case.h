@@ -60,8 +60,11 @@ class AttentionCase {
       ++decodes;
     for (const Sequence& s : sequences_) longest = std::max<int64_t>(longest, s.query_len);
     const float scale = 1.0f / std::sqrt(static_cast<float>(shape_.dim));
-    return {out.view,       q.view,  k_cache.view, v_cache.view, query_start.view, seq_lens.view, kv_start.view,
-            kv_blocks.view, decodes, longest,      scale,        nullptr};
+    num_decodes = OwnedTensor<int64_t>(std::vector<int64_t>{decodes});
+    const auto prompts = static_cast<int64_t>(sequences_.size()) - decodes;
+    return {out.view,      q.view,        k_cache.view,   v_cache.view,     query_start.view,
+            seq_lens.view, kv_start.view, kv_blocks.view, num_decodes.view, decodes,
+            prompts,       longest,       scale,          nullptr};
   }
 
   // What the sequence's row for `position` should be, head by head.
@@ -136,6 +139,7 @@ class AttentionCase {
  public:
   OwnedTensor<T> k_cache, v_cache, q, out;
   OwnedTensor<int32_t> query_start, seq_lens, kv_start, kv_blocks;
+  OwnedTensor<int64_t> num_decodes{std::vector<int64_t>{0}};
 };
 
 }  // namespace hybrid::test

@@ -96,5 +96,47 @@ TEST(BatchWriter, a_batch_in_flight_is_never_overwritten) {
   }
 }
 
+TEST(BatchWriter, pads_a_batch_up_to_the_next_size_of_its_kind) {
+  Config config = small_config();
+  config.decode_sizes = {2, 4};
+  config.mixed_seq_sizes = {3};
+  config.mixed_token_sizes = {8, 12};
+  Machine m(config);
+  const auto prompt = counting(6);
+  m.add(1, prompt, 20);
+  const Batch alone = m.step();
+  EXPECT_EQ(alone.padded_tokens, 8);
+  EXPECT_EQ(alone.padded_seqs, 3);
+  const Batch decode = m.step();
+  EXPECT_EQ(decode.padded_tokens, 2);
+  EXPECT_EQ(decode.padded_seqs, 2);
+  m.add(2, counting(13, 3), 20);
+  const Batch large = m.step();
+  EXPECT_TRUE(decode.is_padded);
+  EXPECT_FALSE(large.is_padded);
+  EXPECT_EQ(large.padded_tokens, 14) << "larger than the last size: as it is";
+  EXPECT_EQ(large.padded_seqs, 2);
+}
+
+TEST(BatchWriter, the_last_token_of_a_prompt_is_no_decode_even_if_it_comes_alone) {
+  Config config = small_config();
+  config.max_num_batched_tokens = 5;
+  Machine m(config);
+  m.add(1, counting(6), 20);
+  EXPECT_EQ(m.step().num_decodes, 0);
+  const Batch last = m.step();
+  EXPECT_EQ(last.num_tokens, 1);
+  EXPECT_EQ(last.num_decodes, 0);
+  EXPECT_EQ(m.step().num_decodes, 1);
+}
+
+TEST(Config, sizes_to_pad_to_ascend_and_fit_the_capacities) {
+  for (const std::vector<int64_t>& wrong : {std::vector<int64_t>{0}, {2, 2}, {3, 1}, {5}}) {
+    Config config = small_config();
+    config.decode_sizes = wrong;
+    EXPECT_THROW(config.validate(), std::invalid_argument);
+  }
+}
+
 }  // namespace
 }  // namespace hybrid::test

@@ -175,17 +175,37 @@ class FakeExecutor {
 
   void check_header(const Batch& batch) const {
     const auto* header = at<int64_t>(batch, Col::header);
-    const int64_t expected[] = {batch.step,        batch.num_tokens,  batch.num_seqs,
-                                batch.num_decodes, batch.num_sampled, batch.max_query_len,
-                                batch.max_seq_len, batch.num_copies,  batch.num_adjustments,
-                                batch.padded_seqs, batch.bytes_used};
+    const int64_t expected[] = {batch.step,        batch.num_tokens,    batch.num_seqs,
+                                batch.num_decodes, batch.num_sampled,   batch.max_query_len,
+                                batch.max_seq_len, batch.num_copies,    batch.num_adjustments,
+                                batch.bytes_used,  batch.padded_tokens, batch.padded_seqs};
     invariant(std::equal(std::begin(expected), std::end(expected), header), "the header differs from the batch");
     invariant(batch.num_tokens <= config_.max_num_batched_tokens && batch.num_seqs <= config_.max_num_seqs, "S1, S2");
     invariant(batch.num_tokens > 0 && at<int32_t>(batch, Col::query_start)[batch.num_seqs] == batch.num_tokens,
               "no rows");
     const auto* start = at<int32_t>(batch, Col::query_start);
     for (int64_t seq = 0; seq < batch.num_seqs; ++seq)
-      invariant((start[seq + 1] - start[seq] == 1) == (seq < batch.num_decodes), "decodes do not come first");
+      invariant(seq >= batch.num_decodes || start[seq + 1] - start[seq] == 1, "a decode with other than one row");
+    check_padding(batch);
+  }
+
+  // What runs with the padded sizes must not store, attend or read anything for the rows beyond the batch's own.
+  void check_padding(const Batch& batch) const {
+    invariant(batch.padded_tokens >= batch.num_tokens && batch.padded_seqs >= batch.num_seqs, "padded to less");
+    for (int64_t row = batch.num_tokens; row < batch.padded_tokens; ++row)
+      invariant(at<int64_t>(batch, Col::slots)[row] == -1 && at<int32_t>(batch, Col::token_ids)[row] == 0 &&
+                    at<int32_t>(batch, Col::positions)[row] == 0,
+                "a padding token is somebody's");
+    for (int64_t seq = batch.num_seqs; seq < batch.padded_seqs; ++seq)
+      invariant(at<int32_t>(batch, Col::query_start)[seq + 1] == batch.num_tokens &&
+                    at<int32_t>(batch, Col::kv_start)[seq + 1] == at<int32_t>(batch, Col::kv_start)[batch.num_seqs] &&
+                    at<int32_t>(batch, Col::seq_lens)[seq] == 0,
+                "a padding sequence owns something");
+    for (int64_t row = batch.num_sampled; row < batch.padded_seqs; ++row)
+      invariant(at<int32_t>(batch, Col::sample_rows)[row] == 0 && at<float>(batch, Col::temperature)[row] == 0 &&
+                    at<int32_t>(batch, Col::num_logprobs)[row] == -1 &&
+                    at<int32_t>(batch, Col::adjust_start)[row + 1] == batch.num_adjustments,
+                "a padding row asks for something");
   }
 
   void copy_blocks(const Batch& batch) {

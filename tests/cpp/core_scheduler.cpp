@@ -52,14 +52,15 @@ TEST(Scheduler, a_prompt_of_high_priority_does_not_stop_those_that_decode_either
 
 TEST(Scheduler, rows_are_ordered_decodes_first) {
   Machine m(small_config());
-  const auto first = counting(20), second = counting(1, 5);
-  m.add(1, first, 4);
+  const auto short_prompt = counting(1, 5), long_prompt = counting(20);
+  m.add({.id = 1, .tokens = short_prompt, .max_tokens = 4});
   m.step();
-  m.add(2, second, 4);
+  m.add({.id = 2, .tokens = long_prompt, .priority = -1, .max_tokens = 4});  // runs before the other one
+  m.step();
   const Batch batch = m.step();
   EXPECT_EQ(batch.num_decodes, 1);
-  EXPECT_EQ(m.column<int32_t>(batch, Col::seq_lens, 2), (std::vector<int32_t>{1, 20}));
-  EXPECT_EQ(m.column<int32_t>(batch, Col::query_start, 3), (std::vector<int32_t>{0, 1, 5}));
+  EXPECT_EQ(m.column<int32_t>(batch, Col::seq_lens, 2), (std::vector<int32_t>{3, 20}));
+  EXPECT_EQ(m.column<int32_t>(batch, Col::query_start, 3), (std::vector<int32_t>{0, 1, 6}));
 }
 
 TEST(Scheduler, lower_priority_numbers_run_first_and_equal_ones_in_order_of_arrival) {  // S48, S5

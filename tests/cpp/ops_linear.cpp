@@ -1,6 +1,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 
 #include "linear_case.h"
@@ -124,8 +125,8 @@ TEST(Embedding, reads_the_same_rows_from_a_packed_and_from_a_plain_table) {
       const StridedTensor table = StridedTensor::random(dtype, {100, dim}, generator), packed_table = packed(table);
       const StridedTensor ids = StridedTensor::of({99, 0, 31, 32, 31});
       StridedTensor from_plain(dtype, {5, dim}, dim + 2), from_packed(dtype, {5, dim}, dim + 2);
-      embedding({from_plain, ids, table, 100, nullptr});
-      embedding({from_packed, ids, packed_table, 100, nullptr});
+      embedding({from_plain, ids, table, {}, 100, nullptr});
+      embedding({from_packed, ids, packed_table, {}, 100, nullptr});
       for (int64_t row = 0; row < 5; ++row) {
         EXPECT_TRUE(from_plain.row_equals(row, table, ids.view().as<int32_t>()[row]));
         EXPECT_TRUE(from_packed.row_equals(row, table, ids.view().as<int32_t>()[row]));
@@ -163,11 +164,24 @@ TEST(Linear, names_the_tensor_and_the_numbers_when_an_argument_is_wrong) {
   EXPECT_EQ(call(elsewhere, layer.x, 40, 50), "linear: out and x are on different devices");
 }
 
+TEST(Embedding, a_negative_id_stands_for_a_token_of_the_step_before) {
+  std::mt19937 generator(8);
+  const StridedTensor table = StridedTensor::random(DType::bf16, {100, 64}, generator);
+  const StridedTensor ids = StridedTensor::of({7, -1, -3}), picked = StridedTensor::of({40, 41, 42});
+  StridedTensor out(DType::bf16, {3, 64});
+  embedding({out, ids, table, picked, 100, nullptr});
+  for (int64_t row : {0, 1, 2})
+    EXPECT_TRUE(out.row_equals(row, table, std::array{7, 40, 42}[static_cast<size_t>(row)]));
+  const StridedTensor beyond = StridedTensor::of({7, -1, -4});
+  EXPECT_EQ(message_of([&] { embedding({out, beyond, table, picked, 100, nullptr}); }),
+            "embedding: ids holds -4, expected values in [-3, 100)");
+}
+
 TEST(Embedding, refuses_ids_outside_the_table) {
   StridedTensor out(DType::f32, {2, 4}), table(DType::f32, {10, 4});
   for (int32_t bad : {-1, 10}) {
     const StridedTensor ids = StridedTensor::of({3, bad});
-    EXPECT_EQ(message_of([&] { embedding({out, ids, table, 10, nullptr}); }),
+    EXPECT_EQ(message_of([&] { embedding({out, ids, table, {}, 10, nullptr}); }),
               "embedding: ids holds " + std::to_string(bad) + ", expected values in [0, 10)");
   }
 }

@@ -110,8 +110,20 @@ TEST_P(StoreKvTest, CachesOfMoreThanTwoToThe32ElementsAreAddressed) {
   OwnedTensor<int32_t> query_start({2}, 0), seq_lens({1}, 2), kv_start({2}, 0),
       kv_blocks({1}, static_cast<int32_t>(blocks - 1));
   query_start[1] = kv_start[1] = 1;
-  GetParam()->paged_attention({out.view, q.view, k_cache, v_cache, query_start.view, seq_lens.view, kv_start.view,
-                               kv_blocks.view, 1, 1, 0.1f, nullptr});
+  GetParam()->paged_attention({out.view,
+                               q.view,
+                               k_cache,
+                               v_cache,
+                               query_start.view,
+                               seq_lens.view,
+                               kv_start.view,
+                               kv_blocks.view,
+                               {},
+                               0,
+                               1,
+                               1,
+                               0.1f,
+                               nullptr});
   for (const BFloat16 x : out.data) ASSERT_EQ(float(x), 2.0f);
 }
 
@@ -158,6 +170,12 @@ TEST(PagedAttentionArguments, InconsistentRaggedColumnsAreRefused) {
   EXPECT_NO_THROW(paged_attention(c.args()));
   PagedAttention bad = c.args();
   bad.scale = 0.0f;
+  EXPECT_THROW(paged_attention(bad), std::invalid_argument);
+  bad = c.args();
+  bad.max_decodes = 0;  // one is
+  EXPECT_THROW(paged_attention(bad), std::invalid_argument);
+  bad = c.args();
+  bad.num_decodes = {};
   EXPECT_THROW(paged_attention(bad), std::invalid_argument);
   bad = c.args();
   bad.max_query_len = 4;

@@ -33,6 +33,7 @@ class Batch {
         seq_lens({size()}),
         kv_start({size() + 1}),
         kv_blocks({blocks_of(shape, sequences) + 3}),
+        num_decodes({1}),
         decodes_(decodes) {
     if (decodes_ < 0)
       for (decodes_ = 0; decodes_ < size() && sequences[static_cast<size_t>(decodes_)].queries == 1;) ++decodes_;
@@ -51,7 +52,9 @@ class Batch {
       free.resize(free.size() - static_cast<size_t>(count));
       for (int64_t t = 0; t < sequences[s].tokens; ++t) fill(static_cast<int64_t>(s), t, rng);
     }
-    cache.upload(), query_start.upload(), seq_lens.upload(), kv_start.upload(), kv_blocks.upload();
+    num_decodes.host()[0] = decodes_;
+    cache.upload(), num_decodes.upload(), query_start.upload(), seq_lens.upload(), kv_start.upload(),
+        kv_blocks.upload();
   }
 
   int64_t size() const { return static_cast<int64_t>(sequences_.size()); }
@@ -68,7 +71,7 @@ class Batch {
     a.k_cache = layer_of(device, 0), a.v_cache = layer_of(device, 1);
     a.query_start = query_start.on(device), a.seq_lens = seq_lens.on(device);
     a.kv_start = kv_start.on(device), a.kv_blocks = kv_blocks.on(device);
-    a.num_decodes = decodes_;
+    a.num_decodes = num_decodes.on(device), a.max_decodes = decodes_, a.max_prompts = size() - decodes_;
     for (const Sequence& s : sequences_) a.max_query_len = std::max<int64_t>(a.max_query_len, s.queries);
     a.scale = 1.0f / std::sqrt(static_cast<float>(shape_.dim));
     return a;
@@ -111,6 +114,7 @@ class Batch {
  public:
   Twin<T> cache, qkv, out;
   Twin<int32_t> query_start, seq_lens, kv_start, kv_blocks;
+  Twin<int64_t> num_decodes;
 
  private:
   int64_t decodes_;
@@ -191,7 +195,7 @@ TYPED_TEST(GpuAttentionBits, gives_a_decode_the_same_bits_alone_in_a_batch_and_a
     alone.query_start.data = alone.query_start.template as<int32_t>() + 1, alone.query_start.shape[0] = 2;
     alone.seq_lens.data = alone.seq_lens.template as<int32_t>() + 1, alone.seq_lens.shape[0] = 1;
     alone.kv_start.data = alone.kv_start.template as<int32_t>() + 1, alone.kv_start.shape[0] = 2;
-    alone.num_decodes = 1;
+    batch.num_decodes.host()[0] = 1, batch.num_decodes.upload();
     batch.out.poison();
     paged_attention(alone);
     const std::vector<T> got = batch.out.download();
@@ -249,7 +253,7 @@ TYPED_TEST(GpuAttentionBits, replays_a_captured_decode_with_other_lengths_and_pa
     cuda::check(cudaStreamSynchronize(stream));
     PagedAttention on_cpu = batch.args(Device::cpu);
     if (lens[3] == 0) {
-      on_cpu.num_decodes = 3, on_cpu.seq_lens.shape[0] = 3;
+      batch.num_decodes.host()[0] = 3, on_cpu.seq_lens.shape[0] = 3;
       on_cpu.query_start.shape[0] = on_cpu.kv_start.shape[0] = 4;
     }
     paged_attention(on_cpu);
@@ -274,7 +278,9 @@ TEST(GpuAttentionLarge, addresses_caches_beyond_two_billion_elements) {
   Twin<int32_t> query_start({3}), seq_lens({2}), kv_start({3}), kv_blocks({6});
   query_start.host() = {0, 1, 3}, seq_lens.host() = {170, 190}, kv_start.host() = {0, 3, 6};
   kv_blocks.host() = {2, 0, 1, 1, 2, 0};
-  query_start.upload(), seq_lens.upload(), kv_start.upload(), kv_blocks.upload();
+  Twin<int64_t> num_decodes({1});
+  num_decodes.host() = {1};
+  query_start.upload(), seq_lens.upload(), kv_start.upload(), kv_blocks.upload(), num_decodes.upload();
   BFloat16* apart = nullptr;
   cuda::check(cudaMalloc(&apart, static_cast<size_t>(2 * far + block) * 2));
   for (int64_t b = 0; b < blocks; ++b)
@@ -288,7 +294,7 @@ TEST(GpuAttentionLarge, addresses_caches_beyond_two_billion_elements) {
     v.data = v.as<BFloat16>() + block / 2;
     paged_attention({(spread ? far_out : near_out).on(Device::cuda), q.on(Device::cuda), k, v,
                      query_start.on(Device::cuda), seq_lens.on(Device::cuda), kv_start.on(Device::cuda),
-                     kv_blocks.on(Device::cuda), 1, 2, 0.1f, nullptr});
+                     kv_blocks.on(Device::cuda), num_decodes.on(Device::cuda), 1, 1, 2, 0.1f, nullptr});
   }
   const std::vector<BFloat16> wanted = near_out.download(), got = far_out.download();
   for (size_t i = 0; i < got.size(); ++i) {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,14 +13,16 @@ import numpy as np
 
 from hybrid_serve import _core
 from hybrid_serve.checkpoint.hub import resolve
-from hybrid_serve.config import Config, ModelConfig
+from hybrid_serve.config import Config, EngineConfig, ModelConfig
+from hybrid_serve.runner.graphs import PadSizes
 from hybrid_serve.runner.model_runner import ModelRunner
-from hybrid_serve.runner.sampler import StepResult
+from hybrid_serve.runner.step import Pending, StepResult
 
 
 def load_runner(model: Path | str, **settings: Any) -> ModelRunner:
-    """``settings``: fields of ModelConfig (``dtype="float32"``)."""
-    config = Config(model=ModelConfig(model=str(model), **settings))
+    """``settings``: fields of ModelConfig and EngineConfig (``dtype="float32"``, ``device="cuda"``)."""
+    engine = {name: settings.pop(name) for name in ("device", "enforce_eager") if name in settings}
+    config = Config(model=ModelConfig(model=str(model), **settings), engine=EngineConfig(**engine))
     return ModelRunner.load(config, resolve(config.model), lambda phase, share: None)
 
 
@@ -31,6 +35,7 @@ class Generator:
     max_num_seqs: int = 32
     max_num_batched_tokens: int = 2048
     enable_prefix_caching: bool = True
+    pad_sizes: PadSizes = field(default_factory=PadSizes)
     results: list[StepResult] = field(default_factory=list)  # of every step of the last call
 
     def __post_init__(self) -> None:
@@ -42,9 +47,13 @@ class Generator:
             max_model_len=min(self.runner.facts.max_model_len, self.num_blocks * self.runner.config.cache.block_size),
             vocab_size=self.runner.facts.vocab_size,
             enable_prefix_caching=self.enable_prefix_caching,
+            depth=self.runner.device.depth,
+            decode_sizes=self.pad_sizes.decodes,
+            mixed_seq_sizes=self.pad_sizes.mixed_seqs,
+            mixed_token_sizes=self.pad_sizes.mixed_tokens,
         )
         size, layout = _core.batch_layout(config)
-        arenas = [bytearray(size) for _ in range(2)]
+        arenas = [mmap.mmap(-1, size) for _ in range(self.runner.device.depth + 1)]
         self.scheduler = _core.Scheduler(config, arenas)
         self.runner.allocate(self.num_blocks)
         self.runner.bind(arenas, layout)
@@ -60,8 +69,14 @@ class Generator:
             self.scheduler.add(first + index * n, np.array(prompt, np.int32).data, n=n, **params)
         found: list[list[int]] = [[] for _ in range(len(prompts) * n)]
         self.results.clear()
-        while (batch := self.scheduler.schedule()) is not None:
-            result = self.runner.step(batch)
+        in_flight: deque[tuple[_core.Batch, Pending]] = deque()
+        while True:
+            while len(in_flight) < self.runner.device.depth and (batch := self.scheduler.schedule()) is not None:
+                in_flight.append((batch, self.runner.submit(batch)))
+            if not in_flight:
+                break
+            batch, pending = in_flight.popleft()
+            result = pending.result()
             self.results.append(result)
             outputs = self.scheduler.commit(batch.step, result.tokens.data)
             for request, token in zip(outputs.ids.tolist(), outputs.tokens.tolist(), strict=True):

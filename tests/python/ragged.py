@@ -24,7 +24,9 @@ class CachedSequence:
 class Ragged:
     """Gives each sequence its own blocks, in an order that is not ascending."""
 
-    def __init__(self, runner: ModelRunner, num_blocks: int = 128) -> None:
+    def __init__(self, runner: ModelRunner, num_blocks: int = 128, has_decodes: bool = True) -> None:
+        """``has_decodes``: single rows count as decodes; else all rows are pieces of prompts."""
+        self.has_decodes = has_decodes
         self.runner, self.block_size = runner, runner.config.cache.block_size
         runner.allocate(num_blocks)
         self.free = [(index * 37 + 5) % num_blocks for index in range(num_blocks)]  # 37 and num_blocks: coprime
@@ -36,7 +38,7 @@ class Ragged:
 
     def logits(self, work: Sequence[tuple[CachedSequence, int]]) -> list[Tensor]:
         """Computes the next ``count`` tokens of each sequence in one batch; logits of all rows, [count, vocab] each."""
-        # As the scheduler does: sequences with one row first. Results come back in the order of ``work``.
+        # As the scheduler does: decodes first. Results come back in the order of ``work``.
         order = sorted(range(len(work)), key=lambda index: work[index][1] != 1)
         ids: list[int] = []
         positions: list[int] = []
@@ -57,19 +59,23 @@ class Ragged:
             seq_lens.append(sequence.num_computed)
 
         def column(values: list[int], dtype: torch.dtype = torch.int32) -> Tensor:
-            return torch.tensor(values, dtype=dtype)
+            return torch.tensor(values, dtype=dtype, device=self.runner.device.torch_device)
 
         counts = [work[index][1] for index in order]
+        decodes = counts.count(1) if self.has_decodes else 0
         batch = BatchView(
             token_ids=column(ids),
+            picked=column([]),
             positions=column(positions),
             slots=column(slots, torch.int64),
             query_start=column(query_start),
             seq_lens=column(seq_lens),
             kv_start=column(kv_start),
             kv_blocks=column(blocks),
-            sample_rows=torch.arange(len(ids), dtype=torch.int32),
-            num_decodes=counts.count(1),
+            sample_rows=None,
+            num_decodes=column([decodes], torch.int64),
+            max_decodes=decodes,
+            max_prompts=len(counts) - decodes,
             max_query_len=max(counts),
         )
         rows = torch.split(self.runner.decoder(batch), counts)

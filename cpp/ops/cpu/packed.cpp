@@ -51,7 +51,8 @@ void embedding(const Embedding& args) {
   by_dtype(args.out.dtype, [&]<class T>() {
     pool().parallel_for(args.out.shape[0], rows_per_piece(dim * 16), [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
-        const int64_t id = args.ids.as<int32_t>()[row * args.ids.strides[0]];
+        int64_t id = args.ids.as<int32_t>()[row * args.ids.strides[0]];
+        if (id < 0) id = args.picked.as<int32_t>()[-id - 1];
         T* out = args.out.as<T>() + row * args.out.strides[0];
         if (packed)
           unpack_row(out, args.table.as<T>(), id, dim);

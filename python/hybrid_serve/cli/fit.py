@@ -27,7 +27,7 @@ from .settings import settings
 from .usage import Parser, UsageError, dashed
 
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-_SHARE_FOR_CACHE = 0.9  # of what the weights leave; the rest is for a step's own tensors
+_SHARE_FOR_CACHE = 0.9  # of what weights and activations leave
 _SHORTEST_ROW = 1024  # tokens; the table of contexts ends there
 _GIB = 2**30
 
@@ -51,7 +51,7 @@ def fit(argv: list[str]) -> int:
         config = replace(config, model=demo.unless_named(config.model))
         resolved = resolve_metadata(config.model)
         model = Model.of(config, open_checkpoint(resolved, with_tensors=False).spec)
-        plan: limits.CachePlan | None = None
+        plan: limits.MemoryPlan | None = None
         failure: StartupError | None = None
         try:
             plan = _plan(config, model, free)
@@ -77,6 +77,7 @@ class Model:
     num_parameters: int
     weight_bytes: int
     token_bytes: int  # of KV cache
+    activation_bytes: int  # of the largest step
 
     @classmethod
     def of(cls, config: Config, spec: ModelSpec) -> Model:
@@ -86,23 +87,28 @@ class Model:
         count = sum(math.prod(shape) for _, shape in expected_tensors(spec, family_of(spec)))
         length = limits.longest_context(spec, config.model.max_model_len)
         token_bytes = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * item
-        return cls(spec, dtype, length, count, count * item, token_bytes)
+        scheduler = config.scheduler
+        step = scheduler.max_num_batched_tokens or max(limits.CPU_BATCHED_TOKENS, scheduler.max_num_seqs)
+        activations = limits.activation_bytes(spec, item, step, scheduler.max_num_seqs)
+        return cls(spec, dtype, length, count, count * item, token_bytes, activations)
 
 
-def _plan(config: Config, model: Model, free: int) -> limits.CachePlan:
+def _plan(config: Config, model: Model, free: int) -> limits.MemoryPlan:
     """Raises StartupError (HS-E026), as a start would."""
     limits.check_weights_fit(model.weight_bytes, free)
-    return limits.plan_cache(
+    return limits.plan_memory(
         config.cache,
+        weight_bytes=model.weight_bytes,
+        activation_bytes=model.activation_bytes,
         block_bytes=config.cache.block_size * model.token_bytes,
         max_model_len=model.max_model_len,
         is_length_fixed=config.model.max_model_len > 0,
         max_num_seqs=config.scheduler.max_num_seqs,
-        free_bytes=free - model.weight_bytes,
+        free_bytes=free - model.weight_bytes - model.activation_bytes,
     )
 
 
-def _facts(config: Config, model: Model, free: int, plan: limits.CachePlan | None) -> dict[str, Any]:
+def _facts(config: Config, model: Model, free: int, plan: limits.MemoryPlan | None) -> dict[str, Any]:
     found: dict[str, Any] = {
         "model": config.model.model,
         "family": model.spec.family,
@@ -112,6 +118,7 @@ def _facts(config: Config, model: Model, free: int, plan: limits.CachePlan | Non
         "weight_bytes": model.weight_bytes,
         "kv_bytes_per_token": model.token_bytes,
         "free_bytes": free,
+        "activation_bytes": model.activation_bytes,
         "free_after_weights_bytes": max(free - model.weight_bytes, 0),
         "start": None,
         "choices": _choices(config, model, _for_cache(model, free)),
@@ -132,7 +139,7 @@ def _facts(config: Config, model: Model, free: int, plan: limits.CachePlan | Non
 
 
 def _for_cache(model: Model, free: int) -> int:
-    return int(max(free - model.weight_bytes, 0) * _SHARE_FOR_CACHE)
+    return int(max(free - model.weight_bytes - model.activation_bytes, 0) * _SHARE_FOR_CACHE)
 
 
 def gpus() -> list[tuple[str, int]]:
@@ -166,7 +173,8 @@ def _text(found: dict[str, Any]) -> str:
     lines = [
         f"model    {found['family']}, {found['parameters'] / 1e9:.2f} B parameters, {found['dtype']}, "
         f"context {found['max_model_len']}",
-        f"weights  {_gib(found['weight_bytes'])}     KV cache {found['kv_bytes_per_token'] / 1024:.1f} KiB a token",
+        f"weights  {_gib(found['weight_bytes'])}     activations {_gib(found['activation_bytes'])}     "
+        f"KV cache {found['kv_bytes_per_token'] / 1024:.1f} KiB a token",
         f"memory   {_gib(found['free_bytes'])} free, {_gib(found['free_after_weights_bytes'])} after the weights",
     ]
     if start := found["start"]:

@@ -20,8 +20,7 @@ _VLLM_NOTES = {
     "disable-uvicorn-access-log": "not needed: no access log is written",
     "enable-chunked-prefill": "not needed: always on",
     "enable-prompt-tokens-details": "not needed: always in usage",
-    "enforce-eager": "not needed: nothing is compiled or captured",
-    "gpu-memory-utilization": "there is --kv-cache-memory-bytes SIZE; hybrid-serve fit MODEL says which",
+    "kv-cache-memory": "there is --kv-cache-memory-bytes SIZE; hybrid-serve fit MODEL says which",
     "swap-space": "not needed: a preempted request is computed again",
     "trust-remote-code": "never: no code of a model folder is run",
 }

@@ -52,9 +52,11 @@ class ExecutorFacts(NamedTuple):
     vocab_size: int
     max_model_len: int
     num_blocks: int
-    max_batched_tokens: int  # the device's default
+    max_batched_tokens: int
     dtype: str
     device: str
+    pad_sizes: tuple[tuple[int, ...], ...] = ((), (), ())  # decodes, mixed sequences, mixed tokens; see core/config.h
+    memory: tuple[tuple[str, int], ...] = ()  # what takes how many bytes, for people
     notes: tuple[str, ...] = ()  # on how the cache was sized, for people
 
 
@@ -74,41 +76,33 @@ class Executor(Protocol):
     def submit(self, batch: Batch) -> Pending: ...
 
 
-class Done(NamedTuple):
-    """A step that was over before ``submit`` returned."""
-
-    value: Any
-
-    def result(self) -> StepResult:
-        return self.value  # type: ignore[no-any-return]
-
-
 class InlineExecutor:
-    """Runs each step to its end inside ``submit``; knows one ModelRunner and no other process."""
-
-    depth = 1
+    """Runs the steps in this process; knows one ModelRunner and no other process."""
 
     def __init__(self, config: Config, runner: ModelRunner) -> None:
         self._config, self._runner = config, runner
+        self.depth = runner.device.depth
 
     def allocate(self) -> ExecutorFacts:
-        plan, facts = self._runner.plan_blocks(), self._runner.facts
+        plan, facts = self._runner.plan_memory(), self._runner.facts
         self._runner.allocate(plan.num_blocks)
         return ExecutorFacts(
             vocab_size=facts.vocab_size,
             max_model_len=plan.max_model_len,
             num_blocks=plan.num_blocks,
-            max_batched_tokens=self._runner.device.default_batched_tokens,
+            max_batched_tokens=facts.max_batched_tokens,
             dtype=facts.dtype,
             device=facts.device,
+            pad_sizes=facts.pad_sizes,
+            memory=plan.rows,
             notes=plan.notes,
         )
 
     def bind(self, arenas: Sequence[Buffer], layout: Layout) -> None:
         self._runner.bind(arenas, layout)
 
-    def submit(self, batch: Batch) -> Done:
-        return Done(self._runner.step(batch))
+    def submit(self, batch: Batch) -> Pending:
+        return self._runner.submit(batch)
 
 
 def load_inline(config: Config, report: Report) -> InlineExecutor:

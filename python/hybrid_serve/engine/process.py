@@ -51,6 +51,8 @@ def main(config: Config, *, index: int, num_clients: int, control_address: str, 
         executor: Executor = getattr(import_module(module), function)(config, progress)
         progress("allocating", 0.0)
         facts = executor.allocate()
+        for what, num_bytes in facts.memory:
+            log.info("memory: %8.2f GiB  %s", num_bytes / 2**30, what)
         core = make_core(config, executor, facts, num_clients)
         inbox = Inbox(
             peers,
@@ -73,14 +75,16 @@ def make_core(config: Config, executor: Executor, facts: ExecutorFacts, num_clie
             num_blocks=facts.num_blocks,
             block_size=config.cache.block_size,
             max_num_seqs=config.scheduler.max_num_seqs,
-            max_num_batched_tokens=config.scheduler.max_num_batched_tokens
-            or max(facts.max_batched_tokens, config.scheduler.max_num_seqs),
+            max_num_batched_tokens=facts.max_batched_tokens,
             max_model_len=facts.max_model_len,
             vocab_size=facts.vocab_size,
             num_clients=num_clients,
             depth=executor.depth,
             enable_prefix_caching=config.cache.enable_prefix_caching,
             hash_key=secrets.token_bytes(16),  # nobody can construct prompts whose blocks collide
+            decode_sizes=facts.pad_sizes[0],
+            mixed_seq_sizes=facts.pad_sizes[1],
+            mixed_token_sizes=facts.pad_sizes[2],
         )
     except ValueError as error:
         raise StartupError(

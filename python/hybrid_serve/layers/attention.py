@@ -83,6 +83,8 @@ class Attention:
             batch.kv_start,
             batch.kv_blocks,
             batch.num_decodes,
+            batch.max_decodes,
+            batch.max_prompts,
             batch.max_query_len,
             self.scale,
             scratch.mixed,

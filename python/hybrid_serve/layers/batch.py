@@ -9,15 +9,20 @@ from torch import Tensor
 
 class BatchView(NamedTuple):
     """T tokens of S sequences, R of them sampled. Sequence s owns query rows [query_start[s], query_start[s + 1]) and
-    cache blocks kv_blocks[kv_start[s] .. kv_start[s + 1]); the first ``num_decodes`` sequences have one row each."""
+    cache blocks kv_blocks[kv_start[s] .. kv_start[s + 1]); the first ``num_decodes`` sequences are decodes: one
+    row each, the token that was picked last. Columns of a captured step are padded: the last sequences may own nothing,
+    the last tokens may belong to nobody and have slot -1."""
 
-    token_ids: Tensor  # i32 [T]
+    token_ids: Tensor  # i32 [T]; -(row + 1): what row ``row`` of the step before picked
+    picked: Tensor  # i32, of the step before
     positions: Tensor  # i32 [T]
     slots: Tensor  # i64 [T], where the tokens' keys and values go
     query_start: Tensor  # i32 [S + 1]
     seq_lens: Tensor  # i32 [S], these tokens included
     kv_start: Tensor  # i32 [S + 1]
     kv_blocks: Tensor  # i32
-    sample_rows: Tensor  # i32 [R], rows of T
-    num_decodes: int
+    sample_rows: Tensor | None  # i32 [R], rows of T; None: all of them
+    num_decodes: Tensor  # i64 [1]
+    max_decodes: int  # bounds known on the host, see ops.h
+    max_prompts: int
     max_query_len: int

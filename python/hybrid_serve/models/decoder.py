@@ -69,15 +69,14 @@ class Decoder:
 
     def __call__(self, batch: BatchView) -> Tensor:
         """Logits, f32 [R, vocab], of the sampled rows; keys and values of all tokens go to the cache."""
-        x = ops.embedding(batch.token_ids, self.embedding)
+        x = ops.embedding(batch.token_ids, self.embedding, batch.picked)
         # The sum of all layers is kept in f32, so that a 16-bit model rounds each layer's input and output only. The
         # first layer adds the embedding to nothing.
         residual = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
         scratch = self.layers[0].scratch(x)
         for layer in self.layers:
             x = layer(x, residual, batch, scratch)
-        rows = batch.sample_rows
-        if rows.shape[0] != x.shape[0]:
+        if (rows := batch.sample_rows) is not None:
             x, residual = x.index_select(0, rows), residual.index_select(0, rows)
         return self.lm_head(ops.add_rms_norm(x, residual, self.norm, self.eps))
 
@@ -87,7 +86,7 @@ def build_decoder(
 ) -> Decoder:
     """Loads layer by layer, several at once; ``report`` gets the share done, from this thread."""
     family = family_of(spec)
-    cos_sin = cos_sin_table(spec.rope, spec.head_dim, max_positions)
+    cos_sin = cos_sin_table(spec.rope, spec.head_dim, max_positions).to(weights.device)
     workers = min(LOADING_THREADS, len(os.sched_getaffinity(0)))
     layers: list[DecoderLayer] = []
     with ThreadPoolExecutor(workers) as pool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import threading
 import zlib
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from .. import ops
 from ..checkpoint.failures import corrupt
 from ..checkpoint.model_spec import ModelSpec
-from ..checkpoint.tensors import FloatName, TensorSource
+from ..checkpoint.tensors import Array, FloatName, TensorSource
 from .family import Family
 from .names import PackedLinear, expected_tensors
 
@@ -28,6 +29,8 @@ DTYPES: dict[str, torch.dtype] = {
 
 
 class Weights(Protocol):
+    device: torch.device  # of the tensors that are filled
+
     def fill(self, out: Tensor, name: str) -> None:
         """Writes the tensor ``name`` into ``out``, which has its shape."""
         ...
@@ -36,20 +39,22 @@ class Weights(Protocol):
 class WeightReader:
     """From a checkpoint."""
 
-    def __init__(self, source: TensorSource, dtype: FloatName) -> None:
-        self._source, self._dtype = source, dtype
+    def __init__(
+        self, source: TensorSource, dtype: FloatName, device: torch.device, write: Callable[[Tensor, Array], None]
+    ) -> None:
+        """``write`` puts values into a tensor of ``device``."""
+        self.device = device
+        self._source, self._dtype, self._write = source, dtype, write
 
     def fill(self, out: Tensor, name: str) -> None:
-        values = self._source.read(name, self._dtype)
-        # torch knows no read-only tensors and warns of them; numpy writes through a view of `out` instead.
-        target = out.view(torch.uint16) if out.dtype == torch.bfloat16 else out
-        target.numpy()[...] = values
+        self._write(out, self._source.read(name, self._dtype))
 
 
 class DummyWeights:
-    """Random values, N(0, 0.02), norms 1: the same for the same seed, whatever the order of reading."""
+    """Random values, N(0, 0.02), norms 1: the same for the same seed and device, whatever the order of reading."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, device: torch.device) -> None:
+        self.device = device
         self._seed = max(seed, 0)
 
     def fill(self, out: Tensor, name: str) -> None:
@@ -57,7 +62,7 @@ class DummyWeights:
             out.fill_(1.0)
             return
         # torch's CPU generator uses 32 bits of its seed, so both go through one hash.
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{self._seed} {name}".encode()))
+        generator = torch.Generator(self.device).manual_seed(zlib.crc32(f"{self._seed} {name}".encode()))
         out.normal_(0.0, 0.02, generator=generator)
 
 
@@ -67,8 +72,8 @@ _packing = threading.Lock()  # the kernels' thread pool serves one caller at a t
 def pack(weights: Weights, linear: PackedLinear, dtype: torch.dtype) -> tuple[ops.PackedWeight, Tensor | None]:
     """The stacked parts of ``linear`` as one packed weight, and their biases as one."""
     rows = sum(count for _, count in linear.parts)
-    stacked = torch.empty((rows, linear.k), dtype=dtype)
-    bias = torch.empty(rows, dtype=dtype) if linear.bias else None
+    stacked = torch.empty((rows, linear.k), dtype=dtype, device=weights.device)
+    bias = torch.empty(rows, dtype=dtype, device=weights.device) if linear.bias else None
     start = 0
     for name, count in linear.parts:
         weights.fill(stacked[start : start + count], f"{name}.weight")
@@ -80,7 +85,7 @@ def pack(weights: Weights, linear: PackedLinear, dtype: torch.dtype) -> tuple[op
 
 
 def vector(weights: Weights, name: str, size: int, dtype: torch.dtype) -> Tensor:
-    out = torch.empty(size, dtype=dtype)
+    out = torch.empty(size, dtype=dtype, device=weights.device)
     weights.fill(out, name)
     return out
 

@@ -1,4 +1,4 @@
-"""ArenaViews: the columns of one batch arena as tensors over its memory; made once, sliced every step."""
+"""ArenaViews: the columns of one batch arena as arrays and tensors over its memory; made once, sliced every step."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from torch import Tensor
 from typing_extensions import Buffer
 
 Layout = Mapping[str, tuple[int, str, int]]  # column -> (byte offset, numpy type, capacity)
+NUM_DECODES = 3  # entry of the header column, as in cpp/core/batch.h
+_TYPES = {"int32": torch.int32, "int64": torch.int64, "float32": torch.float32}
 
 
 class Batch(Protocol):
@@ -35,23 +37,36 @@ class Batch(Protocol):
     def num_copies(self) -> int: ...
     @property
     def num_adjustments(self) -> int: ...
+    @property
+    def bytes_used(self) -> int: ...
+    @property
+    def padded_tokens(self) -> int: ...
+    @property
+    def padded_seqs(self) -> int: ...
+    @property
+    def is_padded(self) -> bool: ...
 
 
 class ArenaViews:
-    """``arrays`` and ``tensors`` by column name: the same memory seen by numpy and by torch."""
+    """One arena of the host: ``memory``, u8, and ``arrays`` and ``tensors`` by column name over it."""
 
     def __init__(self, arena: Buffer, layout: Layout) -> None:
         """``arena``: writable, at least as long as the layout needs. Raises ValueError otherwise."""
-        memory = memoryview(arena).cast("B")
-        if memory.readonly:
+        buffer = memoryview(arena).cast("B")
+        if buffer.readonly:
             raise ValueError("an arena must be writable")
-        self.arrays: dict[str, NDArray[Any]] = {}
-        self.tensors: dict[str, Tensor] = {}
-        for name, (offset, type_name, capacity) in layout.items():
-            dtype = np.dtype(type_name)
-            end = offset + capacity * dtype.itemsize
-            if end > memory.nbytes:
-                raise ValueError(f"column {name} ends at byte {end} of an arena of {memory.nbytes}")
-            array = np.frombuffer(memory, dtype, capacity, offset)
-            self.arrays[name] = array
-            self.tensors[name] = torch.from_numpy(array)
+        self.memory = torch.from_numpy(np.frombuffer(buffer, np.uint8))
+        self.tensors = columns_of(self.memory, layout)
+        self.arrays: dict[str, NDArray[Any]] = {name: column.numpy() for name, column in self.tensors.items()}
+
+
+def columns_of(memory: Tensor, layout: Layout) -> dict[str, Tensor]:
+    """``memory``: u8 on any device, laid out as an arena. Raises ValueError if it is shorter than the layout."""
+    columns = {}
+    for name, (offset, type_name, capacity) in layout.items():
+        dtype = np.dtype(type_name)
+        end = offset + capacity * dtype.itemsize
+        if end > memory.numel():
+            raise ValueError(f"column {name} ends at byte {end} of an arena of {memory.numel()}")
+        columns[name] = memory[offset:end].view(_TYPES[dtype.name])
+    return columns

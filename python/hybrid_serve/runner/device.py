@@ -2,22 +2,59 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Protocol
+
 import torch
 from torch import Tensor
+from typing_extensions import Buffer
 
 from .. import _kernels
-from ..config import EngineConfig
+from ..checkpoint.tensors import Array
+from ..config import Config
 from ..errors import StartupError
 from . import memory
+from .arena import ArenaViews, Batch, Layout
+from .limits import CPU_BATCHED_TOKENS
+from .step import Compute, Done, Pending, StepResult, exact_shape
+
+
+class Steps(Protocol):
+    """Takes batches to the device and results back."""
+
+    def submit(self, batch: Batch, compute: Compute) -> Pending:
+        """``compute`` gets the columns on the device, and the shape they have there."""
+        ...
+
+
+class Device(Protocol):
+    """Where weights, cache and steps live."""
+
+    torch_device: torch.device
+    depth: int  # steps that may be under way at once
+    default_batched_tokens: int
+    captures: bool  # whether steps of padded batches are captured and replayed
+
+    def describe(self) -> str: ...
+    def free_bytes(self) -> int: ...
+    def cache_budget(self, free_bytes: int) -> int | None:
+        """Bytes of the default KV cache; None: a size by what a server needs, see ``limits``."""
+        ...
+
+    def write(self, out: Tensor, values: Array) -> None:
+        """``values`` (bfloat16 as uint16) into ``out``, a tensor of this device. Returns when ``values`` may go."""
+        ...
+
+    def steps(self, arenas: Sequence[Buffer], layout: Layout) -> Steps: ...
 
 
 class CpuDevice:
-    """Plain memory and the kernels' own threads."""
+    """Plain memory and the kernels' own threads; a step is over when ``submit`` returns."""
 
-    name = "cpu"
-    # A step of this many tokens takes about 0.25 s on two cores with a model of 135M: that is how long a long prompt
-    # makes a running stream wait. More would lengthen the wait and, measured, not add throughput.
-    default_batched_tokens = 512
+    torch_device = torch.device("cpu")
+    depth = 1
+    default_batched_tokens = CPU_BATCHED_TOKENS
+    captures = False
 
     def __init__(self, num_threads: int) -> None:
         """``num_threads``: of the kernels; 0: one per usable core."""
@@ -30,18 +67,55 @@ class CpuDevice:
         """Memory that can be taken without swapping, within the limit of the control group if there is one."""
         return memory.free_bytes()
 
-    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Not initialised; the system provides pages as they are first written."""
-        return torch.empty(shape, dtype=dtype)
+    def cache_budget(self, free_bytes: int) -> int | None:
+        return None
+
+    def write(self, out: Tensor, values: Array) -> None:
+        # torch knows no read-only tensors and warns of them; numpy writes through a view of `out` instead.
+        target = out.view(torch.uint16) if out.dtype == torch.bfloat16 else out
+        target.numpy()[...] = values
+
+    def steps(self, arenas: Sequence[Buffer], layout: Layout) -> CpuSteps:
+        return CpuSteps([ArenaViews(arena, layout) for arena in arenas])
 
 
-def open_device(config: EngineConfig) -> CpuDevice:
+class CpuSteps:
+    """Computes on the arenas themselves."""
+
+    def __init__(self, views: Sequence[ArenaViews]) -> None:
+        self._views = views
+
+    def submit(self, batch: Batch, compute: Compute) -> Done:
+        views = self._views[batch.arena]
+        sampled = compute(views.tensors, exact_shape(batch, views))
+        tokens, *logprobs = sampled
+        # Copied, as the next step's tokens take the place of these.
+        return Done(StepResult(tokens.numpy().copy(), *(None if one is None else one.numpy() for one in logprobs)))
+
+
+def open_device(config: Config) -> Device:
     """Raises StartupError (HS-E025) for a device that this build or machine does not have."""
-    if config.device == "cuda":
+    engine = config.engine
+    if engine.device == "cpu" or (engine.device == "auto" and not _has_cuda()):
+        return CpuDevice(engine.cpu_threads)
+    if not _kernels.has_cuda():
         raise StartupError(
             "HS-E025",
             "device cuda is not available",
-            "this version runs models on the CPU only",
-            "leave --device out, or use --device cpu",
+            "hybrid-serve was built without CUDA: no nvcc (or a CMake before 3.28) was found then",
+            "install it again where nvcc is on the PATH, or use --device cpu",
         )
-    return CpuDevice(config.cpu_threads)
+    if not torch.cuda.is_available():
+        raise StartupError(
+            "HS-E025",
+            "device cuda is not available",
+            "no usable GPU: " + ("its driver does not answer" if torch.version.cuda else "torch was installed for CPU"),
+            "nvidia-smi must list the GPU and torch must be one for CUDA; or use --device cpu",
+        )
+    from .cuda import CudaDevice
+
+    return CudaDevice(config)
+
+
+def _has_cuda() -> bool:
+    return _kernels.has_cuda() and torch.cuda.is_available()

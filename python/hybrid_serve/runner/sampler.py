@@ -2,37 +2,20 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-import numpy as np
-import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from .. import _kernels
-from .arena import ArenaViews, Batch
+from .step import Columns, Sampled, StepShape
 
 
-class StepResult(NamedTuple):
-    """One row per sampled row of the batch. ``width`` is 1 + the most log-probabilities that any row asked for;
-    logprobs, logprob_ids and ranks are None if no row asked."""
-
-    tokens: NDArray[np.int32]  # [rows]
-    logprobs: NDArray[np.float32] | None = None  # [rows, width], the sampled token's first
-    logprob_ids: NDArray[np.int32] | None = None  # [rows, width]; -1 where a row asked for fewer
-    ranks: NDArray[np.int32] | None = None  # [rows], 1 is the most likely
-
-
-def sample(logits: Tensor, views: ArenaViews, batch: Batch) -> tuple[Tensor, StepResult]:
-    """``logits``: f32 [R, vocab], overwritten. Returns the tokens as a tensor too, for the next step to refer to."""
-    rows, entries, columns = batch.num_sampled, batch.num_adjustments, views.tensors
-    tokens = torch.empty(rows, dtype=torch.int32)
+def sample(logits: Tensor, columns: Columns, shape: StepShape, tokens: Tensor) -> Sampled:
+    """``logits``: f32 [rows, vocab], overwritten. ``tokens``: i32 [rows], written."""
+    rows, width, entries = shape.num_sampled, shape.logprobs_width, shape.num_adjustments
     logprobs = logprob_ids = ranks = None
-    most = int(views.arrays["num_logprobs"][:rows].max(initial=-1))
-    if most >= 0:
-        logprobs = torch.empty((rows, 1 + most), dtype=torch.float32)
-        logprob_ids = torch.empty((rows, 1 + most), dtype=torch.int32)
-        ranks = torch.empty(rows, dtype=torch.int32)
+    if width > 0:
+        logprobs = logits.new_empty(rows, width)
+        logprob_ids = tokens.new_empty(rows, width)
+        ranks = tokens.new_empty(rows)
     _kernels.sample(
         tokens,
         logprobs,
@@ -52,6 +35,4 @@ def sample(logits: Tensor, views: ArenaViews, batch: Batch) -> tuple[Tensor, Ste
         columns["adjust_add"][:entries],
         columns["adjust_flags"][:entries],
     )
-    if logprobs is None or logprob_ids is None or ranks is None:
-        return tokens, StepResult(tokens.numpy())
-    return tokens, StepResult(tokens.numpy(), logprobs.numpy(), logprob_ids.numpy(), ranks.numpy())
+    return Sampled(tokens, logprobs, logprob_ids, ranks)

@@ -187,4 +187,4 @@ def _required(metadata: Mapping[str, Any], name: str) -> Any:
 
 
 def _corrupt(why: str, fix: str) -> StartupError:
-    return StartupError("HS-E041", "the tokenizer of the GGUF file cannot be used", why, fix)
+    return StartupError("HS-E051", "the tokenizer of the GGUF file cannot be used", why, fix)

@@ -12,7 +12,7 @@ import pytest
 from hybrid_serve.cli import completion, options
 from hybrid_serve.cli.main import COMMANDS, main
 from hybrid_serve.cli.settings import settings
-from hybrid_serve.cli.translate import translated
+from hybrid_serve.cli.translate import _VLLM_NOTES, translated
 from hybrid_serve.cli.usage import UsageError
 
 
@@ -86,12 +86,16 @@ def test_commands_of_others_become_ours(command: str, words: str, left_out: list
 
 
 def test_translate_prints_a_command_that_a_shell_takes(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["translate", "vllm serve 'my model' --gpu-memory-utilization 0.9 --port 1"]) == 0
+    assert main(["translate", "vllm serve 'my model' --swap-space 4 --port 1"]) == 0
     shown = capsys.readouterr()
     assert shown.out == "hybrid-serve serve 'my model' --port 1\n"
-    assert "--kv-cache-memory-bytes" in shown.err
+    assert shown.err == "left out: --swap-space 4: not needed: a preempted request is computed again\n"
     assert main(["translate", "--", "vllm", "serve", "m", "--port", "x"]) == 2
     assert "--port: 'x' is not a whole number" in capsys.readouterr().err
+
+
+def test_no_note_is_about_an_option_that_we_have() -> None:
+    assert {setting.flag[2:] for setting in settings()} & set(_VLLM_NOTES) == set()
 
 
 @pytest.mark.parametrize("command", ["ollama run x", "vllm chat", "x"])

@@ -114,7 +114,7 @@ def test_an_interruption_in_a_step_leaves_a_model_that_works(llm: LLM, monkeypat
         def interrupted(batch: Any) -> Any:
             raise KeyboardInterrupt
 
-        patch.setattr(runner, "step", interrupted)
+        patch.setattr(runner, "submit", interrupted)
         with pytest.raises(KeyboardInterrupt):
             llm.generate(["the bat", "a"], greedy())
     assert llm.generate("the bat", greedy())[0].outputs[0].token_ids == expected

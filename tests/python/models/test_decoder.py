@@ -3,37 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from in_process import load_runner
 from ragged import Ragged
-from tiny_models import FAMILIES, make_tiny_model
-
-VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    **{family: (family, {}) for family in FAMILIES},
-    "llama with biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
-    "llama tied, one KV head": ("llama", {"tie_word_embeddings": True, "num_key_value_heads": 1}),
-    "qwen2 untied": ("qwen2", {"tie_word_embeddings": False}),
-    "odd sizes": ("llama", {"hidden_size": 72, "head_dim": 24, "num_attention_heads": 3, "num_key_value_heads": 1}),
-}
-
-
-def reference(folder: Path, prompts: list[list[int]]) -> list[Tensor]:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    with torch.no_grad():
-        return [model(torch.tensor([prompt])).logits[0] for prompt in prompts]
-
-
-def prompts_of(lengths: list[int]) -> list[list[int]]:
-    return [
-        [(17 * index + 31 * position + position**2) % 509 + 3 for position in range(length)]
-        for index, length in enumerate(lengths)
-    ]
+from references import VARIANTS, prompts_of, reference
+from tiny_models import make_tiny_model
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

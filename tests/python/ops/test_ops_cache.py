@@ -45,7 +45,18 @@ def test_attention_over_stored_keys_and_values_is_torchs_attention(dtype: torch.
             )[0].transpose(0, 1)
         )
     out = ops.paged_attention(
-        q, caches[0], caches[1], ints(0, 1, 6), ints(*lengths), ints(0, 2, 5), ints(7, 2, 0, 8, 3), 1, 5, dim**-0.5
+        q,
+        caches[0],
+        caches[1],
+        ints(0, 1, 6),
+        ints(*lengths),
+        ints(0, 2, 5),
+        ints(7, 2, 0, 8, 3),
+        torch.tensor([1]),
+        1,
+        1,
+        5,
+        dim**-0.5,
     )
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(out.float(), torch.cat(outs), atol=tolerance, rtol=tolerance)
@@ -54,9 +65,9 @@ def test_attention_over_stored_keys_and_values_is_torchs_attention(dtype: torch.
 def test_attention_refuses_sequences_without_room_for_their_tokens() -> None:
     q, cache = torch.ones(1, 2, 64), torch.zeros(4, 2, 16, 64)
     with pytest.raises(ValueError, match="sequence 0 of 17 tokens has 1 blocks of 16"):
-        ops.paged_attention(q, cache, cache, ints(0, 1), ints(17), ints(0, 1), ints(2), 1, 1, 1.0)
+        ops.paged_attention(q, cache, cache, ints(0, 1), ints(17), ints(0, 1), ints(2), torch.tensor([1]), 1, 0, 1, 1.0)
     with pytest.raises(ValueError, match=r"kv_blocks holds 4, expected values in \[0, 4\)"):
-        ops.paged_attention(q, cache, cache, ints(0, 1), ints(7), ints(0, 1), ints(4), 1, 1, 1.0)
+        ops.paged_attention(q, cache, cache, ints(0, 1), ints(7), ints(0, 1), ints(4), torch.tensor([1]), 1, 0, 1, 1.0)
 
 
 def test_a_negative_slot_is_padding_and_one_too_large_is_an_error() -> None:

@@ -10,22 +10,24 @@ import pytest
 from hybrid_serve.checkpoint.hf_spec import spec_of_folder
 from hybrid_serve.config import CacheConfig
 from hybrid_serve.errors import StartupError
-from hybrid_serve.runner.limits import MIB, CachePlan, check_weights_fit, longest_context, plan_cache
+from hybrid_serve.runner.limits import MIB, MemoryPlan, check_weights_fit, longest_context, plan_memory
 from hybrid_serve.wire import StartupFailure
 from tiny_models import make_tiny_model
 
 BLOCK = MIB  # of 16 tokens
 
 
-def plan(cache: CacheConfig | None = None, **changes: Any) -> CachePlan:
+def plan(cache: CacheConfig | None = None, **changes: Any) -> MemoryPlan:
     arguments: dict[str, Any] = {
+        "weight_bytes": 300 * MIB,
+        "activation_bytes": 50 * MIB,
         "block_bytes": BLOCK,
         "max_model_len": 1600,
         "is_length_fixed": False,
         "max_num_seqs": 256,
         "free_bytes": 10_000 * MIB,
     }
-    return plan_cache(cache or CacheConfig(), **(arguments | changes))
+    return plan_memory(cache or CacheConfig(), **(arguments | changes))
 
 
 def refused(cache: CacheConfig | None = None, **changes: Any) -> StartupFailure:
@@ -36,12 +38,22 @@ def refused(cache: CacheConfig | None = None, **changes: Any) -> StartupFailure:
 
 
 def test_the_default_holds_four_full_contexts() -> None:
-    assert plan() == CachePlan(400, 1600)
+    found = plan()
+    assert (found.num_blocks, found.max_model_len, found.notes) == (400, 1600, ())
 
 
 def test_the_default_is_at_least_256_mib_but_no_more_than_the_sequences_can_use() -> None:
-    assert plan(max_model_len=160) == CachePlan(256, 160)
-    assert plan(max_model_len=160, max_num_seqs=2) == CachePlan(20, 160)
+    assert plan(max_model_len=160).num_blocks == 256
+    assert plan(max_model_len=160, max_num_seqs=2).num_blocks == 20
+
+
+def test_where_there_is_a_budget_the_default_takes_all_of_it() -> None:
+    assert plan(cache_budget=7000 * MIB).num_blocks == 7000
+
+
+def test_the_rows_say_where_the_memory_goes() -> None:
+    rows = plan(cache_budget=7000 * MIB).rows
+    assert [num_bytes // MIB for _, num_bytes in rows] == [300, 50, 7000, 3000]
 
 
 def test_the_default_takes_a_part_of_the_free_memory_and_says_so() -> None:

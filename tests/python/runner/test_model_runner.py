@@ -13,7 +13,7 @@ import torch
 from hybrid_serve.checkpoint.hub import resolve
 from hybrid_serve.config import CacheConfig, Config, EngineConfig, ModelConfig
 from hybrid_serve.errors import StartupError
-from hybrid_serve.runner.arena import ArenaViews
+from hybrid_serve.runner.arena import NUM_DECODES, ArenaViews
 from hybrid_serve.runner.model_runner import ModelRunner
 from in_process import Generator, load_runner
 from tiny_gguf import write_tiny_gguf
@@ -22,7 +22,7 @@ from tiny_models import FAMILIES, make_tiny_model
 PROMPT = [5, 9, 300, 41, 77, 8]
 # Columns of an arena by hand: one sequence in two blocks is all these tests need.
 COLUMNS = {
-    "token_ids": "<i4", "positions": "<i4", "slots": "<i8", "query_start": "<i4", "seq_lens": "<i4",
+    "header": "<i8", "token_ids": "<i4", "positions": "<i4", "slots": "<i8", "query_start": "<i4", "seq_lens": "<i4",
     "sample_rows": "<i4", "temperature": "<f4", "top_p": "<f4", "min_p": "<f4", "repetition_penalty": "<f4",
     "top_k": "<i4", "num_logprobs": "<i4", "seeds": "<i8", "sample_positions": "<i4", "adjust_start": "<i4",
     "copy_src": "<i4", "copy_dst": "<i4", "kv_start": "<i4", "kv_blocks": "<i4", "adjust_ids": "<i4",
@@ -50,6 +50,7 @@ class OneSequence:
         columns["token_ids"][:count] = token_ids
         columns["positions"][:count] = positions
         columns["slots"][:count] = [self.blocks[at // 16] * 16 + at % 16 for at in positions]
+        columns["header"][NUM_DECODES] = int(count == 1)
         columns["query_start"][:2] = [0, count]
         columns["seq_lens"][0] = self.computed
         columns["sample_rows"][0] = count - 1
@@ -180,7 +181,7 @@ def test_the_plan_follows_the_configuration(tmp_path: Path) -> None:
         cache=CacheConfig(num_gpu_blocks_override=7),
     )
     runner = ModelRunner.load(config, resolve(config.model), lambda phase, share: None)
-    assert (runner.plan_blocks().num_blocks, runner.plan_blocks().max_model_len) == (7, 100)
+    assert (runner.plan_memory().num_blocks, runner.plan_memory().max_model_len) == (7, 100)
     runner.allocate(7)
     assert runner.decoder.layers[1].attention.v_cache.shape == (7, 2, 16, 16)
 
