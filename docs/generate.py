@@ -6,9 +6,13 @@ python docs/generate.py
 
 from __future__ import annotations
 
+import asyncio
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import get_type_hints
+from typing import Any, get_type_hints
+
+from prometheus_client.parser import text_string_to_metric_families
 
 from hybrid_serve.catalogue import FAULTS
 from hybrid_serve.cli.bench.command import KINDS
@@ -16,9 +20,8 @@ from hybrid_serve.cli.main import COMMANDS
 from hybrid_serve.cli.settings import settings
 from hybrid_serve.client.engine_client import ZmqEngineClient
 from hybrid_serve.config import Config
-from hybrid_serve.server.app import POST_ROUTES
+from hybrid_serve.server.app import create_app
 from hybrid_serve.server.context import ServerContext
-from hybrid_serve.server.openapi import openapi
 
 REFERENCE = Path(__file__).parent / "reference"
 NOTICE = "<!-- Made by docs/generate.py: edit the source that it reads, then run it again. -->\n"
@@ -82,28 +85,21 @@ def options() -> str:
 def routes() -> str:
     """From the description that the server itself serves."""
     rows = []
-    for path, methods in openapi(POST_ROUTES)["paths"].items():
+    for path, methods in json.loads(asked("/openapi.json"))["paths"].items():
         for method, operation in methods.items():
-            streams = "text/event-stream" in operation["responses"]["200"]["content"]
+            streams = "text/event-stream" in operation["responses"]["200"].get("content", {})
             needs_key = operation.get("security") != []
+            summary = operation["summary"].rstrip(".")
             rows.append(
-                (
-                    f"`{method.upper()} {path}`",
-                    operation["summary"].rstrip("."),
-                    "yes" if streams else "no",
-                    "yes" if needs_key else "no",
-                )
+                (f"`{method.upper()} {path}`", summary, "yes" if streams else "no", "yes" if needs_key else "no")
             )
     head = ("route", "what it is", "can stream", "needs a key, where keys are set")
     return "# Routes\n\nBodies are described by the server: `GET /openapi.json`.\n\n" + table(head, rows)
 
 
 def metrics() -> str:
-    """By asking a server that has not started for its metrics."""
-    config = Config()
-    context = ServerContext(config, ZmqEngineClient(config, 0, "inproc://nowhere", []))
-    families = sorted(context.metrics.collect(), key=lambda family: family.name)
-    context.close()
+    """From the exposition of a server that has not started."""
+    families = sorted(text_string_to_metric_families(asked("/metrics").decode()), key=lambda family: family.name)
     rows = []
     for family in families:
         suffix = {"counter": "_total"}.get(family.type, "")
@@ -112,6 +108,25 @@ def metrics() -> str:
     return "# Metrics\n\n`GET /metrics`, in Prometheus' text format; `--metrics-prefix` sets the prefix.\n\n" + table(
         ("name", "type", "labels", "meaning"), rows
     )
+
+
+def asked(path: str) -> bytes:
+    """What the application answers to a GET, without a socket and without an engine."""
+    config, pieces = Config(), []
+    context = ServerContext(config, ZmqEngineClient(config, 0, "inproc://nowhere", []))
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message: dict[str, Any]) -> None:
+        assert message.get("status", 200) == 200, message
+        pieces.append(message.get("body", b""))
+
+    scope = {"type": "http", "method": "GET", "path": path, "raw_path": path.encode(), "query_string": b""}
+    scope |= {"headers": [(b"host", b"localhost")], "http_version": "1.1", "scheme": "http", "client": None}
+    asyncio.run(create_app(context)(scope, receive, send))
+    context.close()
+    return b"".join(pieces)
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -14,12 +14,12 @@ import sys
 import threading
 from argparse import ArgumentTypeError
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import islice
 
 from ... import logging as log_lines
 from ...checkpoint import demo
-from ...config import Config
+from ...config import Config, ServerConfig
 from ...errors import StartupError, box
 from ...wire import Status
 from .. import options
@@ -30,7 +30,8 @@ from .drive import Driver
 from .files import BatchInput, BatchOutput, Result
 
 INTERRUPTED = 130
-_OURS = ("host", "port", "api_key", "root_path", "insecure_no_auth")
+# What a batch keeps of the options of a server; the others are about clients, of whom there is one here.
+_KEPT = ("log_level", "max_logprobs", "max_request_bytes", "metrics_prefix", "shutdown_timeout", "strict_requests")
 
 
 def run_batch(argv: list[str]) -> int:
@@ -94,10 +95,12 @@ def _count(text: str) -> int:
 
 def _private(config: Config, origins: Mapping[str, str]) -> Config:
     """The configuration with a server that nobody else can use. Raises UsageError for a flag that would be ignored."""
-    for name in _OURS:
-        if origins.get(name, "").startswith("--"):
-            raise UsageError(f"{origins[name]}: run-batch chooses it, its server is for nobody else")
-    server = replace(config.server, host="127.0.0.1", port=0, api_key=(secrets.token_hex(16),), root_path="")
+    for field in fields(config.server):
+        origin = origins.get(field.name, "")
+        if origin.startswith("--") and field.name not in _KEPT:
+            raise UsageError(f"{origin}: run-batch chooses it, its server is for nobody else")
+    kept = {name: getattr(config.server, name) for name in _KEPT}
+    server = ServerConfig(host="127.0.0.1", port=0, api_key=(secrets.token_hex(16),), **kept)
     return replace(config, server=server)
 
 
