@@ -81,11 +81,10 @@ void BatchWriter::begin(int64_t step) {
   at_.query_start[0] = at_.kv_start[0] = at_.adjust_start[0] = 0;
 }
 
-int32_t BatchWriter::add(const Request& request, int64_t num_new) {
+int32_t BatchWriter::add(const Request& request, int64_t num_new, bool is_decode) {
   const int64_t seq = batch_.num_seqs++;
   const int64_t length = request.num_computed + num_new;
-  const bool is_decode = request.is_decode(num_new);
-  invariant(!is_decode || batch_.num_decodes == seq, "a decode behind a prompt");
+  invariant(!is_decode || (batch_.num_decodes == seq && request.is_decode(num_new)), "a decode behind a prompt");
   add_tokens(request, num_new);
   batch_.num_decodes += is_decode;
   batch_.max_query_len = std::max(batch_.max_query_len, num_new);

@@ -68,7 +68,7 @@ struct Batch {
   int64_t max_query_len = 0, max_seq_len = 0, num_copies = 0, num_adjustments = 0, bytes_used = 0;
   int64_t padded_tokens = 0, padded_seqs = 0;  // rows of the columns that hold values, see BatchWriter::pad
   bool is_padded = false;  // to sizes of the configuration; false: the batch is larger than those. Not in the header.
-  int64_t arena = 0;                           // not in the header: which of the scheduler's arenas holds it
+  int64_t arena = 0;       // not in the header: which of the scheduler's arenas holds it
 };
 
 class BatchWriter {
@@ -77,9 +77,10 @@ class BatchWriter {
   BatchWriter(const Config& config, const BatchLayout& layout, std::span<std::byte* const> arenas);
 
   void begin(int64_t step);
-  // A sequence with its next `num_new` tokens, for which its KV has room. Decodes come first.
-  // Returns the row of the token that is picked for it, -1 if tokens remain to be computed.
-  int32_t add(const Request& request, int64_t num_new);
+  // A sequence with its next `num_new` tokens, for which its KV has room. Decodes, whose earlier tokens all were
+  // computed by steps before this one, come first. Returns the row of the token that is picked for it, -1 if tokens
+  // remain to be computed.
+  int32_t add(const Request& request, int64_t num_new, bool is_decode);
   const Batch& finish(const CopyList& copies);
 
  private:

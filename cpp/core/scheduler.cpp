@@ -31,7 +31,7 @@ void Scheduler::continue_running() {
     if (num_new == missing && request.adjustments.size() > adjustments_left_) continue;
     if (!make_room(request, num_new)) break;
     if (missing > 1) prefill_left -= num_new;
-    plan(request, num_new);
+    plan(request, num_new, request.is_decode(num_new));
   }
 }
 
@@ -69,14 +69,18 @@ void Scheduler::admit_waiting() {
     start(head);
     const int64_t num_new = std::min(head.num_missing(), tokens_left_);
     invariant(kv_.grow(head, num_new, copies_), "an admitted request does not fit");
-    plan(head, num_new);
+    // Not even with one token missing: what it shares, this very step may fill.
+    plan(head, num_new, false);
   }
 }
 
-void Scheduler::plan(Request& request, int64_t num_new) {
+void Scheduler::plan(Request& request, int64_t num_new, bool is_decode) {
   tokens_left_ -= num_new;
   if (num_new == request.num_missing()) adjustments_left_ -= request.adjustments.size();
-  plan_.push_back({&request, num_new});
+  plan_.push_back({&request, num_new, is_decode});
+  // Already now, so that requests that come together share what the first of them computes: a step stores all of its
+  // keys and values before it reads any, and steps run in order.
+  kv_.publish(request, std::min(request.num_computed + num_new, std::ssize(request.tokens)));
 }
 
 const Batch* Scheduler::write_batch() {
@@ -84,9 +88,9 @@ const Batch* Scheduler::write_batch() {
   in_flight.rows.clear();
   writer_.begin(next_step_);
   for (const bool decodes : {true, false}) {
-    for (const auto& [request, num_new] : plan_) {
-      if (request->is_decode(num_new) != decodes) continue;
-      const int32_t sampled_row = writer_.add(*request, num_new);
+    for (const auto& [request, num_new, is_decode] : plan_) {
+      if (is_decode != decodes) continue;
+      const int32_t sampled_row = writer_.add(*request, num_new, is_decode);
       request->num_computed += num_new;
       ++request->in_flight;
       if (sampled_row >= 0) {

@@ -50,6 +50,7 @@ class Scheduler {
   struct Planned {
     Request* request;
     int64_t num_new;
+    bool is_decode;
   };
   struct Row {
     Request* request;
@@ -74,7 +75,7 @@ class Scheduler {
   bool make_room(Request& request, int64_t num_new);
   void preempt(Request& request);
   void admit_waiting();
-  void plan(Request& request, int64_t num_new);
+  void plan(Request& request, int64_t num_new, bool is_decode);
   const Batch* write_batch();
 
   // lifecycle.cpp: how a request comes and goes

@@ -227,18 +227,28 @@ class FakeExecutor {
 
   void write_kv(const Batch& batch) {
     const auto* start = at<int32_t>(batch, Col::query_start);
+    struct Row {
+      int32_t position, row;
+      int64_t seq;
+    };
+    std::vector<Row> rows;
     for (int64_t seq = 0; seq < batch.num_seqs; ++seq) {
       const int32_t length = at<int32_t>(batch, Col::seq_lens)[seq];
       for (int32_t row = start[seq]; row < start[seq + 1]; ++row) {
-        const int32_t position = at<int32_t>(batch, Col::positions)[row];
-        invariant(position == length - (start[seq + 1] - row), "positions do not end at the sequence's length");
-        Entry& own = entry(batch, seq, position);
-        invariant(&own == &kv_[static_cast<size_t>(at<int64_t>(batch, Col::slots)[row])],
-                  "a slot is not of the block list");
-        Token token = at<int32_t>(batch, Col::token_ids)[row];
-        if (token < 0) token = sampled_.at(static_cast<size_t>(-token - 1));
-        own = {kv_value(position == 0 ? 0 : entry(batch, seq, position - 1).value, token), position, token};
+        rows.push_back({at<int32_t>(batch, Col::positions)[row], row, seq});
+        invariant(rows.back().position == length - (start[seq + 1] - row),
+                  "positions do not end at the sequence's length");
       }
+    }
+    // Sequences of one step may share blocks that the step itself fills: a value follows from the one before it.
+    std::ranges::sort(rows, {}, &Row::position);
+    for (const auto& [position, row, seq] : rows) {
+      Entry& own = entry(batch, seq, position);
+      invariant(&own == &kv_[static_cast<size_t>(at<int64_t>(batch, Col::slots)[row])],
+                "a slot is not of the block list");
+      Token token = at<int32_t>(batch, Col::token_ids)[row];
+      if (token < 0) token = sampled_.at(static_cast<size_t>(-token - 1));
+      own = {kv_value(position == 0 ? 0 : entry(batch, seq, position - 1).value, token), position, token};
     }
   }
 

@@ -166,6 +166,17 @@ TEST(Scheduler, another_salt_or_another_beginning_finds_nothing) {  // B1
   EXPECT_EQ(m.results[4].cached_tokens, 12);
 }
 
+TEST(Scheduler, requests_that_come_together_compute_their_common_prompt_once) {
+  Machine m(small_config());
+  const auto prompt = counting(9);
+  m.add(1, prompt, 2);
+  m.add(2, prompt, 2);
+  const Batch batch = m.step();  // runs and checks what it attends to
+  EXPECT_EQ(batch.num_tokens, 9 + 1);
+  EXPECT_EQ(batch.num_sampled, 2);
+  EXPECT_EQ(m.scheduler.stats().prefix_hits, 8);
+}
+
 TEST(Scheduler, prefix_caching_can_be_switched_off) {
   Config config = small_config();
   config.enable_prefix_caching = false;

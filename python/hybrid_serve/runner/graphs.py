@@ -20,7 +20,8 @@ class PadSizes(NamedTuple):
 
 DECODE_SIZES = (1, 2, 4, *range(8, 64, 8), *range(64, 257, 16), *range(288, 513, 32), 640, 768, 896, 1024)
 MIXED_SEQ_SIZES = (4, 16, 64, 256, 1024)
-MIXED_TOKEN_SIZES = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
+# Finer where a step takes long enough for padding to show: a large model computes every row.
+MIXED_TOKEN_SIZES = (*range(16, 512, 16), *range(512, 1024, 32), *range(1024, 2049, 64))
 
 
 def pad_sizes(max_num_seqs: int, max_num_batched_tokens: int) -> PadSizes:
