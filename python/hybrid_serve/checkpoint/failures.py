@@ -11,12 +11,12 @@ from ..errors import StartupError
 
 
 def not_found(what: str, why: str, fix: str) -> StartupError:
-    return StartupError("HS-E021", what, why, fix, exit_code=10)
+    return StartupError("HS-E021", what, why, fix)
 
 
 def corrupt(path: Path | str, why: str, fix: str = "download the file again, or convert it again") -> StartupError:
     """``why`` names the tensor or key and the offset where one is known."""
-    return StartupError("HS-E022", f"{Path(path).name} is not a valid model file", why, fix, exit_code=11)
+    return StartupError("HS-E022", f"{Path(path).name} is not a valid model file", why, fix)
 
 
 def unreadable(path: Path | str, error: OSError) -> StartupError:
@@ -24,4 +24,4 @@ def unreadable(path: Path | str, error: OSError) -> StartupError:
 
 
 def unsupported(what: str, why: str, fix: str) -> StartupError:
-    return StartupError("HS-E023", what, why, fix, exit_code=11)
+    return StartupError("HS-E023", what, why, fix)

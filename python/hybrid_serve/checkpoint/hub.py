@@ -54,6 +54,21 @@ def resolve(config: ModelConfig) -> ResolvedModel:
     return resolve_local(_download(config, config.model, None), config)
 
 
+def resolve_metadata(config: ModelConfig) -> ResolvedModel:
+    """The same for whoever reads no weights: of a hub id only config.json is downloaded. Raises StartupError, HS-E023
+    for a GGUF file of the hub, which has its metadata in the same file as its weights."""
+    is_local = Path(config.model).expanduser().exists() or not _HUB_ID.fullmatch(config.model)
+    if match := _HUB_FILE.fullmatch(config.model):
+        raise unsupported(
+            f"{config.model} cannot be read before it is downloaded",
+            "a GGUF file has its metadata and its weights in one",
+            f"hf download {match[1]} {match[2]}, then give the local file",
+        )
+    if is_local or config.model.endswith(".gguf"):
+        return resolve(config)
+    return ResolvedModel(_download(config, config.model, "config.json").parent, "hf")
+
+
 def resolve_local(path: Path, config: ModelConfig) -> ResolvedModel:
     """A file or folder that exists."""
     if path.is_file():

@@ -114,26 +114,60 @@ def _memory() -> dict[str, Any]:
         "total_bytes": sizes.get("MemTotal"),
         "available_bytes": sizes.get("MemAvailable"),
         "cgroup_limit_bytes": int(limit) if limit.isdigit() else None,
+        "huge_pages": (re.findall(r"\[(\w+)\]", _read("/sys/kernel/mm/transparent_hugepage/enabled")) or [None])[0],
+        "shared_bytes": shutil.disk_usage("/dev/shm").total if Path("/dev/shm").is_dir() else None,
     }
 
 
 def _gpu() -> dict[str, Any]:
     query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version,compute_cap", "--format=csv,noheader"]
     return {
-        "devices": _lines(query),
-        "topology": _lines(["nvidia-smi", "topo", "-m"]),
-        "nvcc": next((line for line in _lines(["nvcc", "--version"]) if "release" in line), None),
+        "devices": output_lines(query),
+        "topology": output_lines(["nvidia-smi", "topo", "-m"]),
+        "nvcc": next((line for line in output_lines(["nvcc", "--version"]) if "release" in line), None),
     }
 
 
 def _packages() -> dict[str, str | None]:
     """Version of each package that ours requires (None: not installed), read from metadata: nothing is imported."""
-    try:
-        required = metadata.requires("hybrid-serve") or []
-    except metadata.PackageNotFoundError:
-        required = []  # used from a source tree
-    names = {re.split(r"[\s;<>=!~\[(]", line, maxsplit=1)[0] for line in required}
+    names = {_name(line) for line in _requirements()}
     return {name: _version(name) for name in sorted(names | {"torch", "transformers"})}
+
+
+def optional_packages() -> set[str]:
+    """Those that only an extra requires."""
+    return {_name(line) for line in _requirements() if "extra ==" in line}
+
+
+def too_old() -> list[str]:
+    """Packages that are installed in a version below the one required, as "name version, needs version"."""
+    found = []
+    for line in _requirements():
+        least, name = re.search(r">=\s*([\d.]+)", line), _name(line)
+        version = _version(name)
+        if least and version and "extra ==" not in line and _numbers(version) < _numbers(least[1]):
+            found.append(f"{name} {version}, needs {least[1]}")
+    return found
+
+
+def _requirements() -> list[str]:
+    try:
+        return metadata.requires("hybrid-serve") or []
+    except metadata.PackageNotFoundError:
+        return []  # used from a source tree
+
+
+def _name(requirement: str) -> str:
+    return re.split(r"[\s;<>=!~\[(]", requirement, maxsplit=1)[0]
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """The release of a version, without zeros at its end: 1.10.0rc1 is (1, 10)."""
+    release = re.match(r"\d+(\.\d+)*", version)
+    numbers = [int(part) for part in release[0].split(".")] if release else []
+    while numbers and numbers[-1] == 0:
+        numbers.pop()
+    return tuple(numbers)
 
 
 def _version(package: str) -> str | None:
@@ -143,7 +177,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _lines(command: list[str]) -> list[str]:
+def output_lines(command: list[str]) -> list[str]:
     """What a program prints; nothing where it is not installed or fails."""
     if not shutil.which(command[0]):
         return []

@@ -21,9 +21,18 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "serve": Command("serve", "serve", "start the OpenAI-compatible server"),
+    "fit": Command("fit", "fit", "say which context and how many requests fit in memory, before any download"),
     "chat": Command("openai", "chat", "talk to a running server"),
     "complete": Command("openai", "complete", "let a running server continue a text"),
+    "run-batch": Command("batch.command", "run_batch", "answer a file of requests into a file of results"),
+    "bench": Command("bench.command", "bench", "measure a server, the engine, or a start"),
+    "ps": Command("ps", "ps", "list the servers of this user"),
+    "config": Command("config_explain", "config", "show each option's value and where it came from"),
+    "translate": Command("translate", "translate", "turn a command of vllm serve or llama-server into ours"),
+    "doctor": Command("doctor", "doctor", "check this machine, with a fix for each fault; pack a bug report"),
+    "explain": Command("explain", "explain", "say what an error's number (HS-E###) means and what helps"),
     "collect-env": Command("collect_env", "collect_env", "print what a bug report needs to know"),
+    "completion": Command("completion", "completion", "print the completion script of a shell"),
 }
 
 

@@ -22,8 +22,8 @@ _VLLM_ONLY = """
     disable-log-stats disable-uvicorn-access-log distributed-executor-backend dp enable-auto-tool-choice
     enable-chunked-prefill enable-force-include-usage enable-log-outputs enable-log-requests enable-lora
     enable-offline-docs enable-per-request-metrics enable-prompt-tokens-details enable-request-id-headers
-    enable-server-load-tracking enable-sleep-mode enable-ssl-refresh enforce-eager generation-config
-    gpu-memory-utilization headless hf-overrides hf-token kv-cache-dtype kv-cache-metrics kv-events-config
+    enable-server-load-tracking enable-sleep-mode enable-ssl-refresh generation-config
+    headless hf-overrides hf-token kv-cache-dtype kv-cache-metrics kv-events-config
     kv-offloading-size kv-transfer-config limit-mm-per-prompt log-config-file logging-config logprobs-mode
     long-prefill-token-threshold lora-modules master-addr master-port max-cpu-loras max-cudagraph-capture-size
     max-log-len max-lora-rank max-loras max-num-queued-tokens middleware nnodes node-rank otlp-traces-endpoint

@@ -111,7 +111,7 @@ def make_core(config: Config, executor: Executor, facts: ExecutorFacts, num_clie
         )
     except ValueError as error:
         raise StartupError(
-            "HS-E027", "the capacities do not work together", str(error), "change that option", exit_code=2
+            "HS-E027", "the capacities do not work together", str(error), "change that option"
         ) from error
     num_bytes, layout = _core.batch_layout(core_config)
     # Pages of a map are taken when first written: capacity that no batch uses costs nothing.

@@ -12,7 +12,6 @@ from ..config import ServerConfig
 from ..errors import StartupError
 
 BACKLOG = 2048
-PORT_BUSY = 13
 
 
 def listen(config: ServerConfig) -> socket.socket:
@@ -23,9 +22,7 @@ def listen(config: ServerConfig) -> socket.socket:
             host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
     except socket.gaierror as error:
-        raise StartupError(
-            "HS-E032", f"host {host} is not known", error.strerror or "", "--host 127.0.0.1", PORT_BUSY
-        ) from error
+        raise StartupError("HS-E032", f"host {host} is not known", error.strerror or "", "--host 127.0.0.1") from error
     listener = socket.socket(family, kind, protocol)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -50,10 +47,10 @@ def _cannot_bind(config: ServerConfig, error: OSError) -> StartupError:
         what, fix = f"port {config.port} is in use", f"--port {config.port + 1 if config.port < 65535 else 0}"
         holder = port_holder(config.port)
         why = f"by {holder}" if holder else "by a process that this user may not see"
-        return StartupError("HS-E031", what, why, f"{fix}, or stop that process", PORT_BUSY)
+        return StartupError("HS-E031", what, why, f"{fix}, or stop that process")
     what = f"{config.host} port {config.port} cannot be bound"
     fix = "--port 8000" if error.errno == errno.EACCES else "--host 127.0.0.1"
-    return StartupError("HS-E032", what, os.strerror(error.errno or 0), fix, PORT_BUSY)
+    return StartupError("HS-E032", what, os.strerror(error.errno or 0), fix)
 
 
 def port_holder(port: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import shutil
@@ -33,9 +34,30 @@ class RunDirectory:
         os.close(self._lock)
 
 
+def alive() -> list[Path]:
+    """The directories of this user's runs that have not ended, wherever such a directory may be."""
+    found = []
+    for path in (path for base in dict.fromkeys(_candidates()) if base for path in Path(base).glob(f"{PREFIX}*")):
+        with contextlib.suppress(OSError):  # another user's, or just being removed
+            if path.is_symlink() or path.stat().st_uid != os.getuid():
+                continue
+            lock = os.open(path / LOCK, os.O_RDWR | os.O_CLOEXEC)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                found.append(path)
+            finally:
+                os.close(lock)
+    return sorted(found)
+
+
+def _candidates() -> list[str]:
+    return [os.environ.get("XDG_RUNTIME_DIR", ""), tempfile.gettempdir(), "/tmp"]
+
+
 def _base() -> Path:
     """The user's run-time directory, or the first temporary one where a socket's path is short enough."""
-    candidates = [os.environ.get("XDG_RUNTIME_DIR", ""), tempfile.gettempdir(), "/tmp"]
+    candidates = _candidates()
     for candidate in candidates:
         length = len(os.fsencode(candidate)) + len(f"/{PREFIX}12345678") + LONGEST_NAME
         if candidate and length <= LONGEST_SOCKET_PATH and os.access(candidate, os.W_OK | os.X_OK):

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Protocol
 
-import psutil
 import torch
 from torch import Tensor
 from typing_extensions import Buffer
@@ -15,7 +13,9 @@ from .. import _kernels
 from ..checkpoint.tensors import Array
 from ..config import Config
 from ..errors import StartupError
+from . import memory
 from .arena import ArenaViews, Batch, Layout
+from .limits import CPU_BATCHED_TOKENS
 from .step import Compute, Done, Pending, StepResult, exact_shape
 
 
@@ -53,9 +53,7 @@ class CpuDevice:
 
     torch_device = torch.device("cpu")
     depth = 1
-    # A step of this many tokens takes about 0.25 s on two cores with a model of 135M: that is how long a long prompt
-    # makes a running stream wait. More would lengthen the wait and, measured, not add throughput.
-    default_batched_tokens = 512
+    default_batched_tokens = CPU_BATCHED_TOKENS
     captures = False
 
     def __init__(self, num_threads: int) -> None:
@@ -67,11 +65,7 @@ class CpuDevice:
 
     def free_bytes(self) -> int:
         """Memory that can be taken without swapping, within the limit of the control group if there is one."""
-        available = psutil.virtual_memory().available
-        limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-        if limit.exists() and used.exists() and (text := limit.read_text().strip()).isdigit():
-            available = min(available, max(int(text) - int(used.read_text()), 0))
-        return available
+        return memory.free_bytes()
 
     def cache_budget(self, free_bytes: int) -> int | None:
         return None
@@ -110,7 +104,6 @@ def open_device(config: Config) -> Device:
             "device cuda is not available",
             "hybrid-serve was built without CUDA: no nvcc (or a CMake before 3.28) was found then",
             "install it again where nvcc is on the PATH, or use --device cpu",
-            exit_code=2,
         )
     if not torch.cuda.is_available():
         raise StartupError(
@@ -118,7 +111,6 @@ def open_device(config: Config) -> Device:
             "device cuda is not available",
             "no usable GPU: " + ("its driver does not answer" if torch.version.cuda else "torch was installed for CPU"),
             "nvidia-smi must list the GPU and torch must be one for CUDA; or use --device cpu",
-            exit_code=2,
         )
     from .cuda import CudaDevice
 

@@ -1,4 +1,4 @@
-"""The closed list of errors that a client can be given, and their one shape on the wire.
+"""The errors that a client can be given (those of catalogue.py that have a status), and their one shape on the wire.
 
 ``{"error": {"message", "type", "param", "code", "hs_code", "request_id"}}``. Nothing of an exception's own text reaches
 a client unless it was written for one.
@@ -12,44 +12,23 @@ from typing import Any
 
 import msgspec
 
+from ..catalogue import ANSWERS
 from ..client import EngineDead, EngineRejected
 
 log = logging.getLogger(__name__)
 
-_INVALID, _AUTH, _SERVER, _UNAVAILABLE = (
-    "invalid_request_error",
-    "authentication_error",
-    "server_error",
-    "service_unavailable",
-)
+_INVALID = "invalid_request_error"
+_TYPES = {
+    401: "authentication_error",
+    403: "authentication_error",
+    429: "rate_limit_error",
+    500: "server_error",
+    503: "service_unavailable",
+}
 
 # code -> (HTTP status, type, our number)
 CATALOGUE: dict[str, tuple[int, str, str]] = {
-    "invalid_json": (400, _INVALID, "HS-E101"),
-    "invalid_type": (400, _INVALID, "HS-E102"),
-    "invalid_value": (400, _INVALID, "HS-E103"),
-    "missing_required_parameter": (400, _INVALID, "HS-E104"),
-    "unknown_parameter": (400, _INVALID, "HS-E105"),
-    "unsupported_parameter": (400, _INVALID, "HS-E106"),
-    "context_length_exceeded": (400, _INVALID, "HS-E107"),
-    "no_chat_template": (400, _INVALID, "HS-E108"),
-    "chat_template_failed": (400, _INVALID, "HS-E109"),
-    "invalid_api_key": (401, _AUTH, "HS-E110"),
-    "host_not_allowed": (403, _AUTH, "HS-E111"),
-    "not_found": (404, _INVALID, "HS-E112"),
-    "model_not_found": (404, _INVALID, "HS-E113"),
-    "method_not_allowed": (405, _INVALID, "HS-E114"),
-    "request_too_large": (413, _INVALID, "HS-E115"),
-    "unsupported_media_type": (415, _INVALID, "HS-E116"),
-    "request_timeout": (408, _INVALID, "HS-E117"),
-    "invalid_http": (400, _INVALID, "HS-E119"),
-    "headers_too_large": (431, _INVALID, "HS-E118"),
-    "internal_error": (500, _SERVER, "HS-E150"),
-    "model_loading": (503, _UNAVAILABLE, "HS-E151"),
-    "engine_dead": (503, _UNAVAILABLE, "HS-E152"),
-    "draining": (503, _UNAVAILABLE, "HS-E153"),
-    "engine_restarting": (503, _UNAVAILABLE, "HS-E154"),
-    "request_quarantined": (500, _SERVER, "HS-E155"),
+    name: (fault.status, _TYPES.get(fault.status, _INVALID), fault.code) for name, fault in ANSWERS.items()
 }
 _INTERNAL_MESSAGE = "The server had an error while processing your request."
 _RETRY_SECONDS = {"model_loading": 2, "engine_dead": 5, "draining": 5, "engine_restarting": 2}
@@ -100,10 +79,8 @@ def as_api_error(error: BaseException) -> ApiError:
 
 def _from_engine(rejected: EngineRejected) -> ApiError:
     error = ApiError("internal_error", rejected.message, rejected.param)
-    kind = _INVALID if rejected.status < 500 else _SERVER if rejected.status == 500 else _UNAVAILABLE
-    kind = "rate_limit_error" if rejected.status == 429 else kind
     known = CATALOGUE.get(rejected.code)
-    error.status, error.type, error.code = rejected.status, kind, rejected.code
+    error.status, error.type, error.code = rejected.status, _TYPES.get(rejected.status, _INVALID), rejected.code
     error.hs_code = known[2] if known else ""
     return error
 

@@ -187,4 +187,4 @@ def _required(metadata: Mapping[str, Any], name: str) -> Any:
 
 
 def _corrupt(why: str, fix: str) -> StartupError:
-    return StartupError("HS-E025", "the tokenizer of the GGUF file cannot be used", why, fix, exit_code=11)
+    return StartupError("HS-E051", "the tokenizer of the GGUF file cannot be used", why, fix)

@@ -57,7 +57,7 @@ def load_chat_template(tokenizer: Tokenizer, given: str) -> ChatTemplate | None:
         is_source = "{" in given or "\n" in given
         if not is_source and not Path(given).is_file():
             raise StartupError(
-                "HS-E026", "the chat template cannot be read", f"there is no file {given}", "check --chat-template", 2
+                "HS-E052", "the chat template cannot be read", f"there is no file {given}", "check --chat-template"
             )
         source = given if is_source else Path(given).read_text(encoding="utf-8")
     if not source:
@@ -66,7 +66,7 @@ def load_chat_template(tokenizer: Tokenizer, given: str) -> ChatTemplate | None:
         return ChatTemplate(source, tokenizer.special.bos_token, tokenizer.special.eos_token)
     except ChatTemplateError as error:
         fix = "pass another template by --chat-template FILE"
-        raise StartupError("HS-E026", "the chat template cannot be used", str(error), fix, exit_code=11) from error
+        raise StartupError("HS-E053", "the chat template cannot be used", str(error), fix) from error
 
 
 def _from_gguf_file(path: Path) -> Tokenizer:
@@ -87,7 +87,7 @@ def _read_backend(path: Path) -> Backend:
         return Backend.from_file(str(path))
     except Exception as error:  # tokenizers raises bare Exception
         raise StartupError(
-            "HS-E025", "tokenizer.json cannot be used", str(error)[:300], "download the model again", exit_code=11
+            "HS-E051", "tokenizer.json cannot be used", str(error)[:300], "download the model again"
         ) from error
 
 
@@ -109,7 +109,7 @@ def _convert(path: Path) -> Backend:
 
 
 def _no_tokenizer(why: str, fix: str) -> StartupError:
-    return StartupError("HS-E024", "the model has no tokenizer", why, fix, exit_code=10)
+    return StartupError("HS-E050", "the model has no tokenizer", why, fix)
 
 
 def _from_folder(path: Path, backend: Backend) -> Tokenizer:
@@ -138,11 +138,10 @@ def _spelling(backend: Backend) -> Spelling:
     if kinds & {"Metaspace", "ByteFallback"} or any(step.get("pattern") == {"String": "\u2581"} for step in steps):
         return "sentencepiece"
     raise StartupError(
-        "HS-E025",
+        "HS-E051",
         "tokenizer.json cannot be used",
         f"its decoder is {decoder.get('type')!r}",
         "known decoders: ByteLevel, Metaspace, ByteFallback",
-        exit_code=11,
     )
 
 
@@ -169,7 +168,5 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise StartupError(
-            "HS-E025", f"{path.name} cannot be read", str(error), "download the model again", 11
-        ) from error
+        raise StartupError("HS-E051", f"{path.name} cannot be read", str(error), "download the model again") from error
     return value if isinstance(value, dict) else {}

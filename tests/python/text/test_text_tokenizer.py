@@ -226,7 +226,7 @@ def test_given_template_beats_the_models_own_and_a_missing_file_is_an_error(tmp_
         template = load_chat_template(tokenizer, given_template)
         assert template is not None
         assert template.render([{"role": "user", "content": "x"}]) == "from file x"
-    with pytest.raises(StartupError, match="HS-E026"):
+    with pytest.raises(StartupError, match="HS-E052"):
         load_chat_template(tokenizer, str(tmp_path / "no.jinja"))
 
 

@@ -22,7 +22,9 @@ _encode = msgspec.json.encode
 
 
 async def create_chat_completion(context: ServerContext, request: ChatCompletionRequest, exchange: Exchange) -> None:
-    """Answers on ``exchange``. Raises ``ApiError`` for a request that cannot be served."""
+    """The next message of a conversation, whole or as a stream.
+
+    Answers on ``exchange``. Raises ``ApiError`` for a request that cannot be served."""
     model = context.check_model(request.model)
     check_stream_options(request)
     generation, unused = await _prepare(context, request, exchange)

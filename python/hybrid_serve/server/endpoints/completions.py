@@ -23,7 +23,9 @@ _DEFAULT_MAX_TOKENS = 16
 
 
 async def create_completion(context: ServerContext, request: CompletionRequest, exchange: Exchange) -> None:
-    """Answers on ``exchange``. Raises ``ApiError`` for a request that cannot be served."""
+    """The continuation of one or more texts, whole or as a stream.
+
+    Answers on ``exchange``. Raises ``ApiError`` for a request that cannot be served."""
     model = context.check_model(request.model)
     check_stream_options(request)
     refuse_best_of(request.best_of, request.n or 1)

@@ -1,0 +1,1 @@
+"""``run-batch``: a file of requests answered into a file of results."""
