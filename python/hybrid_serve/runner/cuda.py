@@ -12,6 +12,7 @@ from torch import Tensor
 from typing_extensions import Buffer
 
 from .. import _kernels
+from ..checkpoint.failures import unsupported
 from ..checkpoint.tensors import Array
 from ..config import Config
 from .arena import ArenaViews, Batch, Layout, columns_of
@@ -19,6 +20,7 @@ from .graphs import Graphs
 from .step import Compute, Sampled, StepResult, exact_shape, padded_shape
 
 STAGING_BYTES = 32 * 2**20  # per loading thread
+HEAD_SIZES = (64, 80, 96, 128, 256)  # by_head_dim in cuda/attention.cuh
 KEPT_FREE_BYTES = 2**29  # for graphs, library workspaces and what the driver takes as it goes
 
 
@@ -39,6 +41,15 @@ class CudaDevice:
     def describe(self) -> str:
         properties = torch.cuda.get_device_properties(self.torch_device)
         return f"cuda ({properties.name}, {properties.total_memory / 2**30:.0f} GiB)"
+
+    def check_heads(self, head_dim: int, dtype: torch.dtype) -> None:
+        if dtype != torch.float32 and head_dim not in HEAD_SIZES:
+            sizes = ", ".join(map(str, HEAD_SIZES))
+            raise unsupported(
+                f"attention heads of size {head_dim} are not supported on this device",
+                f"in 16 bits there are CUDA kernels for sizes {sizes}",
+                "--dtype float32, or --device cpu",
+            )
 
     def free_bytes(self) -> int:
         """Within the share of the GPU that may be used (``--gpu-memory-utilization``)."""

@@ -36,6 +36,10 @@ class Device(Protocol):
     captures: bool  # whether steps of padded batches are captured and replayed
 
     def describe(self) -> str: ...
+    def check_heads(self, head_dim: int, dtype: torch.dtype) -> None:
+        """Raises StartupError (HS-E023) for heads that the device has no kernels for."""
+        ...
+
     def free_bytes(self) -> int: ...
     def cache_budget(self, free_bytes: int) -> int | None:
         """Bytes of the default KV cache; None: a size by what a server needs, see ``limits``."""
@@ -62,6 +66,9 @@ class CpuDevice:
 
     def describe(self) -> str:
         return f"cpu ({_kernels.isa()}, {_kernels.num_threads()} threads)"
+
+    def check_heads(self, head_dim: int, dtype: torch.dtype) -> None:
+        pass
 
     def free_bytes(self) -> int:
         """Memory that can be taken without swapping, within the limit of the control group if there is one."""

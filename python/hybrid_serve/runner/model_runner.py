@@ -61,6 +61,7 @@ class ModelRunner:
         max_model_len = longest_context(spec, config.model.max_model_len)
         dtype_name = spec.dtype if config.model.dtype == "auto" else config.model.dtype
         dtype = DTYPES[dtype_name]
+        device.check_heads(spec.head_dim, dtype)
         if checkpoint.source is not None:
             check_tensors(spec, family, checkpoint.source)
         num_bytes = weight_bytes(spec, family, dtype)
