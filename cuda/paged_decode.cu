@@ -67,6 +67,7 @@ class Decode {
     Feed<T, dim, Shape> feed(p_, plan_, units_, at_, end_ - position, ring_);
     int early = 0;
     for (; early < Shape::depth - 1 && feed.is_final(); ++early) feed.load(early);
+    if (early < Shape::depth - 1) feed.fetch_to_l2();
     now_ = read_unit(plan_, at_.unit);
     begin_unit();
     first_ = now_.index();
