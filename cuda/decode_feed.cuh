@@ -47,20 +47,6 @@ class Feed {
   }
   // The next step without its sequence's newest token?
   __device__ bool is_final() const { return left_ > 0 && token_ + Shape::step < unit_.tokens; }
-  // The next step from device memory to L2, a hint: what another kernel still writes is read again from there.
-  __device__ void fetch_to_l2() const {
-    if (left_ == 0) return;
-#pragma unroll
-    for (int i = 0; i < Shape::tiles; ++i) {
-      const int block = __shfl_sync(0xffffffffu, blocks_, tile_ + i);
-      const int token = token_ + i * tile + lane() / 2;
-      const int64_t at = int64_t{token & ((1 << p_.block_shift) - 1)} * dim - lane() * 8;
-      const T* row = lane() % 2 == 0 ? keys_ + block * p_.k_block : values_ + block * p_.v_block;
-      if (token < unit_.tokens)
-        for (int element = 0; element < dim; element += 64)
-          asm volatile("prefetch.global.L2 [%0];" ::"l"(row + at + element));
-    }
-  }
   // Into stage `stage`, as one group of copies; an empty one behind the last step.
   __device__ void load(int stage) {
     if (left_ > 0) {
