@@ -190,8 +190,16 @@ void attention_cases() {
   for (int i = 0; i < 256; ++i) mixed.push_back(static_cast<int32_t>(std::clamp(length(rng), 16.0, 8000.0)));
   for (const Heads& h : head_shapes) {
     const std::string suffix = std::string(" ") + h.name;
-    for (const auto& [batch, len] :
-         {std::pair<int, int>{1, 1024}, {1, 8192}, {8, 4096}, {64, 1024}, {64, 4096}, {256, 1024}, {1, 131072}})
+    for (const auto& [batch, len] : {std::pair<int, int>{1, 1024},
+                                     {1, 8192},
+                                     {8, 4096},
+                                     {64, 1024},
+                                     {64, 4096},
+                                     {256, 1024},
+                                     {1, 131072},
+                                     {1, 384},
+                                     {32, 384},
+                                     {256, 384}})
       attention("decode " + std::to_string(batch) + "x" + std::to_string(len) + suffix, h,
                 std::vector<int32_t>(static_cast<size_t>(batch), 1),
                 std::vector<int32_t>(static_cast<size_t>(batch), len));

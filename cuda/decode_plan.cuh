@@ -12,12 +12,13 @@
 namespace hybrid::cuda {
 
 constexpr int tile = 16, most_rows = 16;  // KV tokens and query heads of one product, at most
-constexpr int shortest_unit_log2 = 7;     // of tokens
-constexpr int most_units = 64;            // of a sequence
+constexpr int most_units = 32;            // of a sequence
 
-// Of a sequence of this many tokens. Nothing else may decide it: how a row's sum is cut decides its bits.
+// 2^this many tokens are a unit of a sequence of this many. Nothing else may decide it: how a row's sum is cut decides
+// its bits. Measured: to merge units costs more than to cut less than 512 tokens gains.
 __device__ constexpr int unit_log2(int tokens) {
-  int log2 = shortest_unit_log2;
+  if (tokens <= 512) return 9;
+  int log2 = 8;
   while ((int64_t{most_units} << log2) < tokens) ++log2;
   return log2;
 }
@@ -39,7 +40,7 @@ struct alignas(8) BlockStart {
   int32_t begin, origin;
 };
 
-// What decode_plan_size() counts: 1024 numbers and 256 a sequence.
+// What decode_plan_size() counts: 1024 numbers and 128 a sequence.
 struct PlanView {
   static constexpr int header = 4, fixed = 1024, most_blocks = (fixed - header) / 2 - 1;
   int32_t* units;  // how many there are
@@ -65,9 +66,7 @@ inline int decode_places(int64_t heads, int64_t kv_heads) {
   return static_cast<int>(kv_heads * ceil_div(heads / kv_heads, most_rows));
 }
 // Blocks of every layer's launch: all at work at once.
-constexpr int decode_blocks_per_multiprocessor(int64_t head_dim) {
-  return head_dim <= 64 ? 3 : head_dim <= 128 ? 2 : 1;
-}
+constexpr int decode_blocks_per_multiprocessor(int64_t head_dim) { return head_dim <= 128 ? 2 : 1; }
 inline int64_t decode_blocks(int64_t head_dim) {
   return std::min<int64_t>(decode_blocks_per_multiprocessor(head_dim) * multiprocessors(), PlanView::most_blocks);
 }

@@ -239,28 +239,20 @@ class Decode {
   template <class From>
   __device__ void find_keeps(int count, From&& from) const {
     float4* keeps = reinterpret_cast<float4*>(sums_);  // [rows][most_units]
-    static_assert(most_units * 16 <= warps * Shape::row_floats * 4 && most_units == 2 * warp_size);
+    static_assert(most_units * 16 <= warps * Shape::row_floats * 4 && most_units == warp_size);
     for (int row = warp_; row < rows_; row += warps) {
-      float before = minus_infinity;
+      float2 state = make_float2(minus_infinity, 0.0f);
+      if (lane_ < count) state = __ldcg(reinterpret_cast<const float2*>(from(lane_) + rows_ * dim) + row);
+      float largest = state.x;
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        if (half * warp_size >= count) break;
-        const int i = half * warp_size + lane_;
-        float2 state = make_float2(minus_infinity, 0.0f);
-        if (i < count) state = __ldcg(reinterpret_cast<const float2*>(from(i) + rows_ * dim) + row);
-        float largest = fmaxf(state.x, before);
-#pragma unroll
-        for (int step = 1; step < warp_size; step *= 2) {
-          const float other = __shfl_up_sync(0xffffffffu, largest, step);
-          if (lane_ >= step) largest = fmaxf(largest, other);
-        }
-        float previous = __shfl_up_sync(0xffffffffu, largest, 1);
-        if (lane_ == 0) previous = before;
-        const float keep = exp2_of(state.x - largest);
-        if (i < count)
-          keeps[row * most_units + i] = make_float4(exp2_of(previous - largest), keep, __fmul_rn(state.y, keep), 0.0f);
-        before = __shfl_sync(0xffffffffu, largest, warp_size - 1);
+      for (int step = 1; step < warp_size; step *= 2) {
+        const float other = __shfl_up_sync(0xffffffffu, largest, step);
+        if (lane_ >= step) largest = fmaxf(largest, other);
       }
+      float before = __shfl_up_sync(0xffffffffu, largest, 1);
+      if (lane_ == 0) before = minus_infinity;
+      const float keep = exp2_of(state.x - largest);
+      keeps[row * most_units + lane_] = make_float4(exp2_of(before - largest), keep, __fmul_rn(state.y, keep), 0.0f);
     }
   }
 
