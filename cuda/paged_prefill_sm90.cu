@@ -1,11 +1,11 @@
 // Paged attention of prompts for Hopper: the products of paged_prefill.cu on wgmma, head sizes 64 and 128.
 //
-// A block stays on its multiprocessor and takes shares (prefill_share.cuh) of 128 packed rows, those that see most
-// tokens first, from a counter. Its warps have roles: one finds the shares and has the copy engine fill two-stage rings
-// of K and of V tiles through the block table; three load the queries of the share after the present one; two
-// warpgroups compute 64 rows each. A computing warpgroup starts the scores of the next KV tile and then the outputs of
-// this one, and does the softmax of the next while the outputs are computed; the two take turns at starting, so that
-// one's softmax runs under the other's products as well.
+// A block stays on its multiprocessor and takes shares (prefill_share.cuh) of 128 packed rows (192 for head size 64),
+// those that see most tokens first, from a counter. Its warps have roles: one finds the shares; it and another have the
+// copy engine fill two-stage rings of K and of V tiles through the block table; two load the queries of the share after
+// the present one; two (three) warpgroups compute 64 rows each. A computing warpgroup starts the scores of the next KV
+// tile and then the outputs of this one, and does the softmax of the next while the outputs are computed; they take
+// turns at starting, so that one's softmax runs under the others' products as well.
 //
 // KV tiles are of 128 tokens, always from token 0 and in order, and a tile of which a row sees nothing changes none of
 // its bits: a row's bits depend on its position alone, not on how a prompt was cut.
@@ -18,99 +18,111 @@ namespace hybrid::cuda {
 
 namespace prefill {
 
-// One warp: finds shares, tells the others, and fills the rings of K and V.
+// One warp: copies K, or V, of the KV tiles of every share into its ring.
 template <class T, int dim>
-class KvProducer {
-  using Layout = Layout<dim>;
-
+class TileLoader {
  public:
-  __device__ KvProducer(const Params<T>& params, const Layout& layout, Share* shares)
-      : params_(params), p_(params.attention), layout_(layout), shares_(shares), lane_(threadIdx.x % warp_size) {}
+  __device__ TileLoader(const Params<T>& params, const CUtensorMap& map, const Ring<stages>& ring, uint32_t tiles)
+      : p_(params.attention),
+        map_(map),
+        ring_(ring),
+        to_(tiles),
+        lane_(threadIdx.x % warp_size),
+        box_tokens_(params.box_tokens) {}
 
-  __device__ void run() {
-    const Prompts<Layout::share_rows> prompts(p_);
-    const int shares = prompts.shares(), indices = shares * p_.kv_heads;
-    uint32_t works = 0;
-    Share share{};
-    for (int index = blockIdx.x; index < indices; index = next_index(indices)) {
-      if (!prompts.find(p_, shares - 1 - index / p_.kv_heads, index % p_.kv_heads, share)) continue;
-      hand_out(works++, share);
-      load(share);
-    }
-    share.seq = -1;
-    hand_out(works, share);
-  }
-
- private:
-  // Counts from the blocks' first indices on. Each of `indices` asks once: the last leaves zero for the next kernel.
-  __device__ int next_index(int indices) const {
-    int taken = 0;
-    if (lane_ == 0) {
-      taken = atomicAdd(p_.counter, 1);
-      if (taken == indices - 1) *p_.counter = 0;
-    }
-    return gridDim.x + __shfl_sync(0xffffffffu, taken, 0);
-  }
-
-  __device__ void hand_out(uint32_t n, const Share& share) const {
-    layout_.work.wait_empty(n);
-    if (lane_ == 0) {
-      shares_[n % slots] = share;
-      arrive(layout_.work.full(n));
-    }
-    __syncwarp();
-  }
-
-  // Lane i copies box i of a tile. K runs ahead of V by a tile, as its use does.
+  // Lane i knows the cache block of box i, a tile ahead.
   __device__ void load(const Share& share) {
-    const int tiles = (share.visible + tile_tokens - 1) / tile_tokens;
-    int block = block_of(share, 0), next_block = 0;
-    load_tile(share, 0, block, params_.k_map, layout_.k, used_k_, layout_.key_tile(used_k_));
-    for (int tile = 0; tile < tiles; ++tile) {
-      if (tile + 1 < tiles) {
-        next_block = block_of(share, tile + 1);
-        load_tile(share, tile + 1, next_block, params_.k_map, layout_.k, used_k_, layout_.key_tile(used_k_));
+    const int32_t* blocks = p_.kv_blocks + p_.kv_start[share.seq];
+    int block = block_of(share, blocks, 0);
+    for (int first = 0; first < share.visible; first += tile_tokens, ++used_) {
+      const int next_block = block_of(share, blocks, first + tile_tokens);
+      const int boxes = (min(tile_tokens, share.visible - first) + box_tokens_ - 1) / box_tokens_;
+      ring_.wait_empty(used_);
+      if (lane_ == 0) arrive_expecting(ring_.full(used_), boxes * box_tokens_ * dim * 2);
+      const uint32_t to = to_ + used_ % stages * Layout<dim>::kv_bytes;
+#pragma unroll 1
+      for (int box = 0; box < boxes; ++box) {
+        const int from = __shfl_sync(0xffffffffu, block, box), token = box * box_tokens_;
+        if (lane_ == 0)
+#pragma unroll
+          for (int column = 0; column < Layout<dim>::columns; ++column)
+            copy_box(to + column * Layout<dim>::kv_column + token * column_bytes, &map_, column * 64,
+                     (first + token) & ((1 << p_.block_shift) - 1), share.head, from, ring_.full(used_));
       }
-      load_tile(share, tile, block, params_.v_map, layout_.v, used_v_, layout_.value_tile(used_v_));
+      __syncwarp();
       block = next_block;
     }
   }
-  __device__ int token_of(int tile) const { return tile * tile_tokens + lane_ * params_.box_tokens; }
-  __device__ bool has_box(const Share& share, int tile) const {
-    return lane_ * params_.box_tokens < tile_tokens && token_of(tile) < share.visible;
-  }
-  __device__ int block_of(const Share& share, int tile) const {
-    return has_box(share, tile) ? p_.kv_blocks[p_.kv_start[share.seq] + (token_of(tile) >> p_.block_shift)] : 0;
-  }
-  __device__ void load_tile(const Share& share, int tile, int block, const CUtensorMap& map, const Ring<stages>& ring,
-                            uint32_t& n, uint32_t to) const {
-    const bool mine = has_box(share, tile);
-    const int box_bytes = params_.box_tokens * dim * 2, boxes = __popc(__ballot_sync(0xffffffffu, mine));
-    ring.wait_empty(n);
-    if (lane_ == 0) arrive_expecting(ring.full(n), boxes * box_bytes);
-    __syncwarp();
-    if (mine)
-#pragma unroll
-      for (int column = 0; column < Layout::columns; ++column)
-        copy_box(to + column * Layout::kv_column + lane_ * params_.box_tokens * column_bytes, &map, column * 64,
-                 token_of(tile) & ((1 << p_.block_shift) - 1), share.head, block, ring.full(n));
-    __syncwarp();
-    ++n;
+
+ private:
+  __device__ int block_of(const Share& share, const int32_t* blocks, int first) const {
+    const int token = first + lane_ * box_tokens_;
+    return lane_ * box_tokens_ < tile_tokens && token < share.visible ? blocks[token >> p_.block_shift] : 0;
   }
 
-  const Params<T>& params_;
   const AttentionParams<T>& p_;
-  const Layout& layout_;
-  Share* shares_;
-  const int lane_;
-  uint32_t used_k_ = 0, used_v_ = 0;
+  const CUtensorMap& map_;
+  const Ring<stages> ring_;
+  const uint32_t to_;
+  const int lane_, box_tokens_;
+  uint32_t used_ = 0;
 };
 
-// Three warps: the queries of every share, zeros beyond the sequence's last row.
+// Counts from the blocks' first indices on, by one warp. Each of `indices` asks once: the last leaves zero for the next
+// kernel.
+template <class T>
+__device__ int next_index(const AttentionParams<T>& p, int indices) {
+  int taken = 0;
+  if (threadIdx.x % warp_size == 0) {
+    taken = atomicAdd(p.counter, 1);
+    if (taken == indices - 1) *p.counter = 0;
+  }
+  return gridDim.x + __shfl_sync(0xffffffffu, taken, 0);
+}
+
+// One warp: finds shares, tells the others, and loads K.
+template <class T, int dim>
+__device__ void hand_out_shares(const AttentionParams<T>& p, const Layout<dim>& layout, Share* shares,
+                                TileLoader<T, dim> keys) {
+  const Prompts<Layout<dim>::share_rows> prompts(p);
+  const int count = prompts.shares(), indices = count * p.kv_heads;
+  uint32_t n = 0;
+  Share share{};
+  const auto hand_out = [&] {
+    layout.work.wait_empty(n);
+    if (threadIdx.x % warp_size == 0) {
+      shares[n % slots] = share;
+      arrive(layout.work.full(n));
+    }
+    __syncwarp();
+    ++n;
+  };
+  for (int index = blockIdx.x; index < indices; index = next_index(p, indices)) {
+    if (!prompts.find(p, count - 1 - index / p.kv_heads, index % p.kv_heads, share)) continue;
+    hand_out();
+    keys.load(share);
+  }
+  share.seq = -1;
+  hand_out();
+}
+
+// One warp.
+template <class T, int dim>
+__device__ void load_values(const Layout<dim>& layout, const Share* shares, TileLoader<T, dim> values) {
+  for (uint32_t n = 0;; ++n) {
+    layout.work.wait_full(n);
+    const Share share = shares[n % slots];
+    if (share.seq < 0) return;
+    arrive(layout.queries.full(n));  // the share is read
+    values.load(share);
+  }
+}
+
+// Two warps: the queries of every share, zeros beyond the sequence's last row.
 template <class T, int dim>
 __device__ void load_queries(const AttentionParams<T>& p, const Layout<dim>& layout, const Share* shares) {
   constexpr int packs = dim / 8;
-  const int thread = threadIdx.x % group_threads - warp_size;
+  const int thread = threadIdx.x - 2 * warp_size;
   for (uint32_t n = 0;; ++n) {
     layout.work.wait_full(n);
     const Share share = shares[n % slots];
@@ -152,7 +164,9 @@ __global__ void __launch_bounds__(Layout<dim>::threads, 1)
   if (threadIdx.x < group_threads) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Layout<dim>::producer_registers));
     if (threadIdx.x < warp_size)
-      KvProducer<T, dim>(params, layout, shares).run();
+      hand_out_shares<T, dim>(params.attention, layout, shares, {params, params.k_map, layout.k, layout.key_tile(0)});
+    else if (threadIdx.x < 2 * warp_size)
+      load_values<T, dim>(layout, shares, {params, params.v_map, layout.v, layout.value_tile(0)});
     else
       load_queries<T, dim>(params.attention, layout, shares);
   } else {

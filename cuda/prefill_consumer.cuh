@@ -66,15 +66,16 @@ class Consumer {
       if constexpr (masked) mask(scores, limit, tile * tile_tokens);
       soften(scores, largest, sum, keep);
       pin(scores);
+      // Mostly false far from the start: a factor of 1 changes no bit. The sums, never negative, are asked for only to
+      // have them added up before the wait.
+      const bool shrinks =
+          __any_sync(0xffffffffu, keep[0] != 1.0f || keep[1] != 1.0f || sum[0] < 0.0f || sum[1] < 0.0f);
       if (tile + 1 < tiles) layout_.k.wait_full(used_k_);
       wait_products<0>();
       pin(out);
       release(layout_.v, used_v_);
       round_weights(weights, scores);
-#pragma unroll
-      for (int d = 0; d < out_columns; ++d)
-#pragma unroll
-        for (int j = 0; j < 4; ++j) out[d][j] *= keep[j / 2];
+      if (shrinks) shrink(out, keep);
     };
     const int whole = min(tiles, seen_by_all / tile_tokens);
     int tile = 1;
@@ -168,6 +169,13 @@ class Consumer {
 #pragma unroll
       for (int i = 0; i < 4; ++i)
         weights[k][i] = pair_of<T>(scores[2 * k + i / 2][i % 2 * 2], scores[2 * k + i / 2][i % 2 * 2 + 1]);
+  }
+
+  __device__ static void shrink(float (&out)[out_columns][4], const float (&keep)[2]) {
+#pragma unroll
+    for (int d = 0; d < out_columns; ++d)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) out[d][j] *= keep[j / 2];
   }
 
   // Zeros for values that no row sees: what lies there may be NaN, which a weight of 0 does not silence. Both

@@ -6,7 +6,7 @@
 
 namespace hybrid::cuda::prefill {
 
-constexpr int group_threads = 128, group_rows = 64, query_threads = 3 * warp_size;
+constexpr int group_threads = 128, group_rows = 64, query_threads = 2 * warp_size;
 constexpr int tile_tokens = 128, stages = 2;  // of the rings of K and V
 constexpr int slots = 2;                      // shares, with their queries, that are under way
 constexpr int column_bytes = 128;  // a tile's rows are cut into columns of 64 elements, each swizzled on its own
@@ -47,7 +47,7 @@ struct Layout {
   __device__ void init_barriers() const {
     constexpr int computing_warps = groups * group_threads / warp_size;
     work.init(1, computing_warps);
-    queries.init(query_threads, 1);
+    queries.init(query_threads + warp_size, 1);  // and the warp of V, for having read the share
     k.init(1, computing_warps);
     v.init(1, computing_warps);
     publish_barriers();
