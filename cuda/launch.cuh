@@ -33,11 +33,10 @@ __device__ inline void let_next_kernel_start() {
 }
 bool can_overlap_launches();  // of the current device
 
-// Kernels take one struct by value, in constant memory (`const __grid_constant__ Params`). `cluster`: blocks along x
-// that run at the same time and reach each other's shared memory.
+// Kernels take one struct by value, in constant memory (`const __grid_constant__ Params`).
 template <class Params>
 void launch(void (*kernel)(Params), dim3 grid, dim3 block, size_t shared_bytes, Stream stream, const Params& params,
-            unsigned cluster = 1, std::source_location at = std::source_location::current()) {
+            std::source_location at = std::source_location::current()) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
   if (shared_bytes > 48 * 1024)
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
@@ -47,19 +46,11 @@ void launch(void (*kernel)(Params), dim3 grid, dim3 block, size_t shared_bytes, 
   config.blockDim = block;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = static_cast<cudaStream_t>(stream);
-  cudaLaunchAttribute attributes[2]{};
-  config.attrs = attributes;
-  const auto add = [&] { return &attributes[config.numAttrs++]; };
-  if (can_overlap_launches()) {
-    cudaLaunchAttribute* overlap = add();
-    overlap->id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    overlap->val.programmaticStreamSerializationAllowed = 1;
-  }
-  if (cluster > 1) {
-    cudaLaunchAttribute* shape = add();
-    shape->id = cudaLaunchAttributeClusterDimension;
-    shape->val.clusterDim = {cluster, 1, 1};
-  }
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &overlap;
+  config.numAttrs = can_overlap_launches() ? 1 : 0;
   check(cudaLaunchKernelEx(&config, kernel, params), at);
 }
 
