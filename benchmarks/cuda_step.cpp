@@ -88,15 +88,15 @@ void step(const Model& m, int64_t rows, BFloat16* weights, BFloat16* activations
     return tensor(data, DType::bf16, {packed_size(n, k)});
   };
   for (int64_t layer = 0; layer < m.layers; ++layer) {
-    rms_norm({normed, hidden, norm, {}, 1e-6f, stream});
+    rms_norm({normed, hidden, norm, {}, 1e-6f, false, stream});
     linear({qkv, normed, weight(m.qkv, m.hidden), {}, m.qkv, m.hidden, stream});
-    rms_norm({normed, attended, norm, {}, 1e-6f, stream});
+    rms_norm({normed, attended, norm, {}, 1e-6f, false, stream});
     linear({hidden, normed, weight(m.hidden, m.hidden), {}, m.hidden, m.hidden, stream});
-    rms_norm({normed, hidden, norm, {}, 1e-6f, stream});
+    rms_norm({normed, hidden, norm, {}, 1e-6f, false, stream});
     linear_silu_mul({product, normed, weight(2 * m.inner, m.hidden), {}, gate_up, m.hidden, stream});
     linear({hidden, product, weight(m.hidden, m.inner), {}, m.hidden, m.inner, stream});
   }
-  rms_norm({normed, hidden, norm, {}, 1e-6f, stream});
+  rms_norm({normed, hidden, norm, {}, 1e-6f, false, stream});
   linear(
       {tensor(logits, DType::f32, {rows, m.vocab}), normed, weight(m.vocab, m.hidden), {}, m.vocab, m.hidden, stream});
 }

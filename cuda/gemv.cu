@@ -82,8 +82,10 @@ void skinny(const LinearParams<T>& p, Stream stream) {
   };
   if (p.rows <= 8)
     run.template operator()<1, Ring<2, 128, 3>>();
-  else if (p.rows <= 16)
+  else if (p.rows <= 16 && p.n * p.k >= int64_t{16} << 20)
     run.template operator()<2, Ring<4, 128, 3>>();
+  else if (p.rows <= 16)
+    run.template operator()<2, Ring<2, 64, 5>>();
   else
     run.template operator()<4, Ring<2, 64, 5>>();
 }

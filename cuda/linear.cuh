@@ -65,14 +65,6 @@ template <class T>
 void skinny_gated_linear(const LinearParams<T>& p, Stream stream);
 constexpr int64_t skinny_rows = 32;
 
-// Up to cluster_rows rows: the same for a little more of them. False, and nothing done, on a device without clusters or
-// where x is too large for shared memory.
-template <class T>
-bool cluster_linear(const LinearParams<T>& p, Stream stream);
-template <class T>
-bool cluster_gated_linear(const LinearParams<T>& p, Stream stream);
-constexpr int64_t cluster_rows = 64;
-
 template <class T>
 void tiled_linear(const LinearParams<T>& p, Stream stream);
 void float_linear(const LinearParams<float>& p, Stream stream);
