@@ -18,6 +18,8 @@
 // for bit (ops/philox.h), as long as top-p keeps the same tokens; its
 // probabilities may differ from the CPU's in the last bits. They are added up
 // as integers: the outcome is the same however a row is split.
+#include <new>
+
 #include "device.cuh"
 #include "launch.cuh"
 #include "ops/ops.h"
@@ -27,10 +29,11 @@ namespace hybrid::cuda {
 
 namespace {
 
-// Apart, so that rows that only want the largest logit do without the registers and the code.
+// Apart, and with its state in shared memory, so that rows that only want the largest logit do without the code and the
+// registers. Not on the stack: meetings of a cluster empty the first-level cache.
 template <class RowTeam>
-__device__ __noinline__ void finish_row(const RowSampler<RowTeam>& begun) {
-  RowSampler<RowTeam>(begun).finish();
+__device__ __noinline__ void finish_row(RowSampler<RowTeam>& begun) {
+  begun.finish();
 }
 
 template <int blocks>
@@ -40,6 +43,7 @@ __global__ void __launch_bounds__(sample_threads, 2) sample_kernel(const __grid_
   let_next_kernel_start();
   wait_for_previous_kernel();
   extern __shared__ uint4 memory[];
+  __shared__ alignas(RowSampler<RowTeam>) unsigned char begun[sizeof(RowSampler<RowTeam>)];
   Shared& shared = *reinterpret_cast<Shared*>(memory);
   float4* kept = reinterpret_cast<float4*>(&shared + 1);
   uint32_t* allowed = reinterpret_cast<uint32_t*>(kept + p.share / 4);
@@ -53,8 +57,9 @@ __global__ void __launch_bounds__(sample_threads, 2) sample_kernel(const __grid_
     if (sampler.only_greedy()) {
       sampler.finish_greedy();
     } else {
-      const RowSampler<RowTeam> begun = sampler;
-      finish_row(begun);
+      if (threadIdx.x == 0) new (begun) RowSampler<RowTeam>(sampler);
+      __syncthreads();
+      finish_row(*reinterpret_cast<RowSampler<RowTeam>*>(begun));
     }
     if constexpr (blocks == 1) __syncthreads();
   }

@@ -33,6 +33,19 @@ struct alignas(16) Quad {
   __device__ float lowest() const { return fminf(fminf(x[0], x[1]), fminf(x[2], x[3])); }
 };
 
+// What one thread has seen: its largest with its quad, and its lowest.
+struct Mine {
+  float largest = no_candidate(), lowest = no_candidate();
+  int quad = -1;
+  __device__ void note(const Quad& seen, int q, bool own = true) {
+    const float x = own ? seen.largest() : no_candidate();
+    if (x > largest || (largest != largest && x == x)) largest = x, quad = q;
+    lowest = fminf(lowest, seen.lowest());
+  }
+};
+
+// Knows what all threads of a block agree on, and may lie in their shared memory; what each has for itself is passed
+// on.
 template <class Team>
 class RowSampler {
  public:
@@ -54,9 +67,9 @@ class RowSampler {
   // Reads the row and finds its largest logit.
   __device__ void begin() {
     if (threadIdx.x < lists) shared_.list_size[threadIdx.x] = 0;
-    load();
+    const Mine mine = load();
     Team::await_peers();
-    survey(0);
+    survey(mine, 0);
   }
   __device__ bool only_greedy() const {
     return !(temperature_ >= greedy_below) && entries_begin_ == entries_end_ && num_logprobs_ < 0;
@@ -70,8 +83,7 @@ class RowSampler {
     double log_sum = 0;
     if (wanted) log_sum = write_top_logprobs();
     if (entries_begin_ != entries_end_) {
-      adjust();
-      survey(1);
+      survey(adjust(), 1);
     }
     if (temperature_ >= greedy_below && largest_ > low_infinity)
       draw();
@@ -105,27 +117,21 @@ class RowSampler {
     return quad;
   }
 
-  // The thread's largest with its quad, and its lowest.
-  __device__ void forget() { mine_ = no_candidate(), mine_lowest_ = no_candidate(), mine_quad_ = -1; }
-  __device__ void note(const Quad& quad, int q, bool own = true) {
-    const float largest = own ? quad.largest() : no_candidate();
-    if (largest > mine_ || (mine_ != mine_ && largest == largest)) mine_ = largest, mine_quad_ = q;
-    mine_lowest_ = fminf(mine_lowest_, quad.lowest());
-  }
-  __device__ void load() {
-    forget();
+  __device__ Mine load() {
+    Mine mine;
     if (reinterpret_cast<uintptr_t>(logits_ + first_id_) % 16 == 0)
-      load_whole<true>();
+      load_whole<true>(mine);
     else
-      load_whole<false>();
+      load_whole<false>(mine);
     if (size_ % 4 != 0 && threadIdx.x == 0) {  // the last one is not whole
       const Quad quad = raw_quad(quads_ - 1);
-      note(quad, quads_ - 1);
+      mine.note(quad, quads_ - 1);
       values_[quads_ - 1] = quad;
     }
+    return mine;
   }
   template <bool aligned>
-  __device__ void load_whole() {
+  __device__ void load_whole(Mine& mine) {
     constexpr int at_once = 5;
     const int whole = size_ / 4;
     // Beyond the end the last one again, not noted: all loads are under way before the first is looked at.
@@ -138,7 +144,7 @@ class RowSampler {
         const int q = min(first + u * sample_threads, whole - 1);
 #pragma unroll
         for (float& x : quads[u].x) x = clean(x);
-        note(quads[u], q, first + u * sample_threads < whole);
+        mine.note(quads[u], q, first + u * sample_threads < whole);
         values_[q] = quads[u];
       }
     }
@@ -173,7 +179,7 @@ class RowSampler {
       if (at >= 0 && at < size_) body(i, at);
     }
   }
-  __device__ __noinline__ void adjust() {
+  __device__ __noinline__ Mine adjust() {
     const bool parallel = ascending();
     const float penalty = p_.repetition_penalty[row_];
     float* values = reinterpret_cast<float*>(values_);
@@ -188,8 +194,9 @@ class RowSampler {
     for (int i = entries_begin_ + static_cast<int>(threadIdx.x); i < entries_end_; i += sample_threads)
       restricts = restricts || (p_.adjust_flags[i] & 2) != 0;
     if (__syncthreads_or(restricts) != 0) keep_allowed();
-    forget();
-    for (int q = threadIdx.x; q < quads_; q += sample_threads) note(values_[q], q);
+    Mine mine;
+    for (int q = threadIdx.x; q < quads_; q += sample_threads) mine.note(values_[q], q);
+    return mine;
   }
   // The row may only pick ids that have flag 2.
   __device__ void keep_allowed() {
@@ -210,35 +217,36 @@ class RowSampler {
   // --- Answers of all blocks
 
   // The row's largest and lowest logit and the lowest id of the largest.
-  __device__ void survey(int use) {
+  __device__ void survey(const Mine& mine, int use) {
     const int warp = threadIdx.x / warp_size, lane = threadIdx.x % warp_size;
-    float largest = warp_max(mine_), lowest = warp_min(mine_lowest_);
-    shared_.thread_largest[threadIdx.x] = mine_;
+    float largest = warp_max(mine.largest), lowest = warp_min(mine.lowest);
+    shared_.thread_largest[threadIdx.x] = mine.largest;
     if (lane == 0) shared_.warp_value[0][warp] = largest, shared_.warp_value[1][warp] = lowest;
     if (threadIdx.x == 0) shared_.lowest_id = INT32_MAX;
     __syncthreads();
     largest = warp_max(shared_.warp_value[0][lane % sample_warps]);
     lowest = warp_min(shared_.warp_value[1][lane % sample_warps]);
-    if (mine_ == largest) {
-      const Quad quad = values_[mine_quad_];
+    if (mine.largest == largest) {
+      const Quad quad = values_[mine.quad];
+      int first = 3;
 #pragma unroll
-      for (int j = 3; j >= 0; --j)
-        if (quad.x[j] == largest) best_id_ = first_id_ + 4 * mine_quad_ + j;
-      atomicMin(&shared_.lowest_id, best_id_);
+      for (int j = 2; j >= 0; --j)
+        if (quad.x[j] == largest) first = j;
+      atomicMin(&shared_.lowest_id, first_id_ + 4 * mine.quad + first);
     }
     __syncthreads();
     if (threadIdx.x < Team::size)
       Team::peer(shared_.parts[use], threadIdx.x)[Team::rank()] = {largest, lowest, shared_.lowest_id, 0};
     Team::sync();
     Best best;
-    largest_ = no_candidate(), lowest_ = no_candidate();
+    lowest = no_candidate();
 #pragma unroll
     for (int b = 0; b < Team::size; ++b) {
       const Shared::Part part = shared_.parts[use][b];
       best.add(part.largest, part.id);
-      lowest_ = fminf(lowest_, part.lowest);
+      lowest = fminf(lowest, part.lowest);
     }
-    largest_ = best.score, best_id_ = best.id;
+    largest_ = best.score, best_id_ = best.id, lowest_ = lowest;
   }
   __device__ static float warp_min(float x) { return -warp_max(-x); }
 
@@ -261,7 +269,7 @@ class RowSampler {
 
   // The histogram of what the filter keeps, summed over the blocks into
   // everyone's count, low and high.
-  __device__ void fill_histogram(const Bins& b, const Filter& filter, const Weight* weight) {
+  __device__ void fill_histogram(const Bins& b, const Filter& filter, bool by_weight, const Weight& weight) {
     __syncthreads();  // who still looks at the last one
     for (int i = threadIdx.x; i < bins; i += sample_threads) shared_.count[i] = shared_.low[i] = shared_.high[i] = 0;
     __syncthreads();
@@ -269,8 +277,9 @@ class RowSampler {
       const int bin = b.of(x, id);
       if (bin >= bins || !filter.keeps(x, id)) return;
       atomicAdd(shared_.count + bin, 1u);
-      if (weight == nullptr) return;
-      const uint64_t mass = weight->mass(x);
+      if (!by_weight) return;
+      const uint64_t mass = weight.mass(x);
+      if (mass == 0) return;
       const uint32_t low = static_cast<uint32_t>(mass), before = atomicAdd(shared_.low + bin, low);
       const uint32_t high = static_cast<uint32_t>(mass >> 32) + (before + low < before ? 1u : 0u);
       if (high != 0) atomicAdd(shared_.high + bin, high);
@@ -300,25 +309,25 @@ class RowSampler {
     }
   }
 
-  // Cuts the filter to the smallest set of first places whose count (weight ==
-  // nullptr), or else share of the weight of all that it kept, reaches the
-  // target. Leaves it as it is if all together do not.
-  __device__ __noinline__ void cut(Filter& filter, const Weight* weight, double target, float reach, int use) {
+  // The filter cut to the smallest set of first places whose count reaches the target, or, by weight, whose weight does
+  // that share of all that it kept. The same filter if all together do not.
+  __device__ __noinline__ Filter cut(Filter filter, bool by_weight, Weight weight, double target, float reach,
+                                     int use) {
     Bins b = largest_ > low_infinity ? Bins::linear(largest_, fminf(largest_ - lowest_, reach)) : Bins::all_places();
     uint64_t left = static_cast<uint64_t>(target);  // to be reached among those not yet passed
     int bin = 0;
     for (bool first = true;; first = false) {
-      fill_histogram(b, filter, weight);
+      fill_histogram(b, filter, by_weight, weight);
       const auto amount = [&](int i) {
-        return weight == nullptr ? uint64_t{shared_.count[i]} : uint64_t{shared_.high[i]} << 32 | shared_.low[i];
+        return by_weight ? uint64_t{shared_.high[i]} << 32 | shared_.low[i] : uint64_t{shared_.count[i]};
       };
       uint64_t before = 0, total = 0;
-      if (first && weight != nullptr) {
+      if (first && by_weight) {
         first_reaching(bins, ~uint64_t{0}, before, total, shared_, amount);
         left = max(uint64_t{1}, static_cast<uint64_t>(ceil(target * static_cast<double>(total))));
       }
       bin = first_reaching(bins, left, before, total, shared_, amount);
-      if (bin == bins) return;
+      if (bin == bins) return filter;
       left -= before;
       if (shared_.count[bin] <= list_capacity) break;
       b = b.narrowed(bin);
@@ -328,12 +337,13 @@ class RowSampler {
       sort_list(n, shared_);
       uint64_t before = 0, total = 0;
       const int last = first_reaching(n, left, before, total, shared_, [&](int i) {
-        return weight == nullptr ? uint64_t{1} : weight->mass(logit_at(shared_.list[i]));
+        return by_weight ? weight.mass(logit_at(shared_.list[i])) : uint64_t{1};
       });
       if (threadIdx.x < Team::size) *Team::peer(&shared_.cut, threadIdx.x) = shared_.list[min(last, n - 1)];
     }
     Team::sync();
     filter.cut_after(shared_.cut);
+    return filter;
   }
 
   // The first k places, and perhaps more, in order on the leader's list;
@@ -365,15 +375,15 @@ class RowSampler {
     uint64_t before = 0, total = 0;
     const int last = first_reaching(bins, static_cast<uint64_t>(k), before, total, shared_,
                                     [&](int i) { return uint64_t{shared_.count[i]}; });
+    const float mine = shared_.thread_largest[threadIdx.x];
     int n = 0;
     if (last < bins)
-      n = fill_list(use, b.of(mine_, 0) <= last, [&](float x, int id) { return b.of(x, id) <= last; });
+      n = fill_list(use, b.of(mine, 0) <= last, [&](float x, int id) { return b.of(x, id) <= last; });
     else  // fewer threads than k have one
-      n = fill_list(use, largest_ - mine_ <= reach, [&](float x, int) { return largest_ - x <= reach; });
+      n = fill_list(use, largest_ - mine <= reach, [&](float x, int) { return largest_ - x <= reach; });
     const bool short_of = n < k && !(reach < FLT_MAX);  // -inf, where that counts
     if (n > list_capacity || short_of) {
-      Filter filter;
-      cut(filter, nullptr, k, reach, use + 1);
+      const Filter filter = cut({}, false, {}, k, reach, use + 1);
       n = fill_list(use + 2, true, [&](float x, int id) { return filter.keeps(x, id) && !(largest_ - x > reach); });
     }
     if (leads()) sort_list(n, shared_);
@@ -399,8 +409,8 @@ class RowSampler {
     }
     const float lowest = filter.lowest;
     filter.lowest = low_infinity;
-    if (top_k > 0 && top_k < p_.vocab) cut(filter, nullptr, top_k, reach, 3);
-    if (top_p < 1.0f) cut(filter, &weight, share, reach, 4);
+    if (top_k > 0 && top_k < p_.vocab) filter = cut(filter, false, weight, top_k, reach, 3);
+    if (top_p < 1.0f) filter = cut(filter, true, weight, share, reach, 4);
     filter.lowest = lowest;
     draw_of_share(weight, filter);
   }
@@ -436,7 +446,7 @@ class RowSampler {
 
   // The largest of (logit - largest) / temperature + noise, over all that the
   // filter keeps.
-  __device__ __noinline__ void draw_of_share(const Weight& weight, const Filter& filter) {
+  __device__ __noinline__ void draw_of_share(Weight weight, Filter filter) {
     const uint64_t seed = p_.seeds[row_];
     const auto position = static_cast<uint32_t>(p_.positions[row_]);
     Best best;
@@ -517,11 +527,11 @@ class RowSampler {
   __device__ __noinline__ double write_top_logprobs() {
     const bool finite = largest_ > low_infinity;  // else log-probabilities are -inf, not NaN
     const Weight weight{largest_, finite ? log2_e : 0.0f};
-    uint64_t mine = 0, all = 0;
+    uint64_t mine = 0;
     each([&](float x, int) {
       if (x == x) mine += weight.mass(x);
     });
-    sum_before(mine, all, shared_);
+    const uint64_t all = sums_of_block(mine, shared_).total;
     if (threadIdx.x == 0) Team::peer(shared_.masses, 0)[Team::rank()] = all;
     Team::sync();
     const int n = min(min(num_logprobs_, p_.vocab), p_.width - 1);
@@ -546,13 +556,13 @@ class RowSampler {
     Team::sync();
     const int token = *Team::peer(&shared_.token, 0);
     const float logit = clean(logits_[token]);
-    uint64_t larger = 0, all = 0;
+    uint64_t larger = 0;
     for (int q = threadIdx.x; q < quads_; q += sample_threads) {
       const Quad quad = raw_quad(q);
 #pragma unroll
       for (float x : quad.x) larger += x > logit;
     }
-    sum_before(larger, all, shared_);
+    const uint64_t all = sums_of_block(larger, shared_).total;
     if (threadIdx.x == 0) Team::peer(shared_.larger, 0)[Team::rank()] = static_cast<int32_t>(all);
     Team::sync();
     if (!leads() || threadIdx.x != 0) return;
@@ -572,8 +582,6 @@ class RowSampler {
   const float* logits_;
   int first_id_, size_, quads_, entries_begin_, entries_end_, num_logprobs_;
   float temperature_;
-  float mine_ = 0, mine_lowest_ = 0;  // this thread's largest and lowest
-  int mine_quad_ = -1;
   float largest_ = 0, lowest_ = 0, inverse_ = 0;  // of the row
   int best_id_ = INT32_MAX;
 };
