@@ -123,7 +123,7 @@ class RowSampler {
       load_whole<true>(mine);
     else
       load_whole<false>(mine);
-    if (size_ % 4 != 0 && threadIdx.x == 0) {  // the last one is not whole
+    if (size_ % 4 != 0 && threadIdx.x == size_ / 4 % sample_threads) {  // the last one is not whole
       const Quad quad = raw_quad(quads_ - 1);
       mine.note(quad, quads_ - 1);
       values_[quads_ - 1] = quad;
