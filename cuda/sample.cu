@@ -1,23 +1,18 @@
-// sample: eight blocks a row, which keep the row in their shared memory (a
-// cluster), so that it is read once; one block a row where there are no
-// clusters, which keeps it in scratch memory.
+// sample: eight blocks a row (a cluster), which keep it in their shared memory, so that it is read once. One block a
+// row where there are no clusters or it does not fit, which keeps it in scratch memory.
 //
-//   greedy               the largest; nothing is kept
-//   temperature          + the largest of (logit - largest) / temperature +
-//   Gumbel noise top-k up to 1024     no further pass: the candidates come from
-//   the threads whose largest is among the k best. One
-//                        block sorts the list, cuts it by top-p and min-p and
-//                        draws
-//   larger k, or top-p   + a histogram (of counts, of probability) over 1024
-//   bins, + sorting of the candidates in the alone                bin of the
-//   cut, + a draw from all; more bins within the bin if that holds more than
-//   2048 log-probabilities    + a sum over the raw logits, top-k, and the
-//   sampled token's rank, from memory
+//   greedy              the largest, found while reading
+//   temperature         + the largest of (logit - largest) / temperature + Gumbel noise
+//   top-k up to 1024    no further pass: candidates come from the threads whose largest is among the k best; one block
+//                       sorts the list, cuts it by top-p and min-p, and draws
+//   top-p, larger k     + a histogram (of counts, of probability) over 1024 bins, + a sort of the candidates in the bin
+//   of
+//                       the cut, + a draw from all; more than 2048 in that bin: a histogram of the bin first
+//   log-probabilities   + a sum over the raw logits, top-k of them, and the sampled token's rank, from memory
 //
-// Compiled without contraction to fused multiply-adds: draws are the CPU's, bit
-// for bit (ops/philox.h), as long as top-p keeps the same tokens; its
-// probabilities may differ from the CPU's in the last bits. They are added up
-// as integers: the outcome is the same however a row is split.
+// Compiled without contraction to fused multiply-adds: draws are the CPU's, bit for bit (ops/philox.h), as long as
+// top-p keeps the same tokens; its probabilities may differ from the CPU's in the last bits. They are added up as
+// integers: the outcome is the same however a row is split.
 #include <new>
 
 #include "device.cuh"
