@@ -1,23 +1,20 @@
-// sample: eight blocks a row, which keep the row in their shared memory (a
-// cluster), so that it is read once; one block a row where there are no
-// clusters, which keeps it in scratch memory.
+// sample: eight blocks a row (a cluster), which keep it in their shared memory, so that it is read once. One block a
+// row where there are no clusters or it does not fit, which keeps it in scratch memory.
 //
-//   greedy               the largest; nothing is kept
-//   temperature          + the largest of (logit - largest) / temperature +
-//   Gumbel noise top-k up to 1024     no further pass: the candidates come from
-//   the threads whose largest is among the k best. One
-//                        block sorts the list, cuts it by top-p and min-p and
-//                        draws
-//   larger k, or top-p   + a histogram (of counts, of probability) over 1024
-//   bins, + sorting of the candidates in the alone                bin of the
-//   cut, + a draw from all; more bins within the bin if that holds more than
-//   2048 log-probabilities    + a sum over the raw logits, top-k, and the
-//   sampled token's rank, from memory
+//   greedy              the largest, found while reading
+//   temperature         + the largest of (logit - largest) / temperature + Gumbel noise
+//   top-k up to 1024    no further pass: candidates come from the threads whose largest is among the k best; one block
+//                       sorts the list, cuts it by top-p and min-p, and draws
+//   top-p, larger k     + a histogram (of counts, of probability) over 1024 bins, + a sort of the candidates in the bin
+//   of
+//                       the cut, + a draw from all; more than 2048 in that bin: a histogram of the bin first
+//   log-probabilities   + a sum over the raw logits, top-k of them, and the sampled token's rank, from memory
 //
-// Compiled without contraction to fused multiply-adds: draws are the CPU's, bit
-// for bit (ops/philox.h), as long as top-p keeps the same tokens; its
-// probabilities may differ from the CPU's in the last bits. They are added up
-// as integers: the outcome is the same however a row is split.
+// Compiled without contraction to fused multiply-adds: draws are the CPU's, bit for bit (ops/philox.h), as long as
+// top-p keeps the same tokens; its probabilities may differ from the CPU's in the last bits. They are added up as
+// integers: the outcome is the same however a row is split.
+#include <new>
+
 #include "device.cuh"
 #include "launch.cuh"
 #include "ops/ops.h"
@@ -27,10 +24,11 @@ namespace hybrid::cuda {
 
 namespace {
 
-// Apart, so that rows that only want the largest logit do without the registers and the code.
+// Apart, and with its state in shared memory, so that rows that only want the largest logit do without the code and the
+// registers. Not on the stack: meetings of a cluster empty the first-level cache.
 template <class RowTeam>
-__device__ __noinline__ void finish_row(const RowSampler<RowTeam>& begun) {
-  RowSampler<RowTeam>(begun).finish();
+__device__ __noinline__ void finish_row(RowSampler<RowTeam>& begun) {
+  begun.finish();
 }
 
 template <int blocks>
@@ -40,6 +38,7 @@ __global__ void __launch_bounds__(sample_threads, 2) sample_kernel(const __grid_
   let_next_kernel_start();
   wait_for_previous_kernel();
   extern __shared__ uint4 memory[];
+  __shared__ alignas(RowSampler<RowTeam>) unsigned char begun[sizeof(RowSampler<RowTeam>)];
   Shared& shared = *reinterpret_cast<Shared*>(memory);
   float4* kept = reinterpret_cast<float4*>(&shared + 1);
   uint32_t* allowed = reinterpret_cast<uint32_t*>(kept + p.share / 4);
@@ -53,8 +52,9 @@ __global__ void __launch_bounds__(sample_threads, 2) sample_kernel(const __grid_
     if (sampler.only_greedy()) {
       sampler.finish_greedy();
     } else {
-      const RowSampler<RowTeam> begun = sampler;
-      finish_row(begun);
+      if (threadIdx.x == 0) new (begun) RowSampler<RowTeam>(sampler);
+      __syncthreads();
+      finish_row(*reinterpret_cast<RowSampler<RowTeam>*>(begun));
     }
     if constexpr (blocks == 1) __syncthreads();
   }

@@ -1,62 +1,29 @@
-// One row, by the blocks of a team: each keeps a share of the vocabulary near
-// and answers for it.
+// How a token of a row is picked, by the blocks of a team.
 #pragma once
 
 #include "ops/philox.h"
-#include "sample_team.cuh"
+#include "sample_share.cuh"
 
 namespace hybrid::cuda {
 
 constexpr float greedy_below = 1e-5f;  // dividing by less overflows
 constexpr float log2_e = 1.4426950408889634f;
-// Nothing this many temperatures below the largest logit is ever drawn: Gumbel
-// noise lies between -2.9 and 22.9.
+// Nothing this many temperatures below the largest logit is ever drawn: Gumbel noise lies between -2.9 and 22.9.
 constexpr float out_of_reach = 32.0f;
 
-struct SampleParams {
-  int32_t *tokens, *logprob_ids, *ranks;
-  float* logprobs;
-  const float *logits, *temperature, *top_p, *min_p, *repetition_penalty;
-  const int32_t *top_k, *positions, *num_logprobs, *adjust_start, *adjust_ids, *adjust_flags;
-  const float* adjust_add;
-  const uint64_t* seeds;
-  float4* scratch;  // where a team of one keeps its share; `scratch_row` apart
-  int64_t logits_row, logprobs_row, logprob_ids_row, scratch_row;
-  int rows, vocab, width, share;
-};
-
-// Four neighbouring tokens of the block's share; what is beyond its end or not
-// allowed is no candidate.
-struct alignas(16) Quad {
-  float x[4];
-  __device__ float largest() const { return fmaxf(fmaxf(x[0], x[1]), fmaxf(x[2], x[3])); }
-  __device__ float lowest() const { return fminf(fminf(x[0], x[1]), fminf(x[2], x[3])); }
-};
-
+// Picks a row's token and reports its log-probabilities. Knows the order of the work; refuses to know how the row got
+// here and how its blocks share it.
 template <class Team>
-class RowSampler {
+class RowSampler : public RowShare<Team> {
  public:
-  __device__ RowSampler(const SampleParams& p, Shared& shared, float4* values, uint32_t* allowed, int row)
-      : p_(p),
-        shared_(shared),
-        values_(reinterpret_cast<Quad*>(values)),
-        allowed_(allowed),
-        row_(row),
-        logits_(p.logits + row * p.logits_row),
-        first_id_(min(p.vocab, Team::rank() * p.share)),
-        size_(min(p.vocab, first_id_ + p.share) - first_id_),
-        quads_((size_ + 3) / 4),
-        entries_begin_(p.adjust_start[row]),
-        entries_end_(p.adjust_start[row + 1]),
-        num_logprobs_(p.logprobs != nullptr ? p.num_logprobs[row] : -1),
-        temperature_(p.temperature[row]) {}
+  using RowShare<Team>::RowShare;
 
   // Reads the row and finds its largest logit.
   __device__ void begin() {
     if (threadIdx.x < lists) shared_.list_size[threadIdx.x] = 0;
-    load();
+    const Mine mine = load();
     Team::await_peers();
-    survey(0);
+    survey(mine, 0);
   }
   __device__ bool only_greedy() const {
     return !(temperature_ >= greedy_below) && entries_begin_ == entries_end_ && num_logprobs_ < 0;
@@ -69,10 +36,7 @@ class RowSampler {
     const bool wanted = num_logprobs_ >= 0;
     double log_sum = 0;
     if (wanted) log_sum = write_top_logprobs();
-    if (entries_begin_ != entries_end_) {
-      adjust();
-      survey(1);
-    }
+    if (entries_begin_ != entries_end_) survey(adjust(), 1);
     if (temperature_ >= greedy_below && largest_ > low_infinity)
       draw();
     else
@@ -84,163 +48,30 @@ class RowSampler {
   }
 
  private:
-  __device__ static bool leads() { return Team::rank() == 0; }
+  using RowShare<Team>::p_;
+  using RowShare<Team>::shared_;
+  using RowShare<Team>::values_;
+  using RowShare<Team>::row_;
+  using RowShare<Team>::logits_;
+  using RowShare<Team>::first_id_;
+  using RowShare<Team>::size_;
+  using RowShare<Team>::quads_;
+  using RowShare<Team>::entries_begin_;
+  using RowShare<Team>::entries_end_;
+  using RowShare<Team>::num_logprobs_;
+  using RowShare<Team>::temperature_;
+  using RowShare<Team>::largest_;
+  using RowShare<Team>::lowest_;
+  using RowShare<Team>::best_id_;
+  using RowShare<Team>::leads;
+  using RowShare<Team>::raw_quad;
+  using RowShare<Team>::load;
+  using RowShare<Team>::each;
+  using RowShare<Team>::adjust;
+  using RowShare<Team>::survey;
+  using RowShare<Team>::warp_min;
 
-  // --- The block's share of the row
-
-  // Of four tokens; their address is that of a float4, or not.
-  template <bool aligned>
-  __device__ Quad raw_whole_quad(int q) const {
-    const float* from = logits_ + first_id_ + 4 * q;
-    if constexpr (aligned) {
-      const float4 v = __ldcs(reinterpret_cast<const float4*>(from));
-      return {v.x, v.y, v.z, v.w};
-    }
-    return {__ldcs(from), __ldcs(from + 1), __ldcs(from + 2), __ldcs(from + 3)};
-  }
-  __device__ Quad raw_quad(int q) const {
-    Quad quad;
-#pragma unroll
-    for (int j = 0; j < 4; ++j) quad.x[j] = 4 * q + j < size_ ? clean(logits_[first_id_ + 4 * q + j]) : no_candidate();
-    return quad;
-  }
-
-  // The thread's largest with its quad, and its lowest.
-  __device__ void forget() { mine_ = no_candidate(), mine_lowest_ = no_candidate(), mine_quad_ = -1; }
-  __device__ void note(const Quad& quad, int q, bool own = true) {
-    const float largest = own ? quad.largest() : no_candidate();
-    if (largest > mine_ || (mine_ != mine_ && largest == largest)) mine_ = largest, mine_quad_ = q;
-    mine_lowest_ = fminf(mine_lowest_, quad.lowest());
-  }
-  __device__ void load() {
-    forget();
-    if (reinterpret_cast<uintptr_t>(logits_ + first_id_) % 16 == 0)
-      load_whole<true>();
-    else
-      load_whole<false>();
-    if (size_ % 4 != 0 && threadIdx.x == 0) {  // the last one is not whole
-      const Quad quad = raw_quad(quads_ - 1);
-      note(quad, quads_ - 1);
-      values_[quads_ - 1] = quad;
-    }
-  }
-  template <bool aligned>
-  __device__ void load_whole() {
-    constexpr int at_once = 5;
-    const int whole = size_ / 4;
-    // Beyond the end the last one again, not noted: all loads are under way before the first is looked at.
-    for (int first = threadIdx.x; first < whole; first += at_once * sample_threads) {
-      Quad quads[at_once];
-#pragma unroll
-      for (int u = 0; u < at_once; ++u) quads[u] = raw_whole_quad<aligned>(min(first + u * sample_threads, whole - 1));
-#pragma unroll
-      for (int u = 0; u < at_once; ++u) {
-        const int q = min(first + u * sample_threads, whole - 1);
-#pragma unroll
-        for (float& x : quads[u].x) x = clean(x);
-        note(quads[u], q, first + u * sample_threads < whole);
-        values_[q] = quads[u];
-      }
-    }
-  }
-  template <class Body>
-  __device__ void each(Body&& body) const {
-#pragma unroll 1
-    for (int q = threadIdx.x; q < quads_; q += sample_threads) {
-      const Quad quad = values_[q];
-#pragma unroll
-      for (int j = 0; j < 4; ++j) body(quad.x[j], first_id_ + 4 * q + j);
-    }
-  }
-
-  // --- Penalties and additions
-
-  // Entries of a row are independent if their ids ascend; else one thread takes
-  // them in order.
-  __device__ bool ascending() const {
-    bool mine = true;
-    for (int i = entries_begin_ + 1 + static_cast<int>(threadIdx.x); i < entries_end_; i += sample_threads)
-      mine = mine && p_.adjust_ids[i - 1] < p_.adjust_ids[i];
-    return __syncthreads_and(mine) != 0;
-  }
-  // Those of this block's tokens: body(entry, place in the share).
-  template <class Body>
-  __device__ void each_entry(bool parallel, Body&& body) const {
-    const int begin = entries_begin_ + (parallel ? static_cast<int>(threadIdx.x) : 0);
-    if (!parallel && threadIdx.x != 0) return;
-    for (int i = begin; i < entries_end_; i += parallel ? sample_threads : 1) {
-      const int at = p_.adjust_ids[i] - first_id_;
-      if (at >= 0 && at < size_) body(i, at);
-    }
-  }
-  __device__ __noinline__ void adjust() {
-    const bool parallel = ascending();
-    const float penalty = p_.repetition_penalty[row_];
-    float* values = reinterpret_cast<float*>(values_);
-    each_entry(parallel, [&](int, int at) { values[at] = logits_[first_id_ + at]; });
-    each_entry(parallel, [&](int i, int at) {
-      float x = values[at];
-      if ((p_.adjust_flags[i] & 1) != 0) x = x > 0.0f ? x / penalty : x * penalty;
-      values[at] = x + p_.adjust_add[i];
-    });
-    each_entry(parallel, [&](int, int at) { values[at] = clean(values[at]); });
-    bool restricts = false;
-    for (int i = entries_begin_ + static_cast<int>(threadIdx.x); i < entries_end_; i += sample_threads)
-      restricts = restricts || (p_.adjust_flags[i] & 2) != 0;
-    if (__syncthreads_or(restricts) != 0) keep_allowed();
-    forget();
-    for (int q = threadIdx.x; q < quads_; q += sample_threads) note(values_[q], q);
-  }
-  // The row may only pick ids that have flag 2.
-  __device__ void keep_allowed() {
-    for (int i = threadIdx.x; i < (size_ + 31) / 32; i += sample_threads) allowed_[i] = 0;
-    __syncthreads();
-    each_entry(true, [&](int i, int at) {
-      if ((p_.adjust_flags[i] & 2) != 0) atomicOr(allowed_ + at / 32, 1u << (at % 32));
-    });
-    __syncthreads();
-    for (int q = threadIdx.x; q < quads_; q += sample_threads) {
-      const uint32_t bits = allowed_[q / 8] >> (4 * (q % 8));
-#pragma unroll
-      for (int j = 0; j < 4; ++j)
-        if ((bits >> j & 1u) == 0) values_[q].x[j] = no_candidate();
-    }
-  }
-
-  // --- Answers of all blocks
-
-  // The row's largest and lowest logit and the lowest id of the largest.
-  __device__ void survey(int use) {
-    const int warp = threadIdx.x / warp_size, lane = threadIdx.x % warp_size;
-    float largest = warp_max(mine_), lowest = warp_min(mine_lowest_);
-    shared_.thread_largest[threadIdx.x] = mine_;
-    if (lane == 0) shared_.warp_value[0][warp] = largest, shared_.warp_value[1][warp] = lowest;
-    if (threadIdx.x == 0) shared_.lowest_id = INT32_MAX;
-    __syncthreads();
-    largest = warp_max(shared_.warp_value[0][lane % sample_warps]);
-    lowest = warp_min(shared_.warp_value[1][lane % sample_warps]);
-    if (mine_ == largest) {
-      const Quad quad = values_[mine_quad_];
-#pragma unroll
-      for (int j = 3; j >= 0; --j)
-        if (quad.x[j] == largest) best_id_ = first_id_ + 4 * mine_quad_ + j;
-      atomicMin(&shared_.lowest_id, best_id_);
-    }
-    __syncthreads();
-    if (threadIdx.x < Team::size)
-      Team::peer(shared_.parts[use], threadIdx.x)[Team::rank()] = {largest, lowest, shared_.lowest_id, 0};
-    Team::sync();
-    Best best;
-    largest_ = no_candidate(), lowest_ = no_candidate();
-#pragma unroll
-    for (int b = 0; b < Team::size; ++b) {
-      const Shared::Part part = shared_.parts[use][b];
-      best.add(part.largest, part.id);
-      lowest_ = fminf(lowest_, part.lowest);
-    }
-    largest_ = best.score, best_id_ = best.id;
-  }
-  __device__ static float warp_min(float x) { return -warp_max(-x); }
+  // --- Lists, histograms, cuts
 
   // Puts candidates for which wanted(x, id) holds on the leader's list; returns
   // how many there are. Those beyond its capacity are only counted.
@@ -261,7 +92,7 @@ class RowSampler {
 
   // The histogram of what the filter keeps, summed over the blocks into
   // everyone's count, low and high.
-  __device__ void fill_histogram(const Bins& b, const Filter& filter, const Weight* weight) {
+  __device__ void fill_histogram(const Bins& b, const Filter& filter, bool by_weight, const Weight& weight) {
     __syncthreads();  // who still looks at the last one
     for (int i = threadIdx.x; i < bins; i += sample_threads) shared_.count[i] = shared_.low[i] = shared_.high[i] = 0;
     __syncthreads();
@@ -269,8 +100,9 @@ class RowSampler {
       const int bin = b.of(x, id);
       if (bin >= bins || !filter.keeps(x, id)) return;
       atomicAdd(shared_.count + bin, 1u);
-      if (weight == nullptr) return;
-      const uint64_t mass = weight->mass(x);
+      if (!by_weight) return;
+      const uint64_t mass = weight.mass(x);
+      if (mass == 0) return;
       const uint32_t low = static_cast<uint32_t>(mass), before = atomicAdd(shared_.low + bin, low);
       const uint32_t high = static_cast<uint32_t>(mass >> 32) + (before + low < before ? 1u : 0u);
       if (high != 0) atomicAdd(shared_.high + bin, high);
@@ -300,25 +132,25 @@ class RowSampler {
     }
   }
 
-  // Cuts the filter to the smallest set of first places whose count (weight ==
-  // nullptr), or else share of the weight of all that it kept, reaches the
-  // target. Leaves it as it is if all together do not.
-  __device__ __noinline__ void cut(Filter& filter, const Weight* weight, double target, float reach, int use) {
+  // The filter cut to the smallest set of first places whose count reaches the target, or, by weight, whose weight does
+  // that share of all that it kept. The same filter if all together do not.
+  __device__ __noinline__ Filter cut(Filter filter, bool by_weight, Weight weight, double target, float reach,
+                                     int use) {
     Bins b = largest_ > low_infinity ? Bins::linear(largest_, fminf(largest_ - lowest_, reach)) : Bins::all_places();
     uint64_t left = static_cast<uint64_t>(target);  // to be reached among those not yet passed
     int bin = 0;
     for (bool first = true;; first = false) {
-      fill_histogram(b, filter, weight);
+      fill_histogram(b, filter, by_weight, weight);
       const auto amount = [&](int i) {
-        return weight == nullptr ? uint64_t{shared_.count[i]} : uint64_t{shared_.high[i]} << 32 | shared_.low[i];
+        return by_weight ? uint64_t{shared_.high[i]} << 32 | shared_.low[i] : uint64_t{shared_.count[i]};
       };
       uint64_t before = 0, total = 0;
-      if (first && weight != nullptr) {
+      if (first && by_weight) {
         first_reaching(bins, ~uint64_t{0}, before, total, shared_, amount);
         left = max(uint64_t{1}, static_cast<uint64_t>(ceil(target * static_cast<double>(total))));
       }
       bin = first_reaching(bins, left, before, total, shared_, amount);
-      if (bin == bins) return;
+      if (bin == bins) return filter;
       left -= before;
       if (shared_.count[bin] <= list_capacity) break;
       b = b.narrowed(bin);
@@ -328,12 +160,13 @@ class RowSampler {
       sort_list(n, shared_);
       uint64_t before = 0, total = 0;
       const int last = first_reaching(n, left, before, total, shared_, [&](int i) {
-        return weight == nullptr ? uint64_t{1} : weight->mass(logit_at(shared_.list[i]));
+        return by_weight ? weight.mass(logit_at(shared_.list[i])) : uint64_t{1};
       });
       if (threadIdx.x < Team::size) *Team::peer(&shared_.cut, threadIdx.x) = shared_.list[min(last, n - 1)];
     }
     Team::sync();
     filter.cut_after(shared_.cut);
+    return filter;
   }
 
   // The first k places, and perhaps more, in order on the leader's list;
@@ -365,15 +198,15 @@ class RowSampler {
     uint64_t before = 0, total = 0;
     const int last = first_reaching(bins, static_cast<uint64_t>(k), before, total, shared_,
                                     [&](int i) { return uint64_t{shared_.count[i]}; });
+    const float mine = shared_.thread_largest[threadIdx.x];
     int n = 0;
     if (last < bins)
-      n = fill_list(use, b.of(mine_, 0) <= last, [&](float x, int id) { return b.of(x, id) <= last; });
+      n = fill_list(use, b.of(mine, 0) <= last, [&](float x, int id) { return b.of(x, id) <= last; });
     else  // fewer threads than k have one
-      n = fill_list(use, largest_ - mine_ <= reach, [&](float x, int) { return largest_ - x <= reach; });
+      n = fill_list(use, largest_ - mine <= reach, [&](float x, int) { return largest_ - x <= reach; });
     const bool short_of = n < k && !(reach < FLT_MAX);  // -inf, where that counts
     if (n > list_capacity || short_of) {
-      Filter filter;
-      cut(filter, nullptr, k, reach, use + 1);
+      const Filter filter = cut({}, false, {}, k, reach, use + 1);
       n = fill_list(use + 2, true, [&](float x, int id) { return filter.keeps(x, id) && !(largest_ - x > reach); });
     }
     if (leads()) sort_list(n, shared_);
@@ -399,8 +232,8 @@ class RowSampler {
     }
     const float lowest = filter.lowest;
     filter.lowest = low_infinity;
-    if (top_k > 0 && top_k < p_.vocab) cut(filter, nullptr, top_k, reach, 3);
-    if (top_p < 1.0f) cut(filter, &weight, share, reach, 4);
+    if (top_k > 0 && top_k < p_.vocab) filter = cut(filter, false, weight, top_k, reach, 3);
+    if (top_p < 1.0f) filter = cut(filter, true, weight, share, reach, 4);
     filter.lowest = lowest;
     draw_of_share(weight, filter);
   }
@@ -436,7 +269,7 @@ class RowSampler {
 
   // The largest of (logit - largest) / temperature + noise, over all that the
   // filter keeps.
-  __device__ __noinline__ void draw_of_share(const Weight& weight, const Filter& filter) {
+  __device__ __noinline__ void draw_of_share(Weight weight, Filter filter) {
     const uint64_t seed = p_.seeds[row_];
     const auto position = static_cast<uint32_t>(p_.positions[row_]);
     Best best;
@@ -517,11 +350,11 @@ class RowSampler {
   __device__ __noinline__ double write_top_logprobs() {
     const bool finite = largest_ > low_infinity;  // else log-probabilities are -inf, not NaN
     const Weight weight{largest_, finite ? log2_e : 0.0f};
-    uint64_t mine = 0, all = 0;
+    uint64_t mine = 0;
     each([&](float x, int) {
       if (x == x) mine += weight.mass(x);
     });
-    sum_before(mine, all, shared_);
+    const uint64_t all = sums_of_block(mine, shared_).total;
     if (threadIdx.x == 0) Team::peer(shared_.masses, 0)[Team::rank()] = all;
     Team::sync();
     const int n = min(min(num_logprobs_, p_.vocab), p_.width - 1);
@@ -546,13 +379,13 @@ class RowSampler {
     Team::sync();
     const int token = *Team::peer(&shared_.token, 0);
     const float logit = clean(logits_[token]);
-    uint64_t larger = 0, all = 0;
+    uint64_t larger = 0;
     for (int q = threadIdx.x; q < quads_; q += sample_threads) {
       const Quad quad = raw_quad(q);
 #pragma unroll
       for (float x : quad.x) larger += x > logit;
     }
-    sum_before(larger, all, shared_);
+    const uint64_t all = sums_of_block(larger, shared_).total;
     if (threadIdx.x == 0) Team::peer(shared_.larger, 0)[Team::rank()] = static_cast<int32_t>(all);
     Team::sync();
     if (!leads() || threadIdx.x != 0) return;
@@ -564,18 +397,7 @@ class RowSampler {
     p_.ranks[row_] = rank;
   }
 
-  const SampleParams& p_;
-  Shared& shared_;
-  Quad* values_;
-  uint32_t* allowed_;
-  int64_t row_;
-  const float* logits_;
-  int first_id_, size_, quads_, entries_begin_, entries_end_, num_logprobs_;
-  float temperature_;
-  float mine_ = 0, mine_lowest_ = 0;  // this thread's largest and lowest
-  int mine_quad_ = -1;
-  float largest_ = 0, lowest_ = 0, inverse_ = 0;  // of the row
-  int best_id_ = INT32_MAX;
+  float inverse_ = 0;  // of the temperature
 };
 
 }  // namespace hybrid::cuda

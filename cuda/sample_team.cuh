@@ -214,8 +214,12 @@ struct alignas(16) Shared {
   Place list[list_capacity];
 };
 
-// Sum of what threads before this one have; with `total` the sum of all.
-__device__ __noinline__ inline uint64_t sum_before(uint64_t mine, uint64_t& total, Shared& shared) {
+struct Sums {
+  uint64_t before, total;
+};
+
+// What the threads before this one have, and what all have.
+__device__ __noinline__ inline Sums sums_of_block(uint64_t mine, Shared& shared) {
   const int warp = threadIdx.x / warp_size, lane = threadIdx.x % warp_size;
   uint64_t sum = mine;
 #pragma unroll
@@ -226,14 +230,13 @@ __device__ __noinline__ inline uint64_t sum_before(uint64_t mine, uint64_t& tota
   __syncthreads();
   if (lane == warp_size - 1) shared.warp_sum[warp] = sum;
   __syncthreads();
-  uint64_t before = 0;
-  total = 0;
+  Sums sums{sum - mine, 0};
 #pragma unroll
   for (int w = 0; w < sample_warps; ++w) {
-    if (w == warp) before = total;
-    total += shared.warp_sum[w];
+    if (w == warp) sums.before += sums.total;
+    sums.total += shared.warp_sum[w];
   }
-  return before + sum - mine;
+  return sums;
 }
 
 // Position of the first of n amounts at which their running sum reaches target,
@@ -246,7 +249,9 @@ __device__ int first_reaching(int n, uint64_t target, uint64_t& before, uint64_t
   uint64_t mine = 0;
 #pragma unroll 1
   for (int i = begin; i < min(n, begin + each); ++i) mine += amount(i);
-  uint64_t sum = sum_before(mine, total, shared);
+  const Sums sums = sums_of_block(mine, shared);
+  uint64_t sum = sums.before;
+  total = sums.total;
   if (threadIdx.x == 0) shared.found = n, shared.before = 0;
   __syncthreads();
   if (sum < target && sum + mine >= target)

@@ -249,6 +249,20 @@ TEST_F(GpuSample, gives_a_row_the_same_token_alone_and_in_every_run) {
   }
 }
 
+// Vocabularies that no split makes even: the likely tokens are the first and the last ones.
+TEST_F(GpuSample, finds_candidates_at_both_ends_of_a_vocabulary) {
+  for (int64_t vocab : {33, 1001, 2051, 50257, 50258, 151935, 500'003}) {
+    Case c(std::vector<Request>(12, Request{.temperature = 1.0f, .top_p = 0.99f, .top_k = 4, .num_logprobs = 4}), vocab,
+           5, rng);
+    fill(c.logits, 1.0f, false);
+    for (size_t r = 0; r < static_cast<size_t>(c.rows); ++r)
+      for (int64_t id : {int64_t{0}, int64_t{1}, vocab - 2, vocab - 1})
+        c.logits.host()[r * static_cast<size_t>(vocab) + static_cast<size_t>(id)] += 20.0f;
+    EXPECT_EQ(c.run_both(), 0) << "vocabulary " << vocab;
+    EXPECT_EQ(c.logprob_ids.download(), c.logprob_ids.host()) << "vocabulary " << vocab;
+  }
+}
+
 // More than the shared memory of eight blocks holds.
 TEST_F(GpuSample, draws_as_its_cpu_twin_from_a_vocabulary_that_one_block_takes) {
   constexpr int64_t vocab = 500'003;
