@@ -151,7 +151,8 @@ struct Bins {
   __device__ int of(float x, int id) const {
     if (shift < 0) {
       const float below = largest - x;
-      return below <= reach ? min(bins - 1, static_cast<int>(below * scale)) : bins;
+      // (an infinite reach makes a scale of 0, and of -inf no number: fminf takes the last bin then)
+      return below <= reach ? static_cast<int>(fminf(below * scale, bins - 1)) : bins;
     }
     const Place place = place_of(x, id);
     if (!(x == x) || place < first) return bins;
