@@ -14,9 +14,11 @@ from typing import Any, TypeVar
 
 import msgspec
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MAX_FRAME_BYTES = 64 * 2**20
 API_INDEX_SHIFT = 48
+# Of EngineStats.step_token_counts; as in cpp/core/stats.h.
+STEP_TOKEN_BOUNDS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
 
 class Kind:
@@ -92,12 +94,14 @@ class Join(msgspec.Struct, array_like=True, frozen=True):
 
 class StepHeader(msgspec.Struct, array_like=True, frozen=True):
     """What one step gave the requests of one API server, as columns of ``rows`` entries in this order, then:
-    ids u64, tokens i32, finish u8, cached_tokens i32 (-1: said before), and if ``logprob_width`` > 0:
+    ids u64, tokens i32, finish u8, cached_tokens i32 (-1: said before), num_preemptions i32 (so far),
+    scheduled_at i64 (when the choice first ran, by the clock of ``now``; -1: said before), if ``logprob_width`` > 0:
     logprobs f32 [rows, width], logprob_ids i32 [rows, width] (sampled first; -1: not asked), ranks i32 [rows]."""
 
     step: int
     rows: int
     logprob_width: int
+    now: int = 0  # microseconds of the engine's clock when this was sent
 
 
 class Reject(msgspec.Struct, array_like=True, frozen=True):
@@ -123,6 +127,7 @@ class EngineStats(msgspec.Struct, array_like=True, frozen=True):
     prefix_hits: int = 0  # tokens found
     steps: int = 0
     step_tokens: int = 0
+    step_token_counts: tuple[int, ...] = ()  # steps of at most STEP_TOKEN_BOUNDS[i] tokens; the last: of more
 
 
 class Hello(msgspec.Struct, array_like=True, frozen=True):

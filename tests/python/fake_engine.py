@@ -87,7 +87,8 @@ class FakeStream:
             tops = [[(token + i, -0.5 - i) for i in range(params.logprobs)] for token in ids]
             logprobs = [TokenLogprobs(-0.5, 1, top) for top in tops]
         cached = self._engine.cached_tokens if position == 0 else -1
-        return ChoiceOutput(choice, ids, finish, cached, logprobs)
+        began = self._engine.prefill_seconds if position == 0 else -1.0
+        return ChoiceOutput(choice, ids, finish, cached, logprobs, self._engine.num_preemptions, began)
 
 
 @dataclass
@@ -97,6 +98,8 @@ class FakeEngine:
     script: Callable[[Call, int], Sequence[int]]
     tokens_per_step: int = 1
     cached_tokens: int = 0
+    num_preemptions: int = 0
+    prefill_seconds: float = 0.0
     status: Status = READY
     facts: EngineFacts | None = FACTS
     stats: EngineStats = field(default_factory=EngineStats)

@@ -17,7 +17,7 @@ SETTINGS = settings()
 EVERY_SETTING = pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.name)
 
 # Texts that a generic choice would make invalid, or equal to the default.
-SPECIAL = {"block_size": "32", "host": "::1", "root_path": "/llm", "metrics_prefix": "mine:"}
+SPECIAL = {"block_size": "32", "host": "::1", "root_path": "/llm", "metrics_prefix": "mine:", "ssl_cert_reqs": "2"}
 
 
 def example(setting: Setting) -> str:

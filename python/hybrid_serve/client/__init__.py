@@ -26,6 +26,8 @@ class ChoiceOutput:
     finish: FinishReason = FinishReason.NONE
     cached_tokens: int = -1  # prompt tokens found in the cache; only with a choice's first output
     logprobs: list[TokenLogprobs] = field(default_factory=list)  # one per token id, or empty
+    num_preemptions: int = 0  # of the choice so far
+    prefill_seconds: float = -1.0  # since the choice first ran; only with its first output
 
 
 class EngineRejected(Exception):

@@ -7,6 +7,7 @@ import logging
 import os
 from array import array
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import msgspec
@@ -49,6 +50,18 @@ class Link:
         self.socket = socket
         self.streams: dict[int, ZmqStream] = {}  # by choice id; only choices that run
         self.stats = EngineStats()
+
+
+def sum_of(stats: Sequence[EngineStats]) -> EngineStats:
+    """The numbers of several engines added up."""
+    columns = zip(*(msgspec.structs.astuple(each) for each in stats), strict=True)
+    return EngineStats(*(_sum(column) for column in columns))
+
+
+def _sum(column: Sequence[Any]) -> Any:
+    if isinstance(column[0], tuple):
+        return tuple(map(sum, zip_longest(*column, fillvalue=0)))
+    return sum(column)
 
 
 class ZmqEngineClient:
@@ -95,8 +108,7 @@ class ZmqEngineClient:
         """Of all engines together."""
         if len(self._links) == 1:
             return self._links[0].stats
-        columns = zip(*(msgspec.structs.astuple(link.stats) for link in self._links), strict=True)
-        return EngineStats(*map(sum, columns))
+        return sum_of([link.stats for link in self._links])
 
     def generate(
         self,

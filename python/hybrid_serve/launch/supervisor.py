@@ -48,7 +48,7 @@ def serve(config: Config, reporter: Reporter | None = None, **plan_options: Any)
     """
     reporter = reporter or PlainReporter(config)
     with listener.listen(config.server) as http, RunDirectory() as directory:
-        reporter.bound(listener.url(http))
+        reporter.bound(listener.url(http, "https" if config.server.ssl_certfile else "http"))
         specs = plan(config, directory, http.fileno(), **plan_options)
         supervisor = Supervisor(config, directory, specs, reporter)
         try:

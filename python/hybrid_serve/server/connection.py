@@ -1,4 +1,5 @@
-"""Bounds on one connection that the HTTP parser does not have: size, number and pace of headers, pace of a body."""
+"""Bounds on one connection that the HTTP parser does not have: size, number and pace of headers, pace of a body in
+either direction."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ MAX_HEADERS = 100
 HEADER_SECONDS = 10.0
 BODY_SECONDS = 30.0
 LEAST_BODY_BYTES = 1024  # a second, over BODY_SECONDS
+WRITE_SECONDS = 60.0  # that a client may leave what it was sent unread
 LINGER_SECONDS, LINGER_BYTES = 1.0, 2**20  # what is still read, unseen, after a refusal
 MAX_DISCARDED_BYTES = 64 * 2**20  # of a body that was refused; then the connection ends
 
@@ -21,16 +23,32 @@ MAX_DISCARDED_BYTES = 64 * 2**20  # of a body that was refused; then the connect
 class BoundedProtocol(HttpToolsProtocol):
     """uvicorn's protocol, bounded; knows no route. A refusal has the usual error body and ends the connection."""
 
-    header_seconds, body_seconds = HEADER_SECONDS, BODY_SECONDS  # tests make them short
+    header_seconds, body_seconds, write_seconds = HEADER_SECONDS, BODY_SECONDS, WRITE_SECONDS  # tests make them short
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._refused = False
+        self._unread: asyncio.TimerHandle | None = None
         self._begin_headers()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._timer.cancel()
+        self._stop_unread()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        # The stream waits for the client; without an end to that, whoever reads nothing holds its place for ever.
+        self._unread = self.loop.call_later(self.write_seconds, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        self._stop_unread()
+        super().resume_writing()
+
+    def _stop_unread(self) -> None:
+        if self._unread is not None:
+            self._unread.cancel()
+            self._unread = None
 
     def _begin_headers(self) -> None:
         self._in_headers = True
@@ -126,6 +144,7 @@ class BoundedProtocol(HttpToolsProtocol):
             tail = f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
             self.transport.write((head + tail).encode() + body)
         # Closing with unread input would reset the connection, and the answer might be lost with it.
-        self.transport.write_eof()
+        if self.transport.can_write_eof():  # not under TLS
+            self.transport.write_eof()
         self._num_bytes = 0
         self._timer = self.loop.call_later(LINGER_SECONDS, self.transport.close)

@@ -18,6 +18,8 @@ from ..text.chat_template import ChatTemplate
 from ..text.tokenizer import Tokenizer
 from ..wire import EngineFacts
 from .errors import ApiError
+from .exposition import Exposition
+from .keys import key_ring
 from .lifecycle import Lifecycle
 from .metrics import Metrics
 
@@ -47,7 +49,10 @@ class ServerContext:
     def __post_init__(self) -> None:
         self.lifecycle = Lifecycle(self.client)
         self.model_names = self.config.model.served_model_name or (self.config.model.model,)
-        self.metrics = Metrics(self.client, self.config.server.metrics_prefix, self.model_names[0])
+        self.keys = key_ring(self.config.server)
+        self.metrics = Metrics()
+        prefix, cache = self.config.server.metrics_prefix, self.config.cache
+        self.exposition = Exposition(self.metrics, self.client, self.lifecycle, cache, prefix, self.model_names[0])
         self.fingerprint = f"fp_{self.config.digest()[:12]}"
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="text")
         seed = self.config.model.seed

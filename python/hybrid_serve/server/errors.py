@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -16,9 +17,10 @@ from ..client import EngineDead, EngineRejected
 
 log = logging.getLogger(__name__)
 
-_INVALID, _AUTH, _SERVER, _UNAVAILABLE = (
+_INVALID, _AUTH, _LIMIT, _SERVER, _UNAVAILABLE = (
     "invalid_request_error",
     "authentication_error",
+    "rate_limit_error",
     "server_error",
     "service_unavailable",
 )
@@ -36,6 +38,7 @@ CATALOGUE: dict[str, tuple[int, str, str]] = {
     "chat_template_failed": (400, _INVALID, "HS-E109"),
     "invalid_api_key": (401, _AUTH, "HS-E110"),
     "host_not_allowed": (403, _AUTH, "HS-E111"),
+    "insufficient_scope": (403, _AUTH, "HS-E120"),
     "not_found": (404, _INVALID, "HS-E112"),
     "model_not_found": (404, _INVALID, "HS-E113"),
     "method_not_allowed": (405, _INVALID, "HS-E114"),
@@ -44,6 +47,8 @@ CATALOGUE: dict[str, tuple[int, str, str]] = {
     "request_timeout": (408, _INVALID, "HS-E117"),
     "invalid_http": (400, _INVALID, "HS-E119"),
     "headers_too_large": (431, _INVALID, "HS-E118"),
+    "rate_limit_exceeded": (429, _LIMIT, "HS-E121"),
+    "too_many_concurrent_requests": (429, _LIMIT, "HS-E122"),
     "internal_error": (500, _SERVER, "HS-E150"),
     "model_loading": (503, _UNAVAILABLE, "HS-E151"),
     "engine_dead": (503, _UNAVAILABLE, "HS-E152"),
@@ -56,13 +61,18 @@ _RETRY_SECONDS = {"model_loading": 2, "engine_dead": 5, "draining": 5}
 class ApiError(Exception):
     """An entry of the catalogue with its message; ``param`` names the field, as ``messages[0].content``."""
 
-    def __init__(self, code: str, message: str, param: str | None = None) -> None:
+    headers: Sequence[tuple[bytes, bytes]] = ()  # of the response, besides the usual ones
+
+    def __init__(self, code: str, message: str, param: str | None = None, retry_after: int | None = None) -> None:
         super().__init__(message)
+        self._retry_after = retry_after
         self.status, self.type, self.hs_code = CATALOGUE[code]
         self.code, self.message, self.param = code, message, param
 
     @property
     def retry_after(self) -> int | None:
+        if self._retry_after is not None:
+            return self._retry_after
         return _RETRY_SECONDS.get(self.code, 1 if self.status in (429, 503) else None)
 
     def body(self, request_id: str | None) -> bytes:
@@ -99,7 +109,7 @@ def as_api_error(error: BaseException) -> ApiError:
 def _from_engine(rejected: EngineRejected) -> ApiError:
     error = ApiError("internal_error", rejected.message, rejected.param)
     kind = _INVALID if rejected.status < 500 else _SERVER if rejected.status == 500 else _UNAVAILABLE
-    kind = "rate_limit_error" if rejected.status == 429 else kind
+    kind = _LIMIT if rejected.status == 429 else kind
     known = CATALOGUE.get(rejected.code)
     error.status, error.type, error.code = rejected.status, kind, rejected.code
     error.hs_code = known[2] if known else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import gc
 import logging
 import socket
@@ -21,22 +22,39 @@ from ..text.loading import load_chat_template, load_tokenizer, locate_tokenizer
 from .app import create_app
 from .connection import BoundedProtocol
 from .context import ServerContext, TextModel
+from .file_watch import Watched, watch
+from .tls import Certificate, certificate
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 _KEEP_ALIVE_SECONDS = 15
 _LAST_WRITES_SECONDS = 2
+_HANDSHAKE_SECONDS = 10
 
 
 class HttpServer(uvicorn.Server):
     """uvicorn on a socket that is bound already; signals are the supervisor's."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """uvicorn's own would leave a TLS handshake a minute to take the server's time."""
+        await self.lifespan.startup()
+        loop, config = asyncio.get_running_loop(), self.config
+        make = functools.partial(BoundedProtocol, config, self.server_state, self.lifespan.state)
+        seconds = _HANDSHAKE_SECONDS if config.ssl else None
+        self.servers = [
+            await loop.create_server(
+                make, sock=each, ssl=config.ssl, backlog=config.backlog, ssl_handshake_timeout=seconds
+            )
+            for each in sockets or ()
+        ]
+        self.started = True
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
 
 
-def http_server(context: ServerContext) -> HttpServer:
+def http_server(context: ServerContext, certificate: Certificate | None = None) -> HttpServer:
     server = context.config.server
     config = uvicorn.Config(
         create_app(context),
@@ -51,8 +69,19 @@ def http_server(context: ServerContext) -> HttpServer:
         root_path=server.root_path,
         timeout_keep_alive=_KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=_LAST_WRITES_SECONDS,
+        ssl_context_factory=(lambda *_: certificate.context) if certificate else None,
     )
     return HttpServer(config)
+
+
+def watched_files(context: ServerContext, certificate: Certificate | None) -> list[Watched]:
+    """What the configuration says may change while the server runs."""
+    found = []
+    if context.keys is not None and context.keys.file is not None:
+        found.append(Watched("key file", [context.keys.file], context.keys.reload))
+    if certificate is not None and context.config.server.enable_ssl_refresh:
+        found.append(Watched("certificate", certificate.paths, certificate.reload))
+    return found
 
 
 def main(config: Config, api_index: int, listen_fd: int, control_address: str, data_addresses: Sequence[str]) -> None:
@@ -65,12 +94,15 @@ async def _serve(
 ) -> None:
     client = ZmqEngineClient(config, api_index, control_address, data_addresses)
     context = ServerContext(config, client, api_index)
-    server = http_server(context)
+    certified = certificate(config.server)
+    server = http_server(context, certified)
     stopping = Stopping(context, server)
     client.on_shutdown = stopping.begin
+    client.on_status = context.metrics.status_changed
     client.start()
     serving = asyncio.ensure_future(server.serve(sockets=[listener]))
     loading = _in_daemon_thread(lambda: load_text_model(config))
+    watching = asyncio.ensure_future(watch(watched_files(context, certified), context.metrics.num_reloads))
     try:
         ends: set[asyncio.Future[Any]] = {serving, loading}
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
@@ -84,7 +116,8 @@ async def _serve(
     finally:
         server.should_exit = True
         loading.cancel()
-        await asyncio.wait({serving})
+        watching.cancel()
+        await asyncio.wait({serving, watching})
         client.close()
         context.close()
 

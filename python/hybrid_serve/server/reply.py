@@ -28,6 +28,7 @@ class Answer(Protocol):
 
 async def reply(exchange: Exchange, generation: Generation, answer: Answer, *, stream: bool) -> None:
     """Runs the generation to its end. Leaving early, by any path, aborts what still runs."""
+    exchange.timing = generation.server_timing
     if stream:
         exchange.begin_stream()
     async with aclosing(generation.steps()) as steps:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from time import monotonic
 from typing import Any
 
@@ -38,6 +38,9 @@ class Exchange:
     ) -> None:
         self.request_id: str = scope.get("state", {}).get("request_id", "")
         self._ignored: list[str] = []
+        self.timing: Callable[[], str | None] = lambda: (
+            None
+        )  # the Server-Timing header, asked for when an answer starts
         self.arrived = monotonic()
         self._receive, self._send, self._lifecycle = receive, send, lifecycle
         self._interval = keep_alive_interval or None
@@ -115,6 +118,8 @@ class Exchange:
 
     async def _start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
         self._started = True
+        if timing := self.timing():
+            headers = [*headers, (b"server-timing", timing.encode())]
         if self._ignored:
             headers = [*headers, (b"x-hybrid-ignored", ",".join(self._ignored).encode())]
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
