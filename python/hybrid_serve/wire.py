@@ -27,6 +27,7 @@ class Kind:
     # API server -> engine
     ADD = b"\x01"  # AddRequest, token ids i32
     ABORT = b"\x02"  # Empty, request ids u64
+    LIMIT = b"\x04"  # Limit: how many may wait from now on
     JOIN = b"\x03"  # Join: an API server makes itself known
     # engine -> API server
     STEP = b"\x11"  # StepHeader, columns (see StepHeader)
@@ -86,6 +87,10 @@ class AddRequest(msgspec.Struct, array_like=True, frozen=True):
     params: SamplingParams
     eos_token_ids: tuple[int, ...] = ()  # end the choice unless ignore_eos; part of the model, sent for statelessness
     cache_salt: bytes = b""
+
+
+class Limit(msgspec.Struct, array_like=True, frozen=True):
+    max_num_queued_reqs: int
 
 
 class Join(msgspec.Struct, array_like=True, frozen=True):

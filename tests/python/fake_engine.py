@@ -106,7 +106,11 @@ class FakeEngine:
     reject: EngineRejected | None = None
     dies_after: int | None = None
     calls: list[Call] = field(default_factory=list)
+    queue_limits: list[int] = field(default_factory=list)
     gates: dict[int, asyncio.Event] = field(default_factory=dict)  # before the step at that position
+
+    def limit_queue(self, max_num_queued_reqs: int) -> None:
+        self.queue_limits.append(max_num_queued_reqs)
 
     def generate(
         self,

@@ -75,6 +75,10 @@ class EngineClient(Protocol):
     @property
     def stats(self) -> EngineStats: ...
 
+    def limit_queue(self, max_num_queued_reqs: int) -> None:
+        """How many requests may wait in each engine from now on; 0: any number."""
+        ...
+
     def generate(
         self,
         token_ids: bytes,

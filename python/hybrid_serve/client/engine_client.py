@@ -27,6 +27,7 @@ from ..wire import (
     Hello,
     Join,
     Kind,
+    Limit,
     Reject,
     SamplingParams,
     Status,
@@ -127,6 +128,10 @@ class ZmqEngineClient:
         self._next_id += n
         request = AddRequest(first_id, n, priority, params, eos_token_ids, cache_salt)
         return ZmqStream(first_id, n, lambda stream: self._begin(stream, request, token_ids), self._abort)
+
+    def limit_queue(self, max_num_queued_reqs: int) -> None:
+        for link in self._links:
+            self._send(link.socket, pack(Kind.LIMIT, Limit(max_num_queued_reqs)))
 
     # Its life
 

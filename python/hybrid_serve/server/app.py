@@ -23,7 +23,7 @@ from .access import Access, Authentication, Guarded
 from .accounting import Accounting
 from .body import read_json_body
 from .context import ServerContext
-from .endpoints import health, models
+from .endpoints import admin, health, models
 from .endpoints.chat import create_chat_completion
 from .endpoints.completions import create_completion
 from .endpoints.tokenize import detokenize, tokenize
@@ -138,6 +138,15 @@ def _routes(context: ServerContext) -> list[Route]:
     async def links(_: Request) -> Response:
         return _json(health.links())
 
+    async def get_config(_: Request) -> Response:
+        return _json(admin.live_config(context))
+
+    async def patch_config(scope: Scope, receive: Receive, send: Send) -> None:
+        body = await read_json_body(scope, receive, context.config.server.max_request_bytes)
+        changes, _ = decode_request(body, admin.ConfigChanges, strict=True)
+        response = _json(admin.change_config(context, changes, scope["state"]["key"].name))
+        await response(scope, receive, send)
+
     def get(path: str, access: Access, endpoint: Callable[[Request], Awaitable[Response]], *also: str) -> Route:
         return route(path, access, request_response(endpoint), "GET", *also)
 
@@ -151,6 +160,8 @@ def _routes(context: ServerContext) -> list[Route]:
         get("/ready", Access.PUBLIC, ready),
         get("/health", Access.PUBLIC, ready),
         get("/ping", Access.PUBLIC, ready, "POST"),
+        get("/admin/config", Access.ADMIN, get_config),
+        route("/admin/config", Access.ADMIN, patch_config, "PATCH"),
         get("/version", Access.INFER, version),
         get("/metrics", Access.METRICS, metrics),
         get("/openapi.json", Access.INFER, describe),

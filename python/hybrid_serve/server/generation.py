@@ -227,10 +227,12 @@ class Timing:
     decode: float  # until its last one
     num_preemptions: int
 
+    def phases(self) -> dict[str, float]:
+        return {"queue": self.queue, "prefill": self.prefill, "decode": self.decode}
+
     def header(self) -> str:
         """As ``Server-Timing`` says it: milliseconds."""
-        phases = (("queue", self.queue), ("prefill", self.prefill), ("decode", self.decode))
-        listed = [f"{name};dur={seconds * 1e3:.3f}" for name, seconds in phases]
+        listed = [f"{name};dur={seconds * 1e3:.3f}" for name, seconds in self.phases().items()]
         return ", ".join([*listed, f"preempt;desc={self.num_preemptions}"])
 
 

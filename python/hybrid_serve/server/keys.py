@@ -77,7 +77,8 @@ def read_key_file(path: Path) -> list[Key]:
     if len(data) > MAX_FILE_BYTES:
         raise ValueError(f"it has {len(data)} bytes, at most {MAX_FILE_BYTES} are read")
     try:
-        entries = msgspec.convert(yaml.safe_load(data) or [], list[Entry])
+        # Texts only: a key of digits is no number.
+        entries = msgspec.convert(yaml.load(data, yaml.BaseLoader) or [], list[Entry], strict=False)
     except yaml.YAMLError as error:  # its text would quote the line
         mark = getattr(error, "problem_mark", None)
         raise ValueError(f"it is not YAML, line {mark.line + 1}" if mark else "it is not YAML") from None

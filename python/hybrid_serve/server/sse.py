@@ -36,7 +36,9 @@ class Exchange:
     def __init__(
         self, scope: Scope, receive: Receive, send: Send, lifecycle: Lifecycle, keep_alive_interval: float = 0.0
     ) -> None:
-        self.request_id: str = scope.get("state", {}).get("request_id", "")
+        state = scope.get("state", {})
+        self.request_id: str = state.get("request_id", "")
+        self.key_name: str | None = state["key"].name if "key" in state else None
         self._ignored: list[str] = []
         self.timing: Callable[[], str | None] = lambda: (
             None

@@ -5,69 +5,16 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
-from typing import Any, TypeAlias
+from collections.abc import Callable
 
 import pytest
 
 from api_harness import CHAT, MESSAGES, Api
 from hybrid_serve.server.connection import BoundedProtocol
 from hybrid_serve.server.process import Stopping, http_server
+from raw_http import GOOD, error_code, exchange, request, response_of, served
 
 MakeApi = Callable[..., Api]
-Reader: TypeAlias = asyncio.StreamReader
-Writer: TypeAlias = asyncio.StreamWriter
-GOOD = json.dumps({"messages": MESSAGES}).encode()
-
-
-def request(body: bytes = GOOD, *headers: bytes, path: str = CHAT) -> bytes:
-    lines = [f"POST {path} HTTP/1.1".encode(), b"Host: localhost", b"Content-Type: application/json", *headers]
-    return b"\r\n".join([*lines, b"Content-Length: %d" % len(body), b"", body])
-
-
-@asynccontextmanager
-async def served(api: Api) -> AsyncIterator[Callable[[], Awaitable[tuple[Reader, Writer]]]]:
-    """The application on a real socket; gives a function that connects."""
-    listener = socket.socket()
-    listener.bind(("127.0.0.1", 0))
-    listener.listen()
-    port = listener.getsockname()[1]
-    server = http_server(api.context)
-    serving = asyncio.ensure_future(server.serve(sockets=[listener]))
-    writers: list[Writer] = []
-
-    async def connect() -> tuple[Reader, Writer]:
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        writers.append(writer)
-        return reader, writer
-
-    try:
-        yield connect
-    finally:
-        for writer in writers:
-            writer.close()
-        server.should_exit = True
-        await serving
-
-
-async def response_of(reader: Reader) -> tuple[int, dict[str, str], Any]:
-    head = (await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)).decode().split("\r\n")
-    headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in head[1:-2])}
-    body = await asyncio.wait_for(reader.readexactly(int(headers["content-length"])), 5)
-    return int(head[0].split()[1]), headers, json.loads(body)
-
-
-async def exchange(connect: Any, *pieces: bytes) -> tuple[int, dict[str, str], Any]:
-    reader, writer = await connect()
-    for piece in pieces:
-        writer.write(piece)
-        await asyncio.sleep(0)
-    return await response_of(reader)
-
-
-def error_code(answer: tuple[int, dict[str, str], Any]) -> tuple[int, str]:
-    return answer[0], answer[2]["error"]["code"]
 
 
 def test_requests_share_a_connection(api: Api) -> None:
