@@ -26,10 +26,12 @@ def request(body: bytes = GOOD, *headers: bytes, path: str = CHAT) -> bytes:
 
 
 @asynccontextmanager
-async def served(api: Api, certificate: Certificate | None = None) -> AsyncIterator[Connect]:
+async def served(api: Api, certificate: Certificate | None = None, send_buffer: int = 0) -> AsyncIterator[Connect]:
     """The application on a real socket; gives a function that connects. With a certificate it speaks TLS, and the
     function takes the client's context."""
     listener = socket.socket(proto=socket.IPPROTO_TCP)  # else asyncio leaves its connections' Nagle algorithm on
+    if send_buffer:  # what the system takes before the server notices that nobody reads
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
     listener.bind(("127.0.0.1", 0))
     listener.listen()
     port = listener.getsockname()[1]

@@ -25,14 +25,15 @@ class Watched:
 async def watch(files: Sequence[Watched], outcomes: Counter[tuple[str, str]]) -> None:
     """Never returns. Looks at times and sizes instead of waiting for events: those do not come from every file system,
     and not at all through the links that cluster managers swap."""
-    seen = [await asyncio.to_thread(_signature, each.paths) for each in files]
+    taken = [await asyncio.to_thread(_signature, each.paths) for each in files]
+    last = list(taken)
     while True:
         await asyncio.sleep(INTERVAL)
         for i, each in enumerate(files):
-            now = await asyncio.to_thread(_signature, each.paths)
-            if now == seen[i]:
+            before, last[i] = last[i], await asyncio.to_thread(_signature, each.paths)
+            if last[i] == taken[i] or last[i] != before:  # nothing new, or somebody is writing still
                 continue
-            seen[i] = now
+            taken[i] = last[i]
             try:
                 each.reload()
             except (ValueError, OSError) as error:

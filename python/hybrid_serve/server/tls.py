@@ -70,7 +70,7 @@ def _copies(*paths: str) -> Iterator[list[str]]:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, ssl.SSLError):
-        return error.reason or "it is no certificate in PEM form"
+        return getattr(error, "reason", None) or str(error.args[-1])
     if isinstance(error, OSError):
         return f"{error.filename or ''}: {error.strerror}".lstrip(": ")
     return str(error)

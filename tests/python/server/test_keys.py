@@ -277,7 +277,7 @@ def test_the_file_is_read_again_when_it_changes_and_kept_when_it_is_bad(
         replace(json.dumps([new]))
         await until("ok", 1)
         assert (await status("old-key"), await status("new-key")) == (401, 200)
-        for count, bad in enumerate(("[", json.dumps([{"name": "x"}]), "- {name: 7, key: canary}"), start=1):
+        for count, bad in enumerate(("[", json.dumps([{"name": "x"}]), "- {name: 7 7, key: canary}"), start=1):
             replace(bad)
             await until("refused", count)
             assert (await status("old-key"), await status("new-key")) == (401, 200)
