@@ -31,7 +31,10 @@ def serve(argv: list[str]) -> int:
 
         return supervisor.serve(config)
     except StartupError as error:
-        print(box(error.failure), file=sys.stderr)
+        if chosen.config.server.log_format == "json":
+            log.error("%s", error, extra={"fields": {"code": error.failure.code, "fix": error.failure.fix}})
+        else:
+            print(box(error.failure), file=sys.stderr)
         return error.failure.exit_code
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import time
@@ -12,6 +13,7 @@ from ..config import Config
 from ..wire import EngineFacts, Status
 
 NUM_PHASES = 4
+log = logging.getLogger(__name__)
 
 
 class Reporter(Protocol):
@@ -75,6 +77,9 @@ class PlainReporter:
             self._is_share_drawn = True
 
     def _print(self, line: str) -> None:
+        if self._config.server.log_format == "json":  # then every line is an object, these too
+            log.info("%s", " ".join(line.split()))
+            return
         if self._is_share_drawn:
             line = f"\r\x1b[K{line}"
             self._is_share_drawn = False

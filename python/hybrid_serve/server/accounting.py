@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from time import monotonic
 from typing import Any
+from urllib.parse import quote
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -60,7 +61,7 @@ class Accounting:
             "client": f"{client[0]}:{client[1]}" if client else "local",
             "key": key.name if key is not None else None,
             "method": scope["method"][:16],
-            "path": scope["path"][:256],
+            "path": quote(scope["path"][:256]),  # without a space that could begin a field of its own
             "status": status,
             "ms": round(seconds * 1e3, 1),
             "bytes": size,
