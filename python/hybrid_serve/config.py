@@ -28,6 +28,7 @@ class Option:
 
 LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
+PrefixCacheScope = Literal["auto", "key", "global"]
 LogFormat = Literal["text", "json"]
 AccessLog = Literal["off", "errors", "all"]
 LogRequests = Literal["off", "meta", "prompt", "full"]
@@ -103,6 +104,10 @@ class ServerConfig:
     api_key_file: Annotated[
         str, Option("YAML file of keys with names, scopes and limits, read again when it changes", "FILE")
     ] = ""
+    prefix_cache_scope: Annotated[
+        PrefixCacheScope,
+        Option("who shares the KV of equal prompts; auto: where there are several keys, each key alone"),
+    ] = "auto"
     insecure_no_auth: Annotated[bool, Option("allow a host other than loopback without a key")] = False
     uds: Annotated[str, Option("listen on this unix socket instead of host and port", "PATH")] = ""
     ssl_certfile: Annotated[str, Option("certificate chain: serve HTTPS", "FILE")] = ""

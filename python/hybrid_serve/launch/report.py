@@ -60,7 +60,7 @@ class PlainReporter:
         self._phase_line(4, "server", "ok")
         names = self._config.model.served_model_name or (self._config.model.model,)
         access = "with an API key" if server.asks_for_keys else "no key needed"
-        self._print(f"  API      {self._url}{server.root_path}/v1   model name: {', '.join(names)}")
+        self._print(f"  API      {self._url}/v1   model name: {', '.join(names)}")
         self._print(f"  Health   {self._url}/ready   Metrics {self._url}/metrics   ({access})")
         self._print(f"ready in {self._seconds(self._began)}. Ctrl-C = finish running requests, twice = stop now.")
 

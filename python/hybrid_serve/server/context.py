@@ -86,6 +86,16 @@ class ServerContext:
         served = ", ".join(self.model_names)
         raise ApiError("model_not_found", f"The model '{name[:256]}' does not exist. Served here: {served}.", "model")
 
+    def cache_salt(self, key_name: str | None, wanted: str | None) -> bytes:
+        """What two prompts must have in common to share KV. With several keys the key is part of it: else the time of
+        an answer would tell one user what another has asked (ADV-52)."""
+        salt = (wanted or "").encode()
+        server = self.config.server
+        is_by_key = server.prefix_cache_scope == "key" or (
+            server.prefix_cache_scope == "auto" and (bool(server.api_key_file) or len(server.secrets) > 1)
+        )
+        return f"{key_name}\0".encode() + salt if is_by_key and key_name is not None else salt
+
     def seed(self) -> int:
         """For a request that brings none: 63 bits, from the system or in the sequence that ``--seed`` begins."""
         return secrets.randbits(63) if self._seeds is None else self._seeds.getrandbits(63)

@@ -26,7 +26,7 @@ def admin(make_api: MakeApi) -> Iterator[Callable[..., httpx.Response]]:
     def patch(body: bytes | None = None, **changes: Any) -> httpx.Response:
         headers = {"x-api-key": "boss", "content-type": "application/json"}
         sent = {"content": body} if body is not None else {"json": changes}
-        return api.run(api.client.patch("/admin/config", headers=headers, **sent))  # type: ignore[arg-type]
+        return api.run(api.client.patch("/admin/config", headers=headers, **sent))
 
     patch.api = api  # type: ignore[attr-defined]
     root, ours = logging.getLogger().level, logging.getLogger("hybrid_serve").level

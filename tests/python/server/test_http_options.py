@@ -142,7 +142,7 @@ def test_a_client_that_reads_nothing_loses_its_place(make_api: MakeApi, monkeypa
         async with served(api, send_buffer=8192) as connect:
             _, writer = await connect()
             writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            writer.transport.pause_reading()
+            writer.transport.pause_reading()  # type: ignore[attr-defined]
             body = {"messages": MESSAGES, "stream": True, "logprobs": True, "top_logprobs": 20, "n": 8}
             writer.write(request(json.dumps(body).encode()))
             while not engine.calls or not engine.calls[0].left:

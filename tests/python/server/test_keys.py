@@ -18,12 +18,13 @@ from typing import Any
 import httpx
 import pytest
 
-from api_harness import CHAT, MESSAGES, Api, says
+from api_harness import CHAT, COMPLETIONS, MESSAGES, Api, says
 from fake_engine import FakeEngine
 from hybrid_serve.errors import StartupError
 from hybrid_serve.server import file_watch
 from hybrid_serve.server.access import PUBLIC_PATHS
 from hybrid_serve.server.file_watch import watch
+from hybrid_serve.server.keys import read_key_file
 from hybrid_serve.server.process import watched_files
 from raw_http import response_of, served
 
@@ -324,6 +325,41 @@ def test_a_bad_key_file_ends_the_start_and_shows_no_key(make_api: MakeApi, tmp_p
     assert (failure.code, failure.exit_code) == ("HS-E042", 2)
     assert why in failure.why
     assert "canary" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "share"),
+    [
+        ({"api_key": ("a", "b")}, False),
+        ({"api_key": ("a", "b"), "prefix_cache_scope": "global"}, True),
+        ({"api_key": ("a",), "admin_api_key": ("b",)}, False),
+        ({"api_key": ("a", "b"), "prefix_cache_scope": "key"}, False),
+    ],
+)
+def test_keys_share_the_prefix_cache_only_where_that_is_wanted(
+    make_api: MakeApi, options: dict[str, Any], share: bool
+) -> None:
+    """ADV-52: nor can one key name the salt of another."""
+    api = make_api(**options)
+    for path, body in ((CHAT, {"messages": MESSAGES}), (COMPLETIONS, {"prompt": "hi"})):
+        for key in ("a", "b"):
+            api.post(path, {**body, "cache_salt": "s"}, x_api_key=key)
+        forged = api.post(path, body | {"cache_salt": "api-key-1\0s"}, x_api_key="b")
+        assert forged.status_code == 400
+    salts = [call.cache_salt for call in api.engine.calls]
+    assert len(salts) == 4
+    assert (salts[0] == salts[1]) == (salts[2] == salts[3]) == share
+    alone = make_api(api_key=("a",))
+    alone.post(CHAT, {"messages": MESSAGES}, x_api_key="a")
+    assert alone.engine.calls[0].cache_salt == b""
+
+
+def test_the_example_of_the_page_is_a_key_file(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[3] / "docs" / "security.md").read_text()
+    (tmp_path / "keys.yaml").write_text(page.partition("```yaml\n")[2].partition("```")[0])
+    team, scraper = read_key_file(tmp_path / "keys.yaml")
+    assert (team.requests_per_minute, team.max_concurrent, sorted(team.scopes)) == (600, 16, ["infer", "metrics"])
+    assert (scraper.digest, [*scraper.scopes]) == (hashlib.sha256(b"secret").digest(), ["metrics"])
 
 
 def test_a_key_file_that_others_may_write_is_refused(make_api: MakeApi, tmp_path: Path) -> None:
