@@ -53,6 +53,7 @@ CATALOGUE: dict[str, tuple[int, str, str]] = {
     "model_loading": (503, _UNAVAILABLE, "HS-E151"),
     "engine_dead": (503, _UNAVAILABLE, "HS-E152"),
     "draining": (503, _UNAVAILABLE, "HS-E153"),
+    "too_many_connections": (503, _UNAVAILABLE, "HS-E154"),
 }
 _INTERNAL_MESSAGE = "The server had an error while processing your request."
 _RETRY_SECONDS = {"model_loading": 2, "engine_dead": 5, "draining": 5}

@@ -7,6 +7,7 @@ import contextlib
 import functools
 import gc
 import logging
+import resource
 import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +21,7 @@ from ..client.engine_client import ZmqEngineClient
 from ..config import Config
 from ..text.loading import load_chat_template, load_tokenizer, locate_tokenizer
 from .app import create_app
-from .connection import BoundedProtocol
+from .connection import SPARE_CONNECTIONS, BoundedProtocol
 from .context import ServerContext, TextModel
 from .file_watch import Watched, watch
 from .tls import Certificate, certificate
@@ -30,6 +31,8 @@ T = TypeVar("T")
 _KEEP_ALIVE_SECONDS = 15
 _LAST_WRITES_SECONDS = 2
 _HANDSHAKE_SECONDS = 10
+MOST_FILES = 2**20
+OWN_FILES = 64 + SPARE_CONNECTIONS  # sockets to the engine, the log, model files while they load
 
 
 class HttpServer(uvicorn.Server):
@@ -89,6 +92,15 @@ def main(config: Config, api_index: int, listen_fd: int, control_address: str, d
     uvloop.run(_serve(config, api_index, socket.socket(fileno=listen_fd), control_address, data_addresses))
 
 
+def raise_file_limit() -> int:
+    """As many open files as the system lets this process have; of these, how many may be connections of clients."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MOST_FILES if hard == resource.RLIM_INFINITY else hard
+    if soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    return max(1, most - OWN_FILES)
+
+
 async def _serve(
     config: Config, api_index: int, listener: socket.socket, control_address: str, data_addresses: Sequence[str]
 ) -> None:
@@ -96,6 +108,7 @@ async def _serve(
     context = ServerContext(config, client, api_index)
     certified = certificate(config.server)
     server = http_server(context, certified)
+    BoundedProtocol.max_connections = raise_file_limit()
     stopping = Stopping(context, server)
     client.on_shutdown = stopping.begin
     client.on_status = context.metrics.status_changed
