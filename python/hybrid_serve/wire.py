@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import msgspec
 
 PROTOCOL_VERSION = 2
+COUNTS_SLOT_BYTES = 2**20  # of the memory where API servers share their counts; pages that nobody writes cost nothing
 MAX_FRAME_BYTES = 64 * 2**20
 API_INDEX_SHIFT = 48
 # Of EngineStats.step_token_counts; as in cpp/core/stats.h.

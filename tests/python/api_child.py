@@ -18,7 +18,9 @@ from hybrid_serve.config import Config
 from hybrid_serve.wire import SamplingParams
 
 
-def main(config: Config, *, api_index: int, listen_fd: int, control_address: str, data_addresses: list[str]) -> None:
+def main(
+    config: Config, *, api_index: int, listen_fd: int, control_address: str, data_addresses: list[str], **_: object
+) -> None:
     asyncio.run(serve(config, api_index, listen_fd, control_address, data_addresses))
 
 

@@ -34,11 +34,13 @@ def plan(
     directory: Path,
     listen_fd: int,
     *,
+    counts_fd: int,
     num_api_servers: int = 1,
     load: str = LOAD_INLINE,
     api_entry: str = API_ENTRY,
 ) -> list[ProcessSpec]:
     """The children of one server, the slowest to start first. ``directory``: of this run, for their sockets.
+    ``listen_fd``: the bound socket; ``counts_fd``: memory of COUNTS_SLOT_BYTES for each API server.
     ``load``: what the engine computes with, an ``engine.executor.Load``."""
     control = control_address(directory)
     data = f"ipc://{directory}/engine-0"
@@ -62,10 +64,11 @@ def plan(
             arguments={
                 "api_index": index,
                 "listen_fd": listen_fd,
+                "counts_fd": counts_fd,
                 "control_address": control,
                 "data_addresses": [data],
             },
-            inherited_fds=(listen_fd,),
+            inherited_fds=(listen_fd, counts_fd),
         )
         for index in range(num_api_servers)
     ]

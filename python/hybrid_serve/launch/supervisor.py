@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,18 @@ import zmq
 from ..config import Config
 from ..errors import StartupError
 from ..sockets import bind_router, readable
-from ..wire import Empty, Hello, Kind, StartupFailure, Status, api_identity, engine_identity, pack, unpack
+from ..wire import (
+    COUNTS_SLOT_BYTES,
+    Empty,
+    Hello,
+    Kind,
+    StartupFailure,
+    Status,
+    api_identity,
+    engine_identity,
+    pack,
+    unpack,
+)
 from . import listener
 from .handshake import refusal
 from .local import Child, start
@@ -47,14 +60,30 @@ def serve(config: Config, reporter: Reporter | None = None, **plan_options: Any)
     ``plan_options``: see ``plan``.
     """
     reporter = reporter or PlainReporter(config)
-    with listener.listen(config.server) as http, RunDirectory() as directory:
+    num_api_servers = plan_options.get("num_api_servers", 1)
+    with (
+        listener.listen(config.server) as http,
+        RunDirectory() as directory,
+        shared_counts(num_api_servers) as counts,
+    ):
         reporter.bound(listener.url(http, "https" if config.server.ssl_certfile else "http"))
-        specs = plan(config, directory, http.fileno(), **plan_options)
+        specs = plan(config, directory, http.fileno(), counts_fd=counts, **plan_options)
         supervisor = Supervisor(config, directory, specs, reporter)
         try:
             return supervisor.run()
         finally:
             supervisor.close()
+
+
+@contextmanager
+def shared_counts(num_api_servers: int) -> Iterator[int]:
+    """File descriptor of memory where API servers keep their counts; they come and go, it stays."""
+    fd = os.memfd_create("hybrid-serve-counts")
+    try:
+        os.ftruncate(fd, num_api_servers * COUNTS_SLOT_BYTES)
+        yield fd
+    finally:
+        os.close(fd)
 
 
 class Supervisor:

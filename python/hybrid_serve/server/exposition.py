@@ -1,4 +1,4 @@
-"""/metrics: the counts of this API server and the engine's own, under the names that dashboards query.
+"""/metrics: the counts of all API servers and the engine's own, under the names that dashboards query.
 
 docs/metrics.md lists every name. Those with ``--metrics-prefix`` are vLLM's, ``http_`` and ``process_`` ones are as the
 usual libraries call them, ``hybrid:`` ones are ours.
@@ -6,7 +6,7 @@ usual libraries call them, ``hybrid:`` ones are ours.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
@@ -24,7 +24,7 @@ from ..client import EngineClient
 from ..config import CacheConfig
 from ..wire import STEP_TOKEN_BOUNDS, EngineStats
 from .lifecycle import Lifecycle
-from .metrics import REQUEST_HISTOGRAMS, Histogram, Metrics
+from .metrics import REQUEST_HISTOGRAMS, Flat, Histogram, Metrics
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 OURS = "hybrid:"
@@ -39,7 +39,8 @@ class Exposition(Collector):
     def __init__(
         self, metrics: Metrics, client: EngineClient, lifecycle: Lifecycle, cache: CacheConfig, prefix: str, model: str
     ) -> None:
-        self._metrics, self._client, self._lifecycle, self._cache = metrics, client, lifecycle, cache
+        self._own, self._client, self._lifecycle, self._cache = metrics, client, lifecycle, cache
+        self.others: Callable[[], list[Flat]] = list  # the counts of other API servers
         self._prefix, self._model = prefix, model
         self._labels = (model, "0")
         self._registry = CollectorRegistry()
@@ -51,12 +52,20 @@ class Exposition(Collector):
         return generate_latest(self._registry)
 
     def collect(self) -> Iterator[Metric]:
-        stats = self._client.stats
+        stats, metrics = self._client.stats, self._all()
         yield from self._engine(stats)
-        yield from self._older_names(stats)
-        yield from self._requests()
-        yield from self._http()
-        yield from self._own()
+        yield from self._older_names(stats, metrics)
+        yield from self._requests(metrics)
+        yield from self._http(metrics)
+        yield from self._ours(metrics)
+
+    def _all(self) -> Metrics:
+        """The counts of every API server together."""
+        self._own.num_open = self._lifecycle.num_open
+        metrics = Metrics()
+        for flat in (self._own.flat(), *self.others()):
+            metrics.add(flat)
+        return metrics
 
     def _engine(self, stats: EngineStats) -> Iterator[Metric]:
         yield self._gauge("num_requests_running", "Requests in the running batch.", stats.num_running)
@@ -79,19 +88,19 @@ class Exposition(Collector):
         steps.add_metric(self._labels, list(zip(bounds, accumulate(counts), strict=True)), stats.step_tokens)
         yield steps
 
-    def _older_names(self, stats: EngineStats) -> Iterator[Metric]:
+    def _older_names(self, stats: EngineStats, metrics: Metrics) -> Iterator[Metric]:
         """What dashboards of earlier years query; nothing is swapped here, hence the zeros."""
         yield self._gauge("gpu_cache_usage_perc", "Older name of kv_cache_usage_perc.", usage(stats))
         yield self._gauge("cpu_cache_usage_perc", "Older name: share of swap space in use; there is none.", 0)
         yield self._gauge("num_requests_swapped", "Older name: requests in swap space; there is none.", 0)
         yield self._counter("gpu_prefix_cache_queries", "Older name of prefix_cache_queries.", stats.prefix_queries)
         yield self._counter("gpu_prefix_cache_hits", "Older name of prefix_cache_hits.", stats.prefix_hits)
-        latency = self._metrics.histograms["inter_token_latency_seconds"]
+        latency = metrics.histograms["inter_token_latency_seconds"]
         text = "Older name of inter_token_latency_seconds."
         yield histograms(f"{self._prefix}time_per_output_token_seconds", text, _ENGINE, [(self._labels, latency)])
 
-    def _requests(self) -> Iterator[Metric]:
-        metrics, labels = self._metrics, self._labels
+    def _requests(self, metrics: Metrics) -> Iterator[Metric]:
+        labels = self._labels
         computed = metrics.prompt_tokens - metrics.cached_tokens
         yield self._counter("prompt_tokens", "Prompt tokens of all requests.", metrics.prompt_tokens)
         by_source = [((*labels, "local_compute"), computed), ((*labels, "local_cache_hit"), metrics.cached_tokens)]
@@ -110,8 +119,8 @@ class Exposition(Collector):
         for name, (_, text) in REQUEST_HISTOGRAMS.items():
             yield histograms(self._prefix + name, text, _ENGINE, [(labels, metrics.histograms[name])])
 
-    def _http(self) -> Iterator[Metric]:
-        http = self._metrics.http
+    def _http(self, metrics: Metrics) -> Iterator[Metric]:
+        http = metrics.http
         text = "Requests by route, method and class of status."
         yield counters("http_requests", text, ("handler", "method", "status"), http.requests.items())
         text = "From a request's headers to the last byte of its response."
@@ -125,16 +134,15 @@ class Exposition(Collector):
                 summary.add_metric((handler,), count, total)
             yield summary
 
-    def _own(self) -> Iterator[Metric]:
-        metrics = self._metrics
+    def _ours(self, metrics: Metrics) -> Iterator[Metric]:
         yield gauges(f"{OURS}build_info", "1; the label is the version.", ("version",), [((__version__,), 1)])
         text = "1 if a request would be taken now."
         yield gauges(f"{OURS}ready", text, _MODEL, [((self._model,), self._lifecycle.phase() == "ready")])
-        text = "Requests that this API server works on."
-        yield gauges(f"{OURS}open_requests", text, _MODEL, [((self._model,), self._lifecycle.num_open)])
+        text = "Requests that API servers work on."
+        yield gauges(f"{OURS}open_requests", text, _MODEL, [((self._model,), metrics.num_open)])
         text = "Seconds that a phase of the engine's start took."
         yield gauges(
-            f"{OURS}startup_phase_seconds", text, ("phase",), (((p,), s) for p, s in metrics.startup_seconds.items())
+            f"{OURS}startup_phase_seconds", text, ("phase",), (((p,), s) for p, s in self._own.startup_seconds.items())
         )
         uses = [((name, what), count) for name, counts in metrics.by_key.items() for what, count in counts.items()]
         text = "Requests, tokens and refusals by the name of the API key."

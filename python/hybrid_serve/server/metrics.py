@@ -45,6 +45,11 @@ REQUEST_HISTOGRAMS: dict[str, tuple[tuple[float, ...], str]] = {
 }
 
 
+# Counts as they cross between API servers: words joined by _JOINT -> numbers. Two of them are added number by number.
+Flat = dict[str, list[float]]
+_JOINT = "\x1f"
+
+
 class Histogram:
     """Counts by bucket; 0.2 us an observation."""
 
@@ -58,6 +63,15 @@ class Histogram:
     def observe(self, value: float) -> None:
         self.counts[bisect_left(self.bounds, value)] += 1
         self.total += value
+
+    def numbers(self) -> list[float]:
+        return [*self.counts, self.total]
+
+    def add(self, numbers: Sequence[float]) -> None:
+        """Adds what ``numbers`` of another with the same bounds gave."""
+        if len(numbers) == len(self.counts) + 1:
+            self.counts = [mine + int(other) for mine, other in zip(self.counts, numbers, strict=False)]
+            self.total += numbers[-1]
 
     def buckets(self) -> list[tuple[str, float]]:
         """(upper bound, how many are not above it), as Prometheus wants them."""
@@ -81,10 +95,36 @@ class HttpCounts:
         if (handler, method) not in self.seconds:
             self.seconds[handler, method] = Histogram(_HTTP)
         self.seconds[handler, method].observe(seconds)
-        for sums, size in ((self.request_bytes, request_bytes), (self.response_bytes, response_bytes)):
-            pair = sums.setdefault(handler, [0, 0])
-            pair[0] += 1
-            pair[1] += size
+        self._count_bytes(self.request_bytes, handler, 1, request_bytes)
+        self._count_bytes(self.response_bytes, handler, 1, response_bytes)
+
+    def flat(self) -> Flat:
+        found: dict[tuple[str, ...], list[float]] = {("requests", *words): [n] for words, n in self.requests.items()}
+        found |= {("seconds", *words): histogram.numbers() for words, histogram in self.seconds.items()}
+        found |= {("request_bytes", handler): [*pair] for handler, pair in self.request_bytes.items()}
+        found |= {("response_bytes", handler): [*pair] for handler, pair in self.response_bytes.items()}
+        return {_JOINT.join(("http", *words)): numbers for words, numbers in found.items()}
+
+    def add(self, words: list[str], numbers: Sequence[float]) -> None:
+        match words:
+            case ["requests", handler, method, status]:
+                self.requests[handler, method, status] += int(numbers[0])
+            case ["seconds", handler, method]:
+                self.seconds.setdefault((handler, method), Histogram(_HTTP)).add(numbers)
+            case ["request_bytes", handler]:
+                self._count_bytes(self.request_bytes, handler, int(numbers[0]), int(numbers[1]))
+            case ["response_bytes", handler]:
+                self._count_bytes(self.response_bytes, handler, int(numbers[0]), int(numbers[1]))
+
+    @staticmethod
+    def _count_bytes(sums: dict[str, list[int]], handler: str, count: int, size: int) -> None:
+        pair = sums.setdefault(handler, [0, 0])
+        pair[0] += count
+        pair[1] += size
+
+
+# Fields of Metrics that are one number.
+_NUMBERS = ("prompt_tokens", "cached_tokens", "generation_tokens", "admission_rejections", "num_open")
 
 
 class Metrics:
@@ -101,6 +141,7 @@ class Metrics:
         self.by_key: dict[str, Counter[str]] = {}  # name of a key -> requests, tokens, refused
         self.startup_seconds: dict[str, float] = {}
         self.num_reloads: Counter[tuple[str, str]] = Counter()  # (what, "ok" or "refused")
+        self.num_open = 0  # requests of this moment, as far as other API servers are to know
 
     def status_changed(self, status: Status) -> None:
         """The engine's phase: how long each one took."""
@@ -148,6 +189,33 @@ class Metrics:
             if first.first_time:
                 observe("request_prefill_kv_computed_tokens", len(first.prompt.token_ids) - first.cached_tokens)
         observe("request_max_num_generation_tokens", max(choice.num_tokens for choice in choices))
+
+    def flat(self) -> Flat:
+        """Everything that adds up over API servers."""
+        found: dict[tuple[str, ...], list[float]] = {("number", name): [getattr(self, name)] for name in _NUMBERS}
+        found |= {("finished", reason): [count] for reason, count in self.finished.items()}
+        found |= {("histogram", name): histogram.numbers() for name, histogram in self.histograms.items()}
+        found |= {("reloads", *words): [count] for words, count in self.num_reloads.items()}
+        for name, counts in self.by_key.items():
+            found |= {("key", name, what): [count] for what, count in counts.items()}
+        return {_JOINT.join(words): numbers for words, numbers in found.items()} | self.http.flat()
+
+    def add(self, flat: Flat) -> None:
+        """Adds what ``flat`` of another gave. Names that are not known here come from another version and are left."""
+        for joined, numbers in flat.items():
+            match joined.split(_JOINT):
+                case ["number", name] if name in _NUMBERS:
+                    setattr(self, name, getattr(self, name) + int(numbers[0]))
+                case ["finished", reason] if reason in self.finished:
+                    self.finished[reason] += int(numbers[0])
+                case ["histogram", name] if name in self.histograms:
+                    self.histograms[name].add(numbers)
+                case ["reloads", what, outcome]:
+                    self.num_reloads[what, outcome] += int(numbers[0])
+                case ["key", name, what]:
+                    self.key_used(name, what, int(numbers[0]))
+                case ["http", *words]:
+                    self.http.add(words, numbers)
 
     def _observe(self, name: str, value: float) -> None:
         self.histograms[name].observe(value)

@@ -24,6 +24,7 @@ from .app import create_app
 from .connection import SPARE_CONNECTIONS, BoundedProtocol
 from .context import ServerContext, TextModel
 from .file_watch import Watched, watch
+from .shared_counts import SharedCounts, publish
 from .tls import Certificate, certificate
 
 log = logging.getLogger(__name__)
@@ -87,9 +88,17 @@ def watched_files(context: ServerContext, certificate: Certificate | None) -> li
     return found
 
 
-def main(config: Config, api_index: int, listen_fd: int, control_address: str, data_addresses: Sequence[str]) -> None:
+def main(
+    config: Config,
+    api_index: int,
+    listen_fd: int,
+    counts_fd: int,
+    control_address: str,
+    data_addresses: Sequence[str],
+) -> None:
     """Returns when the server was told to shut down and has. Raises ``StartupError``."""
-    uvloop.run(_serve(config, api_index, socket.socket(fileno=listen_fd), control_address, data_addresses))
+    client = ZmqEngineClient(config, api_index, control_address, data_addresses)
+    uvloop.run(_serve(config, client, api_index, socket.socket(fileno=listen_fd), SharedCounts(counts_fd, api_index)))
 
 
 def raise_file_limit() -> int:
@@ -102,20 +111,22 @@ def raise_file_limit() -> int:
 
 
 async def _serve(
-    config: Config, api_index: int, listener: socket.socket, control_address: str, data_addresses: Sequence[str]
+    config: Config, client: ZmqEngineClient, api_index: int, listener: socket.socket, counts: SharedCounts
 ) -> None:
-    client = ZmqEngineClient(config, api_index, control_address, data_addresses)
     context = ServerContext(config, client, api_index)
     certified = certificate(config.server)
     server = http_server(context, certified)
     BoundedProtocol.max_connections = raise_file_limit()
     stopping = Stopping(context, server)
     client.on_shutdown = stopping.begin
+    context.metrics.add(counts.own())
+    context.exposition.others = counts.others
     client.on_status = context.metrics.status_changed
     client.start()
     serving = asyncio.ensure_future(server.serve(sockets=[listener]))
     loading = _in_daemon_thread(lambda: load_text_model(config))
     watching = asyncio.ensure_future(watch(watched_files(context, certified), context.metrics.num_reloads))
+    publishing = asyncio.ensure_future(publish(counts, context.metrics, lambda: context.lifecycle.num_open))
     try:
         ends: set[asyncio.Future[Any]] = {serving, loading}
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
@@ -131,6 +142,8 @@ async def _serve(
         loading.cancel()
         watching.cancel()
         await asyncio.wait({serving, watching})
+        publishing.cancel()
+        await asyncio.wait({publishing})
         client.close()
         context.close()
 

@@ -24,24 +24,24 @@ RUN = Path("/run/x")
 
 
 def test_a_server_is_an_engine_and_an_api_server_which_agree_on_addresses() -> None:
-    engine, api = plan(Config(), RUN, 5)
+    engine, api = plan(Config(), RUN, 5, counts_fd=6)
     assert (engine.name, api.name) == ("engine 0", "api 0")
     assert engine.entry == "hybrid_serve.engine.process:main"
     assert api.entry == "hybrid_serve.server.process:main"
     assert engine.arguments["control_address"] == api.arguments["control_address"] == "ipc:///run/x/control"
     assert api.arguments["data_addresses"] == [engine.arguments["data_address"]]
-    assert (engine.inherited_fds, api.inherited_fds) == ((), (5,))
+    assert (engine.inherited_fds, api.inherited_fds) == ((), (5, 6))
 
 
 def test_several_api_servers_share_the_socket_and_the_engine_knows_how_many() -> None:
-    engine, *servers = plan(Config(), RUN, 5, num_api_servers=3)
+    engine, *servers = plan(Config(), RUN, 5, counts_fd=6, num_api_servers=3)
     assert engine.arguments["num_clients"] == 3
     assert [spec.arguments["api_index"] for spec in servers] == [0, 1, 2]
     assert {spec.arguments["listen_fd"] for spec in servers} == {5}
 
 
 def test_a_spec_survives_the_way_to_its_process() -> None:
-    for spec in plan(Config(), RUN, 5):
+    for spec in plan(Config(), RUN, 5, counts_fd=6):
         assert msgspec.json.decode(msgspec.json.encode(spec), type=ProcessSpec) == spec
 
 
@@ -64,7 +64,7 @@ def test_a_child_of_another_version_configuration_or_plan_is_refused(
     message: Hello, identity: bytes, names: list[str]
 ) -> None:
     """F-51: with both versions."""
-    specs = plan(Config(), RUN, 5)
+    specs = plan(Config(), RUN, 5, counts_fd=6)
     failure = refusal(message, identity, specs, "digest")
     assert failure is not None
     assert all(name in failure.why for name in names)
