@@ -12,6 +12,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+import uvloop
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api_harness import CHAT, MESSAGES, Api
@@ -114,10 +115,15 @@ def test_request_ids_can_be_kept_out_of_the_headers(make_api: MakeApi) -> None:
     assert response.json()["error"]["request_id"] == "mine"
 
 
-def test_a_unix_socket_serves_without_a_host_check(make_api: MakeApi, tmp_path: Path) -> None:
+@pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_a_unix_socket_serves_without_a_host_check(
+    make_api: MakeApi, tmp_path: Path, new_loop: Callable[[], asyncio.AbstractEventLoop]
+) -> None:
     """No page of a browser reaches a file of this user."""
     path = str(tmp_path / "s")
     api = make_api(uds=path)
+    api.loop.close()
+    api.loop = new_loop()
 
     async def scenario() -> None:
         with listen(ServerConfig(uds=path)) as listener:
