@@ -145,6 +145,9 @@ class ServerConfig:
     log_requests: Annotated[
         LogRequests, Option("log each generation; meta: numbers only, prompt: and its prompt, full: and its text")
     ] = "off"
+    otlp_traces_endpoint: Annotated[
+        str, Option("collector of OpenTelemetry traces, http://HOST:4318/v1/traces; needs the extra otel", "URL")
+    ] = ""
     max_log_len: Annotated[int, Option("most characters of a prompt or a text in the log")] = 1000
     metrics_prefix: Annotated[str, Option("prefix of the metrics that vLLM dashboards query")] = "vllm:"
 

@@ -26,7 +26,7 @@ _VLLM_ONLY = """
     kv-cache-dtype kv-cache-metrics kv-events-config kv-offloading-size kv-transfer-config limit-mm-per-prompt
     log-config-file logging-config logprobs-mode long-prefill-token-threshold lora-modules master-addr master-port
     max-cpu-loras max-cudagraph-capture-size max-lora-rank max-loras max-num-queued-tokens nnodes node-rank
-    otlp-traces-endpoint override-generation-config pipeline-parallel-size pp prefix-caching-hash-algo profiler-config
+    override-generation-config pipeline-parallel-size pp prefix-caching-hash-algo profiler-config
     quantization reasoning-parser reasoning-parser-plugin response-role return-tokens-as-token-ids scheduling-policy
     show-hidden-metrics-for-version skip-tokenizer-init speculative-config stream-interval structured-outputs-config
     swap-space task tensor-parallel-size tokenizer-mode tokens-only tool-call-parser tool-parser-plugin tp

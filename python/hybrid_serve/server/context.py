@@ -10,7 +10,7 @@ from array import array
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from ..client import EngineClient
 from ..config import Config
@@ -25,6 +25,9 @@ from .metrics import Metrics
 
 # Above this many characters work on a text leaves the event loop (some 5 ms of tokenising).
 _INLINE_CHARS = 16_384
+if TYPE_CHECKING:
+    from .tracing import Tracing
+
 T = TypeVar("T")
 
 
@@ -53,6 +56,7 @@ class ServerContext:
         self.metrics = Metrics()
         prefix, cache = self.config.server.metrics_prefix, self.config.cache
         self.exposition = Exposition(self.metrics, self.client, self.lifecycle, cache, prefix, self.model_names[0])
+        self.tracing: Tracing | None = None
         self.fingerprint = f"fp_{self.config.digest()[:12]}"
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="text")
         seed = self.config.model.seed
@@ -115,6 +119,8 @@ class ServerContext:
         return await self.off_loop(len(text), lambda: tokenizer.encode(text, add_special_tokens))
 
     def close(self) -> None:
+        if self.tracing is not None:
+            self.tracing.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
 

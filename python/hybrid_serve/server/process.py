@@ -26,6 +26,7 @@ from .context import ServerContext, TextModel
 from .file_watch import Watched, watch
 from .shared_counts import SharedCounts, publish
 from .tls import Certificate, certificate
+from .tracing import tracing
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -114,6 +115,7 @@ async def _serve(
     config: Config, client: ZmqEngineClient, api_index: int, listener: socket.socket, counts: SharedCounts
 ) -> None:
     context = ServerContext(config, client, api_index)
+    context.tracing = tracing(config.server)
     certified = certificate(config.server)
     server = http_server(context, certified)
     BoundedProtocol.max_connections = raise_file_limit()

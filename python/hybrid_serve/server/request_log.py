@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+from .answers import Usage
 from .generation import Delta, Generation
 from .sse import Exchange
 
@@ -34,13 +35,18 @@ class RequestLog:
             metrics = generation.context.metrics
             metrics.key_used(key, "prompt_tokens", usage.prompt_tokens)
             metrics.key_used(key, "generation_tokens", usage.completion_tokens)
-        if self._server.log_requests == "off":
-            return
+        if (tracing := generation.context.tracing) is not None:
+            tracing.ended(generation, self._exchange)
+        if self._server.log_requests != "off":
+            self._write_line(usage)
+
+    def _write_line(self, usage: Usage) -> None:
+        generation = self._generation
         timing = generation.timing()
         params = generation.params
         fields: dict[str, Any] = {
             "request_id": self._exchange.request_id,
-            "key": key,
+            "key": self._exchange.key_name,
             "n": generation.n,
             "prompt_tokens": usage.prompt_tokens,
             "cached_tokens": usage.prompt_tokens_details.cached_tokens,

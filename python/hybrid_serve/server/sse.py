@@ -38,6 +38,11 @@ class Exchange:
     ) -> None:
         state = scope.get("state", {})
         self.request_id: str = state.get("request_id", "")
+        self.trace_headers = {
+            name.decode(): value.decode("latin-1")
+            for name, value in scope.get("headers", ())
+            if name in (b"traceparent", b"tracestate")
+        }
         self.key_name: str | None = state["key"].name if "key" in state else None
         self._ignored: list[str] = []
         self.timing: Callable[[], str | None] = lambda: (
