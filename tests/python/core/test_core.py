@@ -114,7 +114,7 @@ def test_a_choice_says_once_when_it_first_ran_by_the_clock_of_the_caller() -> No
 
 
 def test_steps_are_counted_by_their_tokens() -> None:
-    m = Machine(config())
+    m = Machine(config(enable_prefix_caching=False))
     for id, length in enumerate((1, 2, 3, 4, 5)):
         m.core.add(id, tokens(length), max_tokens=1)
         m.run()
