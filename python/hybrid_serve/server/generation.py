@@ -138,7 +138,7 @@ class Generation:
                 choice.first_time = now
                 metrics.first_tokens(now - self.arrived, taken)
             choice.last_time = now
-            choice.num_preemptions = output.num_preemptions
+            choice.num_preemptions = max(choice.num_preemptions, output.num_preemptions)  # a replay begins at 0
             deltas.append(Delta(choice, text, ids, logprobs))
         return deltas
 

@@ -25,6 +25,7 @@ from hybrid_serve.wire import (
     FinishReason,
     Hello,
     Kind,
+    Limit,
     Reject,
     Status,
     StepHeader,
@@ -239,6 +240,8 @@ def test_the_culprit_fails_alone(tmp_path: Path) -> None:
     """F-02: with all its choices; it is not sent again."""
 
     async def test(server: FakeServer) -> None:
+        told: list[tuple[int, int]] = []
+        server.client.on_replay = lambda *counts: told.append(counts)
         culprit, innocent = server.client.generate(ids([1]), params(), n=2), server.client.generate(ids([2]), params())
         async with culprit, innocent:
             for _ in range(2):
@@ -252,6 +255,21 @@ def test_the_culprit_fails_alone(tmp_path: Path) -> None:
             await joined_again(server)
             assert unpack((await server.receive(server.engines[0]))[2], AddRequest).id == FIRST_ID + 2
             assert (server.client.num_replayed, server.client.num_quarantined) == (1, 1)
+            assert told == [(1, 1)]
+
+    with_server(tmp_path, test)
+
+
+def test_an_engine_that_takes_over_is_told_a_changed_limit_of_the_queue(tmp_path: Path) -> None:
+    """P19: it was started with the configuration's."""
+
+    async def test(server: FakeServer) -> None:
+        server.client.limit_queue(7)
+        assert (await server.receive(server.engines[0]))[1] == Kind.LIMIT
+        server.tell(pack(Kind.STATUS, Status("restarting", restarts=1)))
+        await joined_again(server)
+        frames = await server.receive(server.engines[0])
+        assert (frames[1], unpack(frames[2], Limit)) == (Kind.LIMIT, Limit(7))
 
     with_server(tmp_path, test)
 

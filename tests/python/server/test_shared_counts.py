@@ -33,6 +33,7 @@ def use(api: Api, n: int) -> None:
     api.post(CHAT, {"messages": MESSAGES, "n": n}, x_api_key="k")
     api.post(CHAT, {}, x_api_key="k")
     api.get("/nope", x_api_key="k")
+    api.context.metrics.replayed(2, 1)
 
 
 def exposition(api: Api) -> list[str]:
