@@ -303,7 +303,7 @@ _ANSWERS = (
         121,
         429,
         "rate_limit_exceeded",
-        "The key has used up its requests or tokens of a minute.",
+        "The key has used up its requests of a minute.",
         "Wait as long as the header Retry-After says, or raise the key's limit in the key file.",
     ),
     _http(
@@ -334,7 +334,7 @@ _ANSWERS = (
         155,
         500,
         "request_quarantined",
-        "The engine died twice while it worked on this request, the second time on nothing else.",
+        "The engine died twice while it worked on this request, the second time while it was on trial.",
         "Do not send it again as it is; the server's log has the cause, which is a mistake of ours or of the machine.",
     ),
     _http(
