@@ -24,6 +24,15 @@ from hybrid_serve.server.app import create_app
 from hybrid_serve.server.context import ServerContext
 
 REFERENCE = Path(__file__).parent / "reference"
+METRICS_ARE = """`GET /metrics` is Prometheus text. Names that begin with `vllm:` are those that vLLM's dashboards
+query, with the same meaning and the same buckets; `--metrics-prefix` gives them another beginning. On the wire a
+histogram's name gets `_bucket`, `_sum` and `_count`, a summary's the last two. Everything is of all API servers
+together, except `process_...`: memory, file descriptors and CPU seconds of the one that answers. A handler is a
+route's path, or `none` for what is no route.
+
+`deploy/grafana-dashboard.json` and `deploy/prometheus-alerts.yaml` query nothing that is not here. With API keys,
+scraping needs one: `authorization: {credentials: KEY}` in Prometheus' scrape configuration, where KEY may have the
+scope `metrics` alone."""
 NOTICE = "<!-- Made by docs/generate.py: edit the source that it reads, then run it again. -->\n"
 
 
@@ -98,22 +107,27 @@ def routes() -> str:
 
 
 def metrics() -> str:
-    """From the exposition of a server that has not started."""
+    """From the exposition of a server that has counted one of each, so that labels show."""
     families = sorted(text_string_to_metric_families(asked("/metrics").decode()), key=lambda family: family.name)
+    families = [family for family in families if not family.name.startswith("process_")]
     rows = []
     for family in families:
         suffix = {"counter": "_total"}.get(family.type, "")
         labels = sorted({label for sample in family.samples for label in sample.labels if label != "le"})
+        if family.name.endswith("cache_config_info"):
+            labels = ["engine", "num_gpu_blocks", "the options of the cache"]
         rows.append((f"`{family.name}{suffix}`", family.type, ", ".join(labels), family.documentation))
-    return "# Metrics\n\n`GET /metrics`, in Prometheus' text format; `--metrics-prefix` sets the prefix.\n\n" + table(
-        ("name", "type", "labels", "meaning"), rows
-    )
+    return f"# Metrics\n\n{METRICS_ARE}\n\n" + table(("name", "type", "labels", "meaning"), rows)
 
 
 def asked(path: str) -> bytes:
     """What the application answers to a GET, without a socket and without an engine."""
     config, pieces = Config(), []
     context = ServerContext(config, ZmqEngineClient(config, 0, "inproc://nowhere", []))
+    context.metrics.http.ended("/live", "GET", 200, 0.0, 0, 0)
+    context.metrics.startup_seconds["loading_weights"] = 0.0
+    context.metrics.num_reloads["key file", "ok"] = 0
+    context.metrics.key_used("name", "requests", 0)
 
     async def receive() -> dict[str, Any]:
         return {"type": "http.request", "body": b"", "more_body": False}

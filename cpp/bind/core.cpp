@@ -7,6 +7,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "common/check.h"
@@ -125,7 +126,7 @@ struct PyOutputs {
   template <class Item>
   py::memoryview column(const std::vector<Item>& items, size_t size) const {
     static_assert(sizeof(Item) == 1 || sizeof(Item) == 4 || sizeof(Item) == 8);
-    const char* format = sizeof(Item) == 1 ? "B" : sizeof(Item) == 4 ? "i" : "Q";
+    const char* format = sizeof(Item) == 1 ? "B" : sizeof(Item) == 4 ? "i" : std::is_signed_v<Item> ? "q" : "Q";
     return py::memoryview(
         py::cast(OutputColumn{owner, items.data(), sizeof(Item), static_cast<py::ssize_t>(size), format}));
   }
@@ -279,7 +280,9 @@ void bind_results(py::module_& m) {
       .def_property_readonly("tokens", column(&Outputs::tokens))
       .def_property_readonly("finish", column(&Outputs::finish))
       .def_property_readonly("cached_tokens", column(&Outputs::cached_tokens))
-      .def_property_readonly("rows", column(&Outputs::rows));
+      .def_property_readonly("rows", column(&Outputs::rows))
+      .def_property_readonly("num_preemptions", column(&Outputs::num_preemptions))
+      .def_property_readonly("scheduled_at", column(&Outputs::scheduled_at));
   py::class_<Stats>(m, "Stats")
       .def_readonly("num_running", &Stats::num_running)
       .def_readonly("num_waiting", &Stats::num_waiting)
@@ -289,7 +292,8 @@ void bind_results(py::module_& m) {
       .def_readonly("prefix_queries", &Stats::prefix_queries)
       .def_readonly("prefix_hits", &Stats::prefix_hits)
       .def_readonly("steps", &Stats::steps)
-      .def_readonly("step_tokens", &Stats::step_tokens);
+      .def_readonly("step_tokens", &Stats::step_tokens)
+      .def_readonly("step_token_counts", &Stats::step_token_counts);
 }
 
 void bind_scheduler(py::module_& m) {
@@ -309,11 +313,13 @@ void bind_scheduler(py::module_& m) {
             return self.use([&](Scheduler& core) { return core.abort(buffer.span()); });
           },
           "ids"_a)
-      .def("schedule",
-           [](PyScheduler& self) -> std::optional<Batch> {
-             const Batch* batch = self.use_without_gil([](Scheduler& core) { return core.schedule(); });
-             return batch ? std::optional(*batch) : std::nullopt;
-           })
+      .def(
+          "schedule",
+          [](PyScheduler& self, int64_t now) -> std::optional<Batch> {
+            const Batch* batch = self.use_without_gil([now](Scheduler& core) { return core.schedule(now); });
+            return batch ? std::optional(*batch) : std::nullopt;
+          },
+          "now"_a = 0)
       .def("commit", &commit, "step"_a, "tokens"_a)
       .def("ids_in_flight",
            [](PyScheduler& self) {

@@ -64,6 +64,7 @@ int64_t Scheduler::abort(std::span<const RequestId> ids) {
 void Scheduler::start(Request& request) {
   if (request.num_preemptions == 0) {
     request.cached_tokens = request.num_computed;
+    request.scheduled_at = now_;
     totals_.prefix_queries += std::ssize(request.tokens);
     totals_.prefix_hits += request.num_computed;
     // All that it will ever need, so that no later step allocates. Untouched pages cost nothing.
@@ -101,7 +102,8 @@ void Scheduler::settle(const Row& row, std::span<const Token> tokens) {
       const Token token = tokens[static_cast<size_t>(row.sampled_row)];
       reason = request.append(token);
       const auto cached = static_cast<int32_t>(std::exchange(request.cached_tokens, -1));
-      emitted_.push_back({request.client, request.id, token, reason, cached, row.sampled_row});
+      emitted_.push_back({request.client, request.id, token, reason, cached, row.sampled_row,
+                          static_cast<int32_t>(request.num_preemptions), std::exchange(request.scheduled_at, -1)});
     }
   }
   if (row.num_preemptions == request.num_preemptions) {
@@ -155,6 +157,8 @@ void Scheduler::write_outputs(int64_t step) {
     outputs_.finish[i] = row.finish;
     outputs_.cached_tokens[i] = row.cached_tokens;
     outputs_.rows[i] = row.row;
+    outputs_.num_preemptions[i] = row.num_preemptions;
+    outputs_.scheduled_at[i] = row.scheduled_at;
   }
   std::shift_right(start.begin(), start.end(), 1);
   start.front() = 0;

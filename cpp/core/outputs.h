@@ -15,8 +15,10 @@ struct Outputs {
   std::vector<RequestId> ids;
   std::vector<Token> tokens;
   std::vector<FinishReason> finish;
-  std::vector<int32_t> cached_tokens;  // prompt tokens found in the cache, on a choice's first row; -1 after
-  std::vector<int32_t> rows;           // sampled row of the batch that a row came from
+  std::vector<int32_t> cached_tokens;    // prompt tokens found in the cache, on a choice's first row; -1 after
+  std::vector<int32_t> rows;             // sampled row of the batch that a row came from
+  std::vector<int32_t> num_preemptions;  // of the choice so far
+  std::vector<int64_t> scheduled_at;  // what schedule() was told when it first ran, on a choice's first row; -1 after
 
   Outputs(int64_t num_clients, int64_t max_rows)
       : client_start(static_cast<size_t>(num_clients) + 1),
@@ -24,7 +26,9 @@ struct Outputs {
         tokens(ids.size()),
         finish(ids.size()),
         cached_tokens(ids.size()),
-        rows(ids.size()) {}
+        rows(ids.size()),
+        num_preemptions(ids.size()),
+        scheduled_at(ids.size()) {}
 };
 
 }  // namespace hybrid

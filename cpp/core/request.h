@@ -92,6 +92,7 @@ class Request {
   int32_t sampled_row = -1;  // in the last batch that picked a token of it
   int64_t num_preemptions = 0;
   int64_t cached_tokens = -1;  // found in the cache when it first ran; -1 before that and once told
+  int64_t scheduled_at = -1;   // the caller's clock when it first ran; -1 before that and once told
 
   KVAllocation kv;
   int64_t num_published = 0;        // blocks of kv whose hash the pool was told

@@ -6,8 +6,9 @@
 
 namespace hybrid {
 
-const Batch* Scheduler::schedule() {
+const Batch* Scheduler::schedule(int64_t now) {
   if (num_in_flight_ == config_.depth) return nullptr;
+  now_ = now;
   plan_.clear();
   copies_.clear();
   tokens_left_ = config_.max_num_batched_tokens;
@@ -106,6 +107,8 @@ const Batch* Scheduler::write_batch() {
   ++num_in_flight_;
   ++totals_.steps;
   totals_.step_tokens += batch.num_tokens;
+  const auto bucket = std::ranges::lower_bound(kStepTokenBounds, batch.num_tokens) - kStepTokenBounds.begin();
+  ++totals_.step_token_counts[static_cast<size_t>(bucket)];
   return &batch;
 }
 

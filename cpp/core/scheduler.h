@@ -33,7 +33,8 @@ class Scheduler {
   int64_t abort(std::span<const RequestId> ids);
   // The next batch, valid until `depth` more were made; null if depth batches are in flight or none can be made before
   // the next commit. Never null while something waits or runs and nothing is in flight.
-  const Batch* schedule();
+  // `now`, of any clock, is what Outputs::scheduled_at says of the requests that run for the first time.
+  const Batch* schedule(int64_t now = 0);
   // The tokens picked in the oldest batch in flight, one per sampled row.
   const Outputs& commit(int64_t step, std::span<const Token> tokens);
 
@@ -70,7 +71,8 @@ class Scheduler {
     RequestId id;
     Token token;
     FinishReason finish;
-    int32_t cached_tokens, row;
+    int32_t cached_tokens, row, num_preemptions;
+    int64_t scheduled_at;
   };
 
   // scheduler.cpp: the policy
@@ -107,6 +109,7 @@ class Scheduler {
   CopyList copies_;
   int64_t tokens_left_ = 0, adjustments_left_ = 0;
   bool short_of_blocks_ = false;
+  int64_t now_ = 0;
 
   BatchWriter writer_;
   std::vector<InFlight> in_flight_;  // of step s: entry s % depth

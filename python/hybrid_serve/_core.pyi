@@ -77,6 +77,8 @@ class Outputs:
     finish: memoryview  # u8, FinishReason
     cached_tokens: memoryview  # i32: prompt tokens found in the cache, on a request's first row; -1 after
     rows: memoryview  # i32: the sampled row of the batch it came from (index into the executor's logprobs)
+    num_preemptions: memoryview  # i32: of the choice so far
+    scheduled_at: memoryview  # i64: ``now`` of the step that first ran it, on a request's first row; -1 after
 
 class Stats:
     num_running: int
@@ -88,6 +90,7 @@ class Stats:
     prefix_hits: int
     steps: int
     step_tokens: int
+    step_token_counts: list[int]  # batches of at most wire.STEP_TOKEN_BOUNDS[i] tokens; the last: of more
 
 class Scheduler:
     def __init__(self, config: Config, arenas: Sequence[_Array]) -> None:
@@ -126,7 +129,9 @@ class Scheduler:
         """``ids``: u64. Unknown ones are ignored (the request may have just finished). Returns how many were live.
         An aborted request gives no further output."""
 
-    def schedule(self) -> Batch | None: ...
+    def schedule(self, now: int = 0) -> Batch | None:
+        """``now``, of any clock, is what ``Outputs.scheduled_at`` says of the requests that run for the first time."""
+
     def commit(self, step: int, tokens: _Array) -> Outputs:
         """``tokens``: i32, one per sampled row of that step. Steps are committed in order, else ValueError."""
 

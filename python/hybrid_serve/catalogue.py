@@ -3,8 +3,8 @@
 Knows texts and numbers; imports nothing, so that any process and any command can have it. An error's own message says
 what happened this time; its entry here says what that means and what helps.
 
-Numbers: HS-E02x model files and memory, HS-E03x addresses, HS-E05x tokenizer and template; HS-E1xx answers to a request
-(with an HTTP status instead of an exit code); HS-E2xx processes.
+Numbers: HS-E02x model files and memory, HS-E03x addresses, HS-E04x keys, TLS and what is plugged in, HS-E05x tokenizer
+and template; HS-E1xx answers to a request (with an HTTP status instead of an exit code); HS-E2xx processes.
 """
 
 from __future__ import annotations
@@ -113,6 +113,41 @@ _STARTS = (
         "--host 127.0.0.1, or a --port from 1024 on.",
     ),
     _start(
+        41,
+        2,
+        "TLS cannot be set up",
+        "The certificate, its key or the list of authorities cannot be read, or they do not belong together.",
+        "Check the files that the message names: --ssl-certfile, --ssl-keyfile, --ssl-ca-certs.",
+    ),
+    _start(
+        42,
+        2,
+        "The key file cannot be used",
+        "It cannot be read, is not YAML, or an entry has a field, a scope or a limit that is not known.",
+        "Correct what the message names; docs/security.md has an example.",
+    ),
+    _start(
+        43,
+        2,
+        "A middleware cannot be used",
+        "--middleware names something that cannot be imported, or that is no class.",
+        "--middleware PACKAGE.MODULE.CLASS, of a package that is installed beside the server.",
+    ),
+    _start(
+        44,
+        14,
+        "A file of secrets is open to others",
+        "Other users of the machine may write the key file, so that they could give themselves keys.",
+        "chmod 600 FILE.",
+    ),
+    _start(
+        45,
+        2,
+        "Traces cannot be sent",
+        "--otlp-traces-endpoint is no address, or the packages of OpenTelemetry are not installed.",
+        "An http:// or https:// address, and: pip install 'hybrid-serve[otel]'.",
+    ),
+    _start(
         50,
         10,
         "The model has no tokenizer",
@@ -160,6 +195,13 @@ _STARTS = (
         "A process died",
         "It ended without a word, or was killed. By SIGKILL nearly always means: by the system, for lack of memory.",
         "A smaller --kv-cache-memory-bytes or --max-num-seqs if it was memory; else the log above has its stack.",
+    ),
+    _start(
+        203,
+        20,
+        "The engine hung",
+        "It gave no sign of life for --engine-heartbeat-timeout, or a step took more than --engine-iteration-timeout.",
+        "The stacks in the log show where. If it was only slow, raise the limit that the message names.",
     ),
 )
 
@@ -251,6 +293,27 @@ _ANSWERS = (
     ),
     _http(119, 400, "invalid_http", "What was sent is not HTTP.", "Check the client and what stands between."),
     _http(
+        120,
+        403,
+        "insufficient_scope",
+        "The key is known, and its scopes do not open this route.",
+        "Use a key that has the scope which the message names, or add the scope in the key file.",
+    ),
+    _http(
+        121,
+        429,
+        "rate_limit_exceeded",
+        "The key has used up its requests of a minute.",
+        "Wait as long as the header Retry-After says, or raise the key's limit in the key file.",
+    ),
+    _http(
+        122,
+        429,
+        "too_many_concurrent_requests",
+        "As many requests of this key are open as its entry in the key file allows.",
+        "Wait until one of them ends, or raise the key's limit in the key file.",
+    ),
+    _http(
         150,
         500,
         "internal_error",
@@ -266,12 +329,27 @@ _ANSWERS = (
         "Try again shortly; the server's log has the cause.",
     ),
     _http(153, 503, "draining", "The server is being shut down.", "Send it to another server, or later."),
+    _http(154, 503, "engine_restarting", "The engine died or hung and is being started again.", "Try again shortly."),
+    _http(
+        155,
+        500,
+        "request_quarantined",
+        "The engine died twice while it worked on this request, the second time while it was on trial.",
+        "Do not send it again as it is; the server's log has the cause, which is a mistake of ours or of the machine.",
+    ),
     _http(
         156,
         503,
         "overloaded",
         "As many requests wait as --max-num-queued-reqs allows.",
         "Try again later, send fewer at once, or raise --max-num-queued-reqs.",
+    ),
+    _http(
+        157,
+        503,
+        "too_many_connections",
+        "As many connections are open as the process may have files.",
+        "Close idle connections, or raise the limit of open files (ulimit -n, LimitNOFILE).",
     ),
 )
 

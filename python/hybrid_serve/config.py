@@ -28,6 +28,10 @@ class Option:
 
 LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
+PrefixCacheScope = Literal["auto", "key", "global"]
+LogFormat = Literal["text", "json"]
+AccessLog = Literal["off", "errors", "all"]
+LogRequests = Literal["off", "meta", "prompt", "full"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 
@@ -102,10 +106,37 @@ class ServerConfig:
     api_key: Annotated[
         tuple[str, ...], Option("key(s) clients must send as a bearer token", "KEY", common=True, secret=True)
     ] = ()
+    admin_api_key: Annotated[
+        tuple[str, ...], Option("key(s) that also open the admin routes, /admin/...", "KEY", secret=True)
+    ] = ()
+    api_key_file: Annotated[
+        str, Option("YAML file of keys with names, scopes and limits, read again when it changes", "FILE")
+    ] = ""
+    prefix_cache_scope: Annotated[
+        PrefixCacheScope,
+        Option("who shares the KV of equal prompts; auto: where there are several keys, each key alone"),
+    ] = "auto"
     insecure_no_auth: Annotated[bool, Option("allow a host other than loopback without a key")] = False
     api_server_count: Annotated[
         int, Option("API server processes that share the port", "N", short="-asc", common=True)
     ] = 1
+    uds: Annotated[str, Option("listen on this unix socket instead of host and port", "PATH")] = ""
+    ssl_certfile: Annotated[str, Option("certificate chain: serve HTTPS", "FILE")] = ""
+    ssl_keyfile: Annotated[str, Option("key of the certificate; default: in the certificate's file", "FILE")] = ""
+    ssl_ca_certs: Annotated[str, Option("who signs the certificates that clients show", "FILE")] = ""
+    ssl_cert_reqs: Annotated[int, Option("client certificates: 0 none, 1 optional, 2 required")] = 0
+    ssl_ciphers: Annotated[str, Option("OpenSSL's names of the ciphers to allow up to TLS 1.2")] = ""
+    enable_ssl_refresh: Annotated[bool, Option("take the certificate up again when its files change")] = True
+    allowed_origins: Annotated[
+        tuple[str, ...], Option("web pages that may call the server (CORS); *: all of them", "ORIGIN")
+    ] = ()
+    allowed_methods: Annotated[tuple[str, ...], Option("methods that these pages may use", "METHOD")] = ("*",)
+    allowed_headers: Annotated[tuple[str, ...], Option("headers that these pages may send", "HEADER")] = ("*",)
+    allow_credentials: Annotated[bool, Option("these pages may send cookies")] = False
+    middleware: Annotated[
+        tuple[str, ...], Option("ASGI middleware classes around the routes, outermost first", "PACKAGE.MODULE.CLASS")
+    ] = ()
+    enable_request_id_headers: Annotated[bool, Option("name the request id in a response header")] = True
     root_path: Annotated[str, Option("path prefix that a proxy in front strips")] = ""
     max_request_bytes: Annotated[int, Option("largest request body, e.g. 16MiB", "SIZE")] = 16 * 2**20
     max_logprobs: Annotated[int, Option("largest top_logprobs a request may ask for")] = 20
@@ -117,7 +148,28 @@ class ServerConfig:
     )
     shutdown_timeout: Annotated[float, Option("seconds that running requests get to finish after SIGTERM")] = 30.0
     log_level: Annotated[LogLevel, Option("least level that is logged")] = "info"
+    log_format: Annotated[LogFormat, Option("json: one object a line")] = "text"
+    access_log: Annotated[AccessLog, Option("one line a request; errors: those answered with 4xx or 5xx")] = "off"
+    disable_access_log_for_endpoints: Annotated[
+        tuple[str, ...], Option("routes whose successes are not in the access log", "PATH")
+    ] = ("/live", "/ready", "/health", "/ping", "/metrics")
+    log_requests: Annotated[
+        LogRequests, Option("log each generation; meta: numbers only, prompt: and its prompt, full: and its text")
+    ] = "off"
+    otlp_traces_endpoint: Annotated[
+        str, Option("collector of OpenTelemetry traces, http://HOST:4318/v1/traces; needs the extra otel", "URL")
+    ] = ""
+    max_log_len: Annotated[int, Option("most characters of a prompt or a text in the log")] = 1000
     metrics_prefix: Annotated[str, Option("prefix of the metrics that vLLM dashboards query")] = "vllm:"
+
+    @property
+    def secrets(self) -> tuple[str, ...]:
+        """What must not appear in a log."""
+        return self.api_key + self.admin_api_key
+
+    @property
+    def asks_for_keys(self) -> bool:
+        return bool(self.secrets or self.api_key_file)
 
 
 @dataclass(frozen=True)
@@ -171,6 +223,8 @@ _RANGES: dict[str, tuple[float, float]] = {
     "cpu_threads": (0, 4096),
     "port": (0, 65535),
     "api_server_count": (1, 4096),
+    "ssl_cert_reqs": (0, 2),
+    "max_log_len": (0, _INT32_MAX),
     "max_request_bytes": (1024, 2**40),
     "max_logprobs": (0, _INT32_MAX),
     "sse_keep_alive_interval": (0, 86400),
@@ -214,14 +268,21 @@ def _model_and_cache_problems(config: Config) -> list[tuple[str, str]]:
 def _server_problems(server: ServerConfig) -> list[tuple[str, str]]:
     found: list[tuple[str, str]] = []
     # The key itself must not appear in the message: it would end in a log. An empty key is often an unset variable.
-    if any(not key.strip() for key in server.api_key):
-        found.append(("api_key", "has an empty key, which would let everyone in"))
-    elif any(not key.isascii() or any(char.isspace() for char in key) for key in server.api_key):
-        found.append(("api_key", "has a key with a space or a non-ASCII character, which no HTTP header can carry"))
+    for name, keys in (("api_key", server.api_key), ("admin_api_key", server.admin_api_key)):
+        if any(not key.strip() for key in keys):
+            found.append((name, "has an empty key, which would let everyone in"))
+        elif any(not key.isascii() or any(char.isspace() for char in key) for key in keys):
+            found.append((name, "has a key with a space or a non-ASCII character, which no HTTP header can carry"))
+    if set(server.api_key) & set(server.admin_api_key):
+        found.append(("admin_api_key", "is also an api_key, whose holders would be admins"))
     if not server.host:
         found.append(("host", "is empty, use 127.0.0.1 for this machine only or 0.0.0.0 for all addresses"))
-    elif not is_loopback(server.host) and not server.api_key and not server.insecure_no_auth:
+    elif not (server.uds or is_loopback(server.host) or server.asks_for_keys or server.insecure_no_auth):
         found.append(("host", f"{server.host} is open to other machines: set api_key, or insecure_no_auth to allow it"))
+    if server.allow_credentials and "*" in server.allowed_origins:
+        found.append(
+            ("allow_credentials", "with the origin * would let every web page act as its visitor: name origins")
+        )
     if server.root_path and (not server.root_path.startswith("/") or server.root_path.endswith("/")):
         found.append(("root_path", f"is {server.root_path!r}, must begin with / and not end with it"))
     if not re.fullmatch(r"([a-zA-Z_:][a-zA-Z0-9_:]*)?", server.metrics_prefix):

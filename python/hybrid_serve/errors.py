@@ -1,7 +1,7 @@
 """Errors that stop a start-up: one class, raised where the cause is known, shown once, as a box, at the end.
 
 Codes and exit codes are those of catalogue.py; the exit code tells a script the class of the cause: 2 usage, 10 model
-not found, 11 model corrupt, 12 does not fit in memory, 13 port busy, 20 engine failed.
+not found, 11 model corrupt, 12 does not fit in memory, 13 port busy, 14 unsafe file modes, 20 engine failed.
 """
 
 from __future__ import annotations

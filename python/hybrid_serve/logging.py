@@ -1,4 +1,5 @@
-"""Log lines of every process: ``LEVEL time process message`` on stderr, one line a record, nothing forged, no secret.
+"""Log lines of every process: ``LEVEL time process message`` or a JSON object on stderr, one line a record, nothing
+forged, no secret.
 
 Knows stdlib logging and nothing of ours. Each process calls ``configure`` once; modules then use
 ``logging.getLogger(__name__)`` as anywhere.
@@ -6,15 +7,18 @@ Knows stdlib logging and nothing of ours. Each process calls ``configure`` once;
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
 import sys
 import time
 from collections.abc import Iterable
+from contextvars import ContextVar
 from typing import TextIO
 
 _OURS = "hybrid_serve"
+request_id: ContextVar[str | None] = ContextVar("request_id", default=None)  # of what this task works on
 _LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 _MASK = "***"
 # Line breaks, ANSI sequences and direction overrides would let a model name or a path write lines of its own (ADV-57);
@@ -29,13 +33,29 @@ def escape(text: str) -> str:
     return text.translate(_ESCAPES)
 
 
-class LineFormatter(logging.Formatter):
-    """Formats, escapes and masks. A traceback follows as lines that begin with ``  | ``: no level, no time."""
+class Masked(logging.Formatter):
+    """What both formats share: no secret passes."""
 
     def __init__(self, process: str, secrets: Iterable[str] = ()) -> None:
         super().__init__()
         self._process = escape(process)
-        self._secrets = sorted({secret for secret in secrets if secret}, key=len, reverse=True)
+        self._secrets: list[str] = []
+        self.hide(secrets)
+
+    def hide(self, secrets: Iterable[str]) -> None:
+        """Masks these, too, from now on."""
+        known = {secret for secret in (*self._secrets, *secrets) if secret}
+        self._secrets = sorted(known, key=len, reverse=True)
+
+    def mask(self, text: str) -> str:
+        """``text`` without the secrets of the configuration and without anything that looks like a token."""
+        for secret in self._secrets:
+            text = text.replace(secret, _MASK)
+        return _TOKENS.sub(lambda match: (match[1] or "") + _MASK, text)
+
+
+class LineFormatter(Masked):
+    """Formats, escapes and masks. A traceback follows as lines that begin with ``  | ``: no level, no time."""
 
     def format(self, record: logging.LogRecord) -> str:
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.created))
@@ -47,35 +67,74 @@ class LineFormatter(logging.Formatter):
             lines += self._continued(record.stack_info)
         return "\n".join(lines)
 
-    def mask(self, text: str) -> str:
-        """``text`` without the secrets of the configuration and without anything that looks like a token."""
-        for secret in self._secrets:
-            text = text.replace(secret, _MASK)
-        return _TOKENS.sub(lambda match: (match[1] or "") + _MASK, text)
-
     def _continued(self, text: str) -> list[str]:
         # Tracebacks carry messages of exceptions, hence text from outside: each line gets the mark.
         return [f"  | {escape(self.mask(line))}" for line in text.split("\n")]
 
 
-def configure(level: str, process: str, secrets: Iterable[str] = (), stream: TextIO | None = None) -> None:
+class JsonFormatter(Masked):
+    """One JSON object a line: ts (RFC 3339, UTC), level, process, logger, message; where there are any request_id,
+    traceback and what the caller gave as ``extra={"fields": {...}}``."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        when = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        line: dict[str, object] = {
+            "ts": f"{when}.{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "process": self._process,
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if (id := request_id.get()) is not None:
+            line["request_id"] = id
+        for name, value in getattr(record, "fields", {}).items():
+            line.setdefault(name, value)
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        if record.stack_info:
+            line["stack"] = record.stack_info
+        # Masked before it is encoded: a secret may be spelt differently in JSON.
+        masked = {name: self.mask(value) if isinstance(value, str) else value for name, value in line.items()}
+        return json.dumps(masked)
+
+
+FORMATS: dict[str, type[Masked]] = {"text": LineFormatter, "json": JsonFormatter}
+
+
+def hide(secrets: Iterable[str]) -> None:
+    """Masks these, too, in whatever this process logs from now on."""
+    secrets = list(secrets)
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler.formatter, Masked):
+            handler.formatter.hide(secrets)
+
+
+def set_level(level: str) -> None:
+    """Of this process, now. Raises ValueError for an unknown level."""
+    if level not in _LEVELS:
+        raise ValueError(f"log level is {level!r}, must be one of {', '.join(_LEVELS)}")
+    number = _LEVELS[level]
+    logging.getLogger().setLevel(max(number, logging.INFO if number == logging.DEBUG else logging.WARNING))
+    logging.getLogger(_OURS).setLevel(number)
+
+
+def configure(
+    level: str, process: str, secrets: Iterable[str] = (), stream: TextIO | None = None, *, form: str = "text"
+) -> None:
     """Routes every logger of this process, uvicorn's and Python's warnings included, to one handler on stderr.
 
     ``level`` ("debug", "info", "warning", "error") is ours; libraries are heard from "warning" on, at "debug" from
     "info" on. ``process`` names the process in each line ("engine", "api 0"). ``secrets`` are masked wherever they turn
-    up. Called again, it replaces what it did before. Raises ValueError for an unknown level.
+    up. ``form``: a key of ``FORMATS``. Called again, it replaces what it did before. Raises ValueError for an unknown
+    level.
     """
-    if level not in _LEVELS:
-        raise ValueError(f"log level is {level!r}, must be one of {', '.join(_LEVELS)}")
-    number = _LEVELS[level]
+    set_level(level)
     handler = logging.StreamHandler(stream or sys.stderr)
-    handler.setFormatter(LineFormatter(process, [*secrets, os.environ.get("HF_TOKEN", "")]))
+    handler.setFormatter(FORMATS[form](process, [*secrets, os.environ.get("HF_TOKEN", "")]))
     root = logging.getLogger()
     for old in root.handlers[:]:
         root.removeHandler(old)
     root.addHandler(handler)
-    root.setLevel(max(number, logging.INFO if number == logging.DEBUG else logging.WARNING))
-    logging.getLogger(_OURS).setLevel(number)
     for name in ("uvicorn", "uvicorn.error", "uvicorn.access", "uvicorn.asgi"):
         logger = logging.getLogger(name)
         logger.handlers.clear()

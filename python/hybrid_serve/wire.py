@@ -14,10 +14,13 @@ from typing import Any, TypeVar
 
 import msgspec
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
+COUNTS_SLOT_BYTES = 2**20  # of the memory where API servers share their counts; pages that nobody writes cost nothing
 MAX_FRAME_BYTES = 64 * 2**20
 API_INDEX_SHIFT = 48
 LAUNCH_SHIFT = 36
+# Of EngineStats.step_token_counts; as in cpp/core/stats.h.
+STEP_TOKEN_BOUNDS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
 
 class Kind:
@@ -26,6 +29,7 @@ class Kind:
     # API server -> engine
     ADD = b"\x01"  # AddRequest, token ids i32
     ABORT = b"\x02"  # Empty, request ids u64
+    LIMIT = b"\x04"  # Limit: how many may wait from now on
     JOIN = b"\x03"  # Join: an API server makes itself known
     # engine -> API server
     STEP = b"\x11"  # StepHeader, columns (see StepHeader)
@@ -93,18 +97,24 @@ class AddRequest(msgspec.Struct, array_like=True, frozen=True):
     is_suspect: bool = False  # it ran when the engine died, and may be the cause: it is tried on its own first
 
 
+class Limit(msgspec.Struct, array_like=True, frozen=True):
+    max_num_queued_reqs: int
+
+
 class Join(msgspec.Struct, array_like=True, frozen=True):
     api_index: int
 
 
 class StepHeader(msgspec.Struct, array_like=True, frozen=True):
     """What one step gave the requests of one API server, as columns of ``rows`` entries in this order, then:
-    ids u64, tokens i32, finish u8, cached_tokens i32 (-1: said before), and if ``logprob_width`` > 0:
+    ids u64, tokens i32, finish u8, cached_tokens i32 (-1: said before), num_preemptions i32 (so far),
+    scheduled_at i64 (when the choice first ran, by the clock of ``now``; -1: said before), if ``logprob_width`` > 0:
     logprobs f32 [rows, width], logprob_ids i32 [rows, width] (sampled first; -1: not asked), ranks i32 [rows]."""
 
     step: int
     rows: int
     logprob_width: int
+    now: int = 0  # microseconds of the engine's clock when this was sent
 
 
 class Reject(msgspec.Struct, array_like=True, frozen=True):
@@ -130,6 +140,7 @@ class EngineStats(msgspec.Struct, array_like=True, frozen=True):
     prefix_hits: int = 0  # tokens found
     steps: int = 0
     step_tokens: int = 0
+    step_token_counts: tuple[int, ...] = ()  # steps of at most STEP_TOKEN_BOUNDS[i] tokens; the last: of more
 
 
 class Hello(msgspec.Struct, array_like=True, frozen=True):

@@ -189,6 +189,8 @@ class RandomSession {
       Choice& choice = found->second;
       invariant((outputs.cached_tokens[i] >= 0) == (choice.num_given == choice.num_before),
                 "cached_tokens is not on the first row alone");
+      invariant((outputs.scheduled_at[i] >= 0) == (choice.num_given == choice.num_before),
+                "scheduled_at is not on the first row alone");
       invariant(choice.num_given < choice.expected.tokens.size(), "S9: more tokens than expected");
       invariant(outputs.tokens[i] == choice.expected.tokens[choice.num_given++],
                 "S7: a token differs from the reference");

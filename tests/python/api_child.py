@@ -29,7 +29,14 @@ class Ask(msgspec.Struct):
 
 
 def main(
-    config: Config, *, api_index: int, listen_fd: int, control_address: str, data_addresses: list[str], launch: int
+    config: Config,
+    *,
+    api_index: int,
+    listen_fd: int,
+    control_address: str,
+    data_addresses: list[str],
+    launch: int,
+    **_: object,
 ) -> None:
     client = ZmqEngineClient(config, api_index, control_address, data_addresses, launch=launch)
     asyncio.run(serve(config, listen_fd, client))

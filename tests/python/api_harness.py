@@ -34,11 +34,11 @@ class Api:
         self, engine: FakeEngine | None = None, *, template: bool = True, seed: int = -1, **server: Any
     ) -> None:
         self.engine = engine or FakeEngine(says(REPLY))
-        self.loop = asyncio.new_event_loop()
         config = Config(model=ModelConfig(model="demo", seed=seed), server=ServerConfig(**server))
         self.context = ServerContext(config, self.engine)
         self.context.set_text_model(TextModel(demo_tokenizer(), demo_template() if template else None))
         self.app = create_app(self.context)
+        self.loop = asyncio.new_event_loop()
         self.client = httpx.AsyncClient(transport=httpx.ASGITransport(self.app), base_url="http://localhost")
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:

@@ -89,7 +89,8 @@ class FakeStream:
             tops = [[(token + i, -0.5 - i) for i in range(params.logprobs)] for token in ids]
             logprobs = [TokenLogprobs(-0.5, 1, top) for top in tops]
         cached = self._engine.cached_tokens if position == 0 else -1
-        return ChoiceOutput(choice, ids, finish, cached, logprobs)
+        began = self._engine.prefill_seconds if position == 0 else -1.0
+        return ChoiceOutput(choice, ids, finish, cached, logprobs, self._engine.num_preemptions, began)
 
 
 @dataclass
@@ -99,16 +100,20 @@ class FakeEngine:
     script: Callable[[Call, int], Sequence[int]]
     tokens_per_step: int = 1
     cached_tokens: int = 0
+    num_preemptions: int = 0
+    prefill_seconds: float = 0.0
     status: Status = READY
     facts: EngineFacts | None = FACTS
     stats: EngineStats = field(default_factory=EngineStats)
     reject: EngineRejected | None = None
     reject_after: tuple[int, EngineRejected] | None = None
     dies_after: int | None = None
-    num_replayed: int = 0
-    num_quarantined: int = 0
     calls: list[Call] = field(default_factory=list)
+    queue_limits: list[int] = field(default_factory=list)
     gates: dict[int, asyncio.Event] = field(default_factory=dict)  # before the step at that position
+
+    def limit_queue(self, max_num_queued_reqs: int) -> None:
+        self.queue_limits.append(max_num_queued_reqs)
 
     def generate(
         self,

@@ -23,6 +23,7 @@ SPECIAL = {
     "host": "::1",
     "root_path": "/llm",
     "metrics_prefix": "mine:",
+    "ssl_cert_reqs": "2",
 }
 
 

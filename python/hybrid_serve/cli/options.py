@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, get_type_hints
 
 from ..config import Config, problems
-from .settings import ENV_PREFIX, Given, Setting, refusal, settings
+from .settings import ENV_PREFIX, Given, Setting, elements, refusal, settings
 from .usage import Parser, UsageError, dashed, did_you_mean
 
 
@@ -49,7 +49,10 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> Options:
 
         given = read(file, known)
     given |= _from_environment(known, environ)
-    given |= {name: Given(known[name].flag, texts) for name, texts in flags.items()}
+    for name, texts in flags.items():
+        if known[name].is_tuple:
+            texts = [part for text in texts for part in elements(text, None)]
+        given[name] = Given(known[name].flag, texts)
     if model is not None:
         given["model"] = Given("MODEL", [model])
     # Only what wins is converted: a flag must be able to overrule a variable that holds nonsense.
@@ -134,7 +137,7 @@ def _from_environment(known: Mapping[str, Setting], environ: Mapping[str, str]) 
     for setting in known.values():
         text = environ.get(setting.variable)
         if text is not None:
-            found[setting.name] = Given(setting.variable, text.split(",") if setting.is_tuple else [text])
+            found[setting.name] = Given(setting.variable, elements(text, ",") if setting.is_tuple else [text])
     return found
 
 

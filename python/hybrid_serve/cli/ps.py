@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 
 from ..launch import run_directory
+from .settings import settings
 from .usage import Parser, dashed
 
 _ASK_SECONDS = 2.0
@@ -99,11 +100,12 @@ def _resident(process: psutil.Process) -> int:
 
 
 def _shown(words: list[str]) -> str:
+    secret = {setting.flag for setting in settings() if setting.option.secret}
     shown, is_key = [], False
     for word in words:
         is_key = is_key and not word.startswith("-")
         name, equals, _ = word.partition("=")
-        is_flag = name.replace("_", "-") == "--api-key"
+        is_flag = name.replace("_", "-") in secret
         shown.append("***" if is_key else f"{name}=***" if is_flag and equals else word)
         is_key = is_key or (is_flag and not equals)
     return " ".join(Path(word).name if i < 2 else word for i, word in enumerate(shown))

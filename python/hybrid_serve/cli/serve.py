@@ -23,7 +23,7 @@ def serve(argv: list[str]) -> int:
     chosen = options.parse(argv, os.environ)
     try:
         config = replace(chosen.config, model=demo.unless_named(chosen.config.model))
-        log_lines.configure(config.server.log_level, "serve", config.server.api_key)
+        log_lines.configure(config.server.log_level, "serve", config.server.secrets, form=config.server.log_format)
         log.info("%s", chosen.summary())
         for line in options.stray_variables(os.environ):
             log.warning("%s", line)
@@ -31,7 +31,10 @@ def serve(argv: list[str]) -> int:
 
         return supervisor.serve(config)
     except StartupError as error:
-        print(box(error.failure), file=sys.stderr)
+        if chosen.config.server.log_format == "json":
+            log.error("%s", error, extra={"fields": {"code": error.failure.code, "fix": error.failure.fix}})
+        else:
+            print(box(error.failure), file=sys.stderr)
         return error.failure.exit_code
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields
@@ -14,25 +15,22 @@ ENV_PREFIX = "HYBRID_SERVE_"
 
 # Flags of `vllm serve` that we know and do not have. One that config.py gains leaves this table (a test sees to it).
 _VLLM_ONLY = """
-    allow-credentials allowed-headers allowed-methods allowed-origins async-scheduling
-    chat-template-content-format collect-detailed-traces compilation-config cpu-offload-gb cudagraph-capture-sizes
-    custom-histogram-buckets data-parallel-address data-parallel-backend data-parallel-external-lb
-    data-parallel-hybrid-lb data-parallel-rank data-parallel-rpc-port data-parallel-size data-parallel-size-local
-    data-parallel-start-rank default-chat-template-kwargs disable-access-log-for-endpoints disable-fastapi-docs
+    async-scheduling chat-template-content-format collect-detailed-traces compilation-config cpu-offload-gb
+    cudagraph-capture-sizes custom-histogram-buckets data-parallel-address data-parallel-backend
+    data-parallel-external-lb data-parallel-hybrid-lb data-parallel-rank data-parallel-rpc-port data-parallel-size
+    data-parallel-size-local data-parallel-start-rank default-chat-template-kwargs disable-fastapi-docs
     disable-log-stats disable-uvicorn-access-log distributed-executor-backend dp enable-auto-tool-choice
     enable-chunked-prefill enable-force-include-usage enable-log-outputs enable-log-requests enable-lora
-    enable-offline-docs enable-per-request-metrics enable-prompt-tokens-details enable-request-id-headers
-    enable-server-load-tracking enable-sleep-mode enable-ssl-refresh generation-config
-    headless hf-overrides hf-token kv-cache-dtype kv-cache-metrics kv-events-config
-    kv-offloading-size kv-transfer-config limit-mm-per-prompt log-config-file logging-config logprobs-mode
-    long-prefill-token-threshold lora-modules master-addr master-port max-cpu-loras max-cudagraph-capture-size
-    max-log-len max-lora-rank max-loras max-num-queued-tokens middleware nnodes node-rank otlp-traces-endpoint
+    enable-offline-docs enable-per-request-metrics enable-prompt-tokens-details enable-server-load-tracking
+    enable-sleep-mode generation-config headless hf-overrides hf-token kv-cache-dtype kv-cache-metrics
+    kv-events-config kv-offloading-size kv-transfer-config limit-mm-per-prompt log-config-file logging-config
+    logprobs-mode long-prefill-token-threshold lora-modules master-addr master-port max-cpu-loras
+    max-cudagraph-capture-size max-lora-rank max-loras max-num-queued-tokens nnodes node-rank
     override-generation-config pipeline-parallel-size pp prefix-caching-hash-algo profiler-config quantization
     reasoning-parser reasoning-parser-plugin response-role return-tokens-as-token-ids scheduling-policy
-    show-hidden-metrics-for-version skip-tokenizer-init speculative-config ssl-ca-certs ssl-cert-reqs ssl-certfile
-    ssl-ciphers ssl-keyfile stream-interval structured-outputs-config swap-space task tensor-parallel-size
-    tokenizer-mode tokens-only tool-call-parser tool-parser-plugin tp trust-remote-code uds uvicorn-log-level
-    watermark
+    show-hidden-metrics-for-version skip-tokenizer-init speculative-config stream-interval structured-outputs-config
+    swap-space task tensor-parallel-size tokenizer-mode tokens-only tool-call-parser tool-parser-plugin tp
+    trust-remote-code uvicorn-log-level watermark
 """
 NOT_SUPPORTED = frozenset(_VLLM_ONLY.split())
 
@@ -124,6 +122,18 @@ def settings() -> tuple[Setting, ...]:
                 raise TypeError(f"{group}.{field.name} has no default")
             found.append(Setting(group, field.name, bare, field.default, option))
     return tuple(found)
+
+
+def elements(text: str, separator: str | None) -> list[str]:
+    """One text as texts of a list: a JSON list, as vLLM takes, or the parts between separators, or itself."""
+    if text.startswith("["):
+        try:
+            found = json.loads(text)
+        except ValueError:
+            found = None
+        if isinstance(found, list) and all(isinstance(item, str) for item in found):
+            return found
+    return text.split(separator) if separator else [text]
 
 
 def refusal(word: str, known: Iterable[str]) -> str:

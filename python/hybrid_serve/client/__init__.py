@@ -26,6 +26,8 @@ class ChoiceOutput:
     finish: FinishReason = FinishReason.NONE
     cached_tokens: int = -1  # prompt tokens found in the cache; only with a choice's first output
     logprobs: list[TokenLogprobs] = field(default_factory=list)  # one per token id, or empty
+    num_preemptions: int = 0  # of the choice so far
+    prefill_seconds: float = -1.0  # since the choice first ran; only with its first output
 
 
 class EngineRejected(Exception):
@@ -73,8 +75,9 @@ class EngineClient(Protocol):
     @property
     def stats(self) -> EngineStats: ...
 
-    num_replayed: int  # requests asked for again after an engine died
-    num_quarantined: int  # requests given up because an engine died of them, twice
+    def limit_queue(self, max_num_queued_reqs: int) -> None:
+        """How many requests may wait in each engine from now on; 0: any number."""
+        ...
 
     def generate(
         self,

@@ -7,6 +7,7 @@ import logging
 import os
 from array import array
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import msgspec
@@ -25,6 +26,7 @@ from ..wire import (
     Hello,
     Join,
     Kind,
+    Limit,
     Reject,
     SamplingParams,
     Status,
@@ -53,13 +55,26 @@ class Link:
         self.stats = EngineStats()
 
 
+def sum_of(stats: Sequence[EngineStats]) -> EngineStats:
+    """The numbers of several engines added up."""
+    columns = zip(*(msgspec.structs.astuple(each) for each in stats), strict=True)
+    return EngineStats(*(_sum(column) for column in columns))
+
+
+def _sum(column: Sequence[Any]) -> Any:
+    if isinstance(column[0], tuple):
+        return tuple(map(sum, zip_longest(*column, fillvalue=0)))
+    return sum(column)
+
+
 class ZmqEngineClient:
     """Sends requests, hands what comes back to their streams, and passes on what the supervisor says. When an engine
     died it asks the next one for the rest of what was open (``_replay``).
 
     Knows ids and frames; not text, not HTTP. All of it runs in the event loop that ``start`` was called in: no task,
     no thread, no lock. ``on_shutdown(now)`` is called with False when running requests are to be finished and no more
-    taken, and with True when they are to be ended at once; ``on_status`` with every news of the engine's phase.
+    taken, and with True when they are to be ended at once; ``on_status`` with every news of the engine's phase;
+    ``on_replay(replayed, given up)`` with how many requests went either way when an engine had died.
     """
 
     def __init__(
@@ -75,12 +90,14 @@ class ZmqEngineClient:
     ) -> None:
         """``launch``: how many API servers of this index ran before."""
         self.on_shutdown, self.on_status = on_shutdown, on_status
+        self.on_replay: Callable[[int, int], None] | None = None
         self._config, self._index = config, api_index
         self._control_address, self._data_addresses = control_address, data_addresses
         self._status = Status("starting")
         self._facts: EngineFacts | None = None
         self._num_shutdowns = 0
         self.num_replayed = self.num_quarantined = 0
+        self._max_num_queued_reqs: int | None = None  # where it was changed
         self._next_id = first_request_id(api_index, launch)
         self._links: list[Link] = []
         self._link_of: dict[ZmqStream, Link] = {}
@@ -101,8 +118,7 @@ class ZmqEngineClient:
         """Of all engines together."""
         if len(self._links) == 1:
             return self._links[0].stats
-        columns = zip(*(msgspec.structs.astuple(link.stats) for link in self._links), strict=True)
-        return EngineStats(*map(sum, columns))
+        return sum_of([link.stats for link in self._links])
 
     def generate(
         self,
@@ -121,6 +137,11 @@ class ZmqEngineClient:
         self._next_id += n
         request = AddRequest(first_id, n, priority, params, eos_token_ids, cache_salt)
         return ZmqStream(request, token_ids, self._begin, self._abort)
+
+    def limit_queue(self, max_num_queued_reqs: int) -> None:
+        self._max_num_queued_reqs = max_num_queued_reqs
+        for link in self._links:
+            self._send_limit(link)
 
     # Its life
 
@@ -150,6 +171,12 @@ class ZmqEngineClient:
     def _join(self, link: Link) -> None:
         self._receive_by(link.socket, self._taker(link))
         self._send(link.socket, pack(Kind.JOIN, Join(self._index)))
+        self._send_limit(link)
+
+    def _send_limit(self, link: Link) -> None:
+        """An engine that is started again has the limit of the configuration."""
+        if self._max_num_queued_reqs is not None:
+            self._send(link.socket, pack(Kind.LIMIT, Limit(self._max_num_queued_reqs)))
 
     def _begin(self, stream: ZmqStream) -> None:
         request, token_ids = stream.first_message()
@@ -180,6 +207,7 @@ class ZmqEngineClient:
 
         What has arrived counts; what has not goes with the old sockets, lest it comes a second time."""
         running, to_blame = set(array("Q", suspects)), set(array("Q", culprits))
+        before = self.num_replayed, self.num_quarantined
         for link in self._links:
             self._loop.remove_reader(link.socket)
             take = self._takers.pop(link.socket)
@@ -197,6 +225,8 @@ class ZmqEngineClient:
                 else:
                     self.num_quarantined += 1
                     self._give_up(link, stream, EngineRejected(500, _QUARANTINED, "request_quarantined"))
+        if self.on_replay is not None:
+            self.on_replay(self.num_replayed - before[0], self.num_quarantined - before[1])
 
     def _give_up(self, link: Link, stream: ZmqStream, error: Exception) -> None:
         for id in stream.live_ids:

@@ -16,20 +16,25 @@ def outputs_of_step(header: StepHeader, columns: Sequence[bytes]) -> Iterator[tu
     Raises ValueError if the columns are not what the header says, before anything is given.
     """
     rows, width = header.rows, header.logprob_width
-    sizes = [8, 4, 1, 4] + ([4 * width, 4 * width, 4] if width else [])
+    sizes = [8, 4, 1, 4, 4, 8] + ([4 * width, 4 * width, 4] if width else [])
     if [len(column) for column in columns] != [rows * size for size in sizes]:
         raise ValueError(f"step {header.step}: {rows} rows of width {width} in {[len(c) for c in columns]} bytes")
-    return _rows(columns, width)
+    return _rows(columns, width, header.now)
 
 
-def _rows(columns: Sequence[bytes], width: int) -> Iterator[tuple[int, ChoiceOutput]]:
+def _rows(columns: Sequence[bytes], width: int, now: int) -> Iterator[tuple[int, ChoiceOutput]]:
     ids = memoryview(columns[0]).cast("Q").tolist()
     tokens = memoryview(columns[1]).cast("i").tolist()
     cached = memoryview(columns[3]).cast("i").tolist()
-    for row, (id, token, finish, hit) in enumerate(zip(ids, tokens, columns[2], cached, strict=True)):
-        output = ChoiceOutput(0, [token], _FINISH[finish], hit)
+    preemptions = memoryview(columns[4]).cast("i").tolist()
+    scheduled = memoryview(columns[5]).cast("q").tolist()
+    rows = zip(ids, tokens, columns[2], cached, preemptions, scheduled, strict=True)
+    for row, (id, token, finish, hit, preempted, at) in enumerate(rows):
+        output = ChoiceOutput(0, [token], _FINISH[finish], hit, num_preemptions=preempted)
+        if at >= 0:
+            output.prefill_seconds = (now - at) * 1e-6
         if width:
-            output.logprobs = _logprobs(columns[4:], row, width)
+            output.logprobs = _logprobs(columns[6:], row, width)
         yield id, output
 
 

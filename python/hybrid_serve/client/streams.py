@@ -112,7 +112,7 @@ class ZmqStream:
         """Wakes nobody: a step may bring several outputs."""
         received = self._received[output.choice]
         if received:
-            output.cached_tokens = -1  # said before; a replay finds other blocks
+            output.cached_tokens, output.prefill_seconds = -1, -1.0  # said before; a replay is prefilled once more
         received.extend(output.token_ids)
         self._outputs.append(output)
         if output.finish:

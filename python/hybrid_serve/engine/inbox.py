@@ -11,7 +11,7 @@ import zmq
 
 from ..heartbeat import EnginePhase, Heartbeat
 from ..sockets import readable
-from ..wire import API_INDEX_SHIFT, AddRequest, Join, Kind, Reject, pack, unpack
+from ..wire import API_INDEX_SHIFT, AddRequest, Join, Kind, Limit, Reject, pack, unpack
 from .peers import Peers
 from .probation import Probation, Suspect
 
@@ -48,11 +48,16 @@ class Inbox:
         self.stopping = False
         self.num_dropped = 0
         self._longest_prompt = longest_prompt
-        # Counted together with the running ones: between two steps it is not known yet which of the new ones will wait.
-        self._max_open = max_num_seqs + max_num_queued_reqs if max_num_queued_reqs else 0
+        self._max_num_seqs = max_num_seqs
+        self.limit(max_num_queued_reqs)
         self._poller = zmq.Poller()
         self._poller.register(peers.socket, zmq.POLLIN)
         self._poller.register(control, zmq.POLLIN)
+
+    def limit(self, max_num_queued_reqs: int) -> None:
+        """How many may wait from now on; 0: any number."""
+        # Counted together with the running ones: between two steps it is not known yet which of the new ones will wait.
+        self._max_open = self._max_num_seqs + max_num_queued_reqs if max_num_queued_reqs else 0
 
     def drain(self, core: Scheduler, wait: bool) -> None:
         """Takes in what has arrived; ``wait``: sleeps until something does, or a while."""
@@ -93,6 +98,9 @@ class Inbox:
         client = self.peers.index_of(identity)
         if client is None:
             raise BadMessage("the sender has not joined")
+        if kind == Kind.LIMIT:
+            self.limit(max(0, unpack(header, Limit).max_num_queued_reqs))
+            return
         if len(arrays) != 1:
             raise BadMessage(f"{len(arrays)} arrays instead of one")
         if kind == Kind.ADD:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from typing import TYPE_CHECKING, Protocol
 
@@ -40,7 +41,7 @@ class EngineLoop:
             idle = not in_flight and core.idle
             outbox.send_stats(core, idle)
             inbox.drain(core, wait=idle)
-            while len(in_flight) < depth and (batch := core.schedule()) is not None:
+            while len(in_flight) < depth and (batch := core.schedule(time.monotonic_ns() // 1000)) is not None:
                 in_flight.append((batch, self.executor.submit(batch)))
             if in_flight:
                 batch, pending = in_flight.popleft()

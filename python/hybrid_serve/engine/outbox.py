@@ -30,14 +30,14 @@ class Outbox:
 
     def send(self, outputs: Outputs, result: StepResult) -> None:
         """Everything in ``outputs`` and ``result`` is read before this returns."""
-        starts = outputs.client_start.tolist()
+        starts, now = outputs.client_start.tolist(), time.monotonic_ns() // 1000
         if self._probation.is_busy:
             self._probation.stepped(outputs.ids)
         for client, live in enumerate(self._peers.live):
             start, end = starts[client], starts[client + 1]
             if start == end:
                 continue
-            header, columns = step_columns(outputs, result, start, end)
+            header, columns = step_columns(outputs, result, start, end, now)
             self._peers.send(client, pack(Kind.STEP, header, *columns))
             ended = bytes(columns[2])
             if ended.count(0) != len(ended):
@@ -67,23 +67,28 @@ class Outbox:
             prefix_hits=stats.prefix_hits,
             steps=stats.steps,
             step_tokens=stats.step_tokens,
+            step_token_counts=tuple(stats.step_token_counts),
         )
         self._peers.send_to_all(pack(Kind.STATS, message))
 
 
-def step_columns(outputs: Outputs, result: StepResult, start: int, end: int) -> tuple[StepHeader, list[Any]]:
-    """Rows [start, end) as a STEP message has them, without a copy where none is needed."""
+def step_columns(
+    outputs: Outputs, result: StepResult, start: int, end: int, now: int = 0
+) -> tuple[StepHeader, list[Any]]:
+    """Rows [start, end) as a STEP message has them, without a copy where none is needed. ``now``: see StepHeader."""
     columns: list[Any] = [
         outputs.ids[start:end],
         outputs.tokens[start:end],
         outputs.finish[start:end],
         outputs.cached_tokens[start:end],
+        outputs.num_preemptions[start:end],
+        outputs.scheduled_at[start:end],
     ]
     width = 0
     if result.logprobs is not None:
         width, extra = _logprobs(result, np.asarray(outputs.rows[start:end]))
         columns += extra
-    return StepHeader(outputs.step, end - start, width), columns
+    return StepHeader(outputs.step, end - start, width, now), columns
 
 
 def _logprobs(result: StepResult, rows: NDArray[np.int32]) -> tuple[int, list[NDArray[Any]]]:

@@ -40,7 +40,7 @@ def main() -> None:
         raise SystemExit(1) from None
     spec, server = order.spec, order.config.server
     setproctitle(f"hybrid-serve: {spec.name}")
-    configure(server.log_level, spec.name, server.api_key)
+    configure(server.log_level, spec.name, server.secrets, form=server.log_format)
     threading.Thread(target=_end_with_parent, args=(life, order.run_directory), daemon=True).start()
     raise SystemExit(_run(order))
 

@@ -5,17 +5,33 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import stat
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from ..config import ServerConfig
 from ..errors import StartupError
+from .run_directory import LONGEST_SOCKET_PATH
 
 BACKLOG = 2048
 
 
-def listen(config: ServerConfig) -> socket.socket:
-    """Raises StartupError: HS-E031 if the port is taken, HS-E032 for an address or port that cannot be had."""
+@contextmanager
+def listen(config: ServerConfig) -> Iterator[socket.socket]:
+    """Listens as long as the block runs. Raises StartupError: HS-E031 if the port or unix socket is taken, HS-E032 for
+    an address or path that cannot be had."""
+    with _unix(config.uds) if config.uds else _tcp(config) as listener:
+        try:
+            yield listener
+        finally:
+            if config.uds:
+                Path(config.uds).unlink(missing_ok=True)
+
+
+def _tcp(config: ServerConfig) -> socket.socket:
     host = config.host.strip("[]")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
@@ -35,11 +51,56 @@ def listen(config: ServerConfig) -> socket.socket:
     return listener
 
 
-def url(listener: socket.socket) -> str:
+def _unix(path: str) -> socket.socket:
+    """Only this user can connect. A socket that nobody listens to any more is replaced."""
+    length = len(os.fsencode(path))
+    if length > LONGEST_SOCKET_PATH:
+        why = f"its path has {length} bytes, a socket's may have {LONGEST_SOCKET_PATH}"
+        raise StartupError("HS-E032", f"socket {path} cannot be bound", why, "--uds with a shorter path")
+    _remove_dead(path)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    old = os.umask(0o177)
+    try:
+        listener.bind(path)
+        listener.listen(BACKLOG)
+    except OSError as error:
+        listener.close()
+        why, fix = os.strerror(error.errno or 0), "--uds with a path in a folder of yours"
+        raise StartupError("HS-E032", f"socket {path} cannot be bound", why, fix) from error
+    finally:
+        os.umask(old)
+    return listener
+
+
+def _remove_dead(path: str) -> None:
+    try:
+        if not stat.S_ISSOCK(os.stat(path).st_mode):
+            why, fix = "there is a file of another kind", "--uds with another path"
+            raise StartupError("HS-E032", f"socket {path} cannot be bound", why, fix)
+    except FileNotFoundError:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            os.unlink(path)
+            return
+        except OSError as error:
+            fix = "--uds with another path"
+            raise StartupError(
+                "HS-E032", f"socket {path} cannot be bound", os.strerror(error.errno or 0), fix
+            ) from error
+    why, fix = "a process listens to it", "--uds with another path, or stop that process"
+    raise StartupError("HS-E031", f"socket {path} is in use", why, fix)
+
+
+def url(listener: socket.socket, scheme: str = "http") -> str:
     """Where clients on this machine reach it."""
+    if listener.family == socket.AF_UNIX:
+        return f"{scheme}+unix://{listener.getsockname()}"
     host, port = listener.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 def _cannot_bind(config: ServerConfig, error: OSError) -> StartupError:

@@ -35,11 +35,13 @@ def plan(
     listen_fd: int,
     heartbeat_fd: int,
     *,
+    counts_fd: int,
     load: str = LOAD_INLINE,
     api_entry: str = API_ENTRY,
 ) -> list[ProcessSpec]:
     """The children of one server, the slowest to start first. ``directory``: of this run, for their sockets.
-    ``heartbeat_fd``: see ``heartbeat.make``.
+    ``listen_fd``: the bound socket; ``heartbeat_fd``: see ``heartbeat.make``; ``counts_fd``: memory of
+    COUNTS_SLOT_BYTES for each API server.
     ``load``: what the engine computes with, an ``engine.executor.Load``."""
     control = control_address(directory)
     data = f"ipc://{directory}/engine-0"
@@ -66,11 +68,12 @@ def plan(
             arguments={
                 "api_index": index,
                 "listen_fd": listen_fd,
+                "counts_fd": counts_fd,
                 "control_address": control,
                 "data_addresses": [data],
                 "launch": 0,
             },
-            inherited_fds=(listen_fd,),
+            inherited_fds=(listen_fd, counts_fd),
         )
         for index in range(config.server.api_server_count)
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import time
@@ -12,6 +13,7 @@ from ..config import Config
 from ..wire import EngineFacts, Status
 
 NUM_PHASES = 4
+log = logging.getLogger(__name__)
 
 
 class Reporter(Protocol):
@@ -57,8 +59,8 @@ class PlainReporter:
         server = self._config.server
         self._phase_line(4, "server", "ok")
         names = self._config.model.served_model_name or (self._config.model.model,)
-        access = "with an API key" if server.api_key else "no key needed"
-        self._print(f"  API      {self._url}{server.root_path}/v1   model name: {', '.join(names)}")
+        access = "with an API key" if server.asks_for_keys else "no key needed"
+        self._print(f"  API      {self._url}/v1   model name: {', '.join(names)}")
         self._print(f"  Health   {self._url}/ready   Metrics {self._url}/metrics   ({access})")
         self._print(f"ready in {self._seconds(self._began)}. Ctrl-C = finish running requests, twice = stop now.")
 
@@ -75,6 +77,9 @@ class PlainReporter:
             self._is_share_drawn = True
 
     def _print(self, line: str) -> None:
+        if self._config.server.log_format == "json":  # then every line is an object, these too
+            log.info("%s", " ".join(line.split()))
+            return
         if self._is_share_drawn:
             line = f"\r\x1b[K{line}"
             self._is_share_drawn = False

@@ -6,7 +6,8 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,18 @@ from ..config import Config
 from ..errors import StartupError
 from ..heartbeat import Heartbeat, make, max_watched_ids
 from ..sockets import bind_router, readable
-from ..wire import Empty, Hello, Kind, StartupFailure, Status, api_identity, engine_identity, pack, unpack
+from ..wire import (
+    COUNTS_SLOT_BYTES,
+    Empty,
+    Hello,
+    Kind,
+    StartupFailure,
+    Status,
+    api_identity,
+    engine_identity,
+    pack,
+    unpack,
+)
 from . import listener
 from .handshake import refusal
 from .local import Child, start
@@ -51,16 +63,31 @@ def serve(config: Config, reporter: Reporter | None = None, **plan_options: Any)
     ``plan_options``: see ``plan``.
     """
     reporter = reporter or PlainReporter(config)
-    with listener.listen(config.server) as http, RunDirectory() as directory:
-        reporter.bound(listener.url(http))
+    with (
+        listener.listen(config.server) as http,
+        RunDirectory() as directory,
+        shared_counts(config.server.api_server_count) as counts,
+    ):
+        reporter.bound(listener.url(http, "https" if config.server.ssl_certfile else "http"))
         heartbeat_fd = make(max_watched_ids(config))
-        specs = plan(config, directory, http.fileno(), heartbeat_fd, **plan_options)
+        specs = plan(config, directory, http.fileno(), heartbeat_fd, counts_fd=counts, **plan_options)
         supervisor = Supervisor(config, directory, specs, reporter, Heartbeat(heartbeat_fd, max_watched_ids(config)))
         try:
             return supervisor.run()
         finally:
             supervisor.close()
             os.close(heartbeat_fd)
+
+
+@contextmanager
+def shared_counts(num_api_servers: int) -> Iterator[int]:
+    """File descriptor of memory where API servers keep their counts; they come and go, it stays."""
+    fd = os.memfd_create("hybrid-serve-counts")
+    try:
+        os.ftruncate(fd, num_api_servers * COUNTS_SLOT_BYTES)
+        yield fd
+    finally:
+        os.close(fd)
 
 
 class Supervisor:

@@ -4,27 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any, Generic, TypeVar
 
 import msgspec
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.routing import Route, request_response
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ..config import is_loopback
+from ..errors import StartupError
 from . import answers, protocol
+from .access import Access, Authentication, Guarded
+from .accounting import Accounting
 from .body import read_json_body
 from .context import ServerContext
-from .endpoints import health, models
+from .endpoints import admin, health, models
 from .endpoints.chat import create_chat_completion
 from .endpoints.completions import create_completion
 from .endpoints.tokenize import detokenize, tokenize
-from .errors import ApiError
-from .metrics import CONTENT_TYPE
-from .middleware import Authentication, Errors, HostCheck, RequestId
+from .exposition import CONTENT_TYPE
+from .middleware import Errors, HostCheck, RequestId
 from .openapi import openapi
 from .protocol import decode_request
 from .sse import Exchange
@@ -76,24 +80,39 @@ class _Post(Generic[T]):
 
 
 def create_app(context: ServerContext) -> Starlette:
-    """Every route but the health ones needs a key where keys are set (the middleware denies by default)."""
-    server = context.config.server
-    middleware = [Middleware(RequestId), Middleware(Errors)]
-    if server.api_key:
-        middleware.append(Middleware(Authentication, server.api_key))
-    elif is_loopback(server.host):
-        middleware.append(Middleware(HostCheck, (server.host,)))
-    routes = [
-        *(Route(route.path, _Post(context, route), methods=["POST"]) for route in POST_ROUTES),
-        *_get_routes(context),
-    ]
-    app = Starlette(routes=routes, middleware=middleware, exception_handlers={404: _raise, 405: _raise})
+    """Every route says what it asks for; what has no route needs a key all the same where keys are set."""
+    app = Starlette(
+        routes=_routes(context), middleware=_middleware(context), exception_handlers={404: _raise, 405: _raise}
+    )
     app.router.redirect_slashes = False
     app.state.context = context
     return app
 
 
-def _get_routes(context: ServerContext) -> list[Route]:
+def _middleware(context: ServerContext) -> list[Middleware]:
+    """Outermost first."""
+    server = context.config.server
+    found = [Middleware(RequestId, server.enable_request_id_headers), Middleware(Accounting, context)]
+    if server.allowed_origins:
+        cors = Middleware(
+            CORSMiddleware,
+            allow_origins=server.allowed_origins,
+            allow_credentials=server.allow_credentials,
+            allow_methods=server.allowed_methods,
+            allow_headers=server.allowed_headers,
+            expose_headers=("x-request-id", "server-timing", "retry-after"),
+        )
+        found.append(cors)
+    found.append(Middleware(Errors))
+    found += [Middleware(load_middleware(name)) for name in server.middleware]
+    if context.keys is not None:
+        found.append(Middleware(Authentication, context.keys, context.metrics))
+    elif is_loopback(server.host) and not server.uds:
+        found.append(Middleware(HostCheck, (server.host,)))
+    return found
+
+
+def _routes(context: ServerContext) -> list[Route]:
     async def live(_: Request) -> Response:
         return _json(health.live())
 
@@ -105,7 +124,7 @@ def _get_routes(context: ServerContext) -> list[Route]:
         return _json(health.version())
 
     async def metrics(_: Request) -> Response:
-        return Response(context.metrics.render(), headers={"content-type": CONTENT_TYPE})
+        return Response(context.exposition.render(), headers={"content-type": CONTENT_TYPE})
 
     async def list_models(_: Request) -> Response:
         return _json(models.list_models(context))
@@ -119,17 +138,50 @@ def _get_routes(context: ServerContext) -> list[Route]:
     async def links(_: Request) -> Response:
         return _json(health.links())
 
+    async def get_config(_: Request) -> Response:
+        return _json(admin.live_config(context))
+
+    async def patch_config(scope: Scope, receive: Receive, send: Send) -> None:
+        body = await read_json_body(scope, receive, context.config.server.max_request_bytes)
+        changes, _ = decode_request(body, admin.ConfigChanges, strict=True)
+        response = _json(admin.change_config(context, changes, scope["state"]["key"].name))
+        await response(scope, receive, send)
+
+    def get(path: str, access: Access, endpoint: Callable[[Request], Awaitable[Response]], *also: str) -> Route:
+        return route(path, access, request_response(endpoint), "GET", *also)
+
+    def route(path: str, access: Access, endpoint: ASGIApp, *methods: str) -> Route:
+        return Route(path, Guarded(path, access, context.keys is not None, endpoint), methods=list(methods))
+
     return [
-        Route("/", links),
-        Route("/live", live),
-        Route("/ready", ready),
-        Route("/health", ready),
-        Route("/version", version),
-        Route("/metrics", metrics),
-        Route("/openapi.json", describe),
-        Route("/v1/models", list_models),
-        Route("/v1/models/{id:path}", get_model),
+        *(route(each.path, Access.INFER, _Post(context, each), "POST") for each in POST_ROUTES),
+        get("/", Access.PUBLIC, links),
+        get("/live", Access.PUBLIC, live),
+        get("/ready", Access.PUBLIC, ready),
+        get("/health", Access.PUBLIC, ready),
+        get("/ping", Access.PUBLIC, ready, "POST"),
+        get("/admin/config", Access.ADMIN, get_config),
+        route("/admin/config", Access.ADMIN, patch_config, "PATCH"),
+        get("/version", Access.INFER, version),
+        get("/metrics", Access.METRICS, metrics),
+        get("/openapi.json", Access.INFER, describe),
+        get("/v1/models", Access.INFER, list_models),
+        get("/v1/models/{id:path}", Access.INFER, get_model),
     ]
+
+
+def load_middleware(name: str) -> Any:
+    """The class ``package.module.Class``. Raises StartupError."""
+    module, _, attribute = name.rpartition(".")
+    try:
+        found = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        why = f"{type(error).__name__}: {error}"
+        raise StartupError("HS-E043", f"middleware {name} cannot be imported", why, "package.module.Class") from error
+    if not isinstance(found, type):
+        fix = "a class whose objects are ASGI applications: __init__(app), __call__(scope, receive, send)"
+        raise StartupError("HS-E043", f"middleware {name} is no class", f"it is a {type(found).__name__}", fix)
+    return found
 
 
 def _json(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
@@ -138,6 +190,4 @@ def _json(value: Any, status: int = 200, headers: dict[str, str] | None = None) 
 
 async def _raise(request: Request, error: Exception) -> Response:
     """Leaves the shape of Starlette's own errors to the middleware."""
-    if isinstance(error, ApiError):
-        raise error
     raise error

@@ -5,7 +5,7 @@ from __future__ import annotations
 from starlette.types import Receive, Scope
 
 from .errors import ApiError
-from .middleware import header_values
+from .headers import header_values
 from .sse import ClientDisconnected
 
 

@@ -1,4 +1,5 @@
-"""Bounds on one connection that the HTTP parser does not have: size, number and pace of headers, pace of a body."""
+"""Bounds on one connection that the HTTP parser does not have: size, number and pace of headers, pace of a body in
+either direction."""
 
 from __future__ import annotations
 
@@ -11,26 +12,60 @@ from .errors import ApiError
 
 MAX_HEADER_BYTES = 32 * 1024
 MAX_HEADERS = 100
+SPARE_CONNECTIONS = 32  # beyond the limit, for those that are being told so
 HEADER_SECONDS = 10.0
 BODY_SECONDS = 30.0
 LEAST_BODY_BYTES = 1024  # a second, over BODY_SECONDS
+WRITE_SECONDS = 60.0  # that a client may leave what it was sent unread
 LINGER_SECONDS, LINGER_BYTES = 1.0, 2**20  # what is still read, unseen, after a refusal
 MAX_DISCARDED_BYTES = 64 * 2**20  # of a body that was refused; then the connection ends
+
+
+_turned_away: set[BoundedProtocol] = set()  # of the process, as its files are
 
 
 class BoundedProtocol(HttpToolsProtocol):
     """uvicorn's protocol, bounded; knows no route. A refusal has the usual error body and ends the connection."""
 
-    header_seconds, body_seconds = HEADER_SECONDS, BODY_SECONDS  # tests make them short
+    max_connections = 2**31  # the process lowers it to what the system gives it
+    header_seconds, body_seconds, write_seconds = HEADER_SECONDS, BODY_SECONDS, WRITE_SECONDS  # tests make them short
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._refused = False
+        self._unread: asyncio.TimerHandle | None = None
         self._begin_headers()
+        if len(self.connections) > self.max_connections:
+            self._turn_away()
+
+    def _turn_away(self) -> None:
+        self.connections.discard(self)
+        if len(_turned_away) >= SPARE_CONNECTIONS:  # no time for good manners
+            self.transport.abort()
+            return
+        _turned_away.add(self)
+        text = f"{self.max_connections} connections are open, as many as this server may have."
+        self._refuse(ApiError("too_many_connections", text))
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._timer.cancel()
+        self._stop_unread()
+        _turned_away.discard(self)
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        # The stream waits for the client; without an end to that, whoever reads nothing holds its place for ever.
+        self._unread = self.loop.call_later(self.write_seconds, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        self._stop_unread()
+        super().resume_writing()
+
+    def _stop_unread(self) -> None:
+        if self._unread is not None:
+            self._unread.cancel()
+            self._unread = None
 
     def _begin_headers(self) -> None:
         self._in_headers = True
@@ -123,9 +158,12 @@ class BoundedProtocol(HttpToolsProtocol):
             head = (
                 f"HTTP/1.1 {error.status} {http.HTTPStatus(error.status).phrase}\r\ncontent-type: application/json\r\n"
             )
+            if error.retry_after is not None:
+                head += f"retry-after: {error.retry_after}\r\n"
             tail = f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
             self.transport.write((head + tail).encode() + body)
         # Closing with unread input would reset the connection, and the answer might be lost with it.
-        self.transport.write_eof()
+        if self.transport.can_write_eof():  # not under TLS
+            self.transport.write_eof()
         self._num_bytes = 0
         self._timer = self.loop.call_later(LINGER_SECONDS, self.transport.close)

@@ -10,7 +10,7 @@ from array import array
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from ..client import EngineClient
 from ..config import Config
@@ -18,11 +18,16 @@ from ..text.chat_template import ChatTemplate
 from ..text.tokenizer import Tokenizer
 from ..wire import EngineFacts
 from .errors import ApiError
+from .exposition import Exposition
+from .keys import key_ring
 from .lifecycle import Lifecycle
 from .metrics import Metrics
 
 # Above this many characters work on a text leaves the event loop (some 5 ms of tokenising).
 _INLINE_CHARS = 16_384
+if TYPE_CHECKING:
+    from .tracing import Tracing
+
 T = TypeVar("T")
 
 
@@ -47,7 +52,11 @@ class ServerContext:
     def __post_init__(self) -> None:
         self.lifecycle = Lifecycle(self.client)
         self.model_names = self.config.model.served_model_name or (self.config.model.model,)
-        self.metrics = Metrics(self.client, self.config.server.metrics_prefix, self.model_names[0])
+        self.keys = key_ring(self.config.server)
+        self.metrics = Metrics()
+        prefix, cache = self.config.server.metrics_prefix, self.config.cache
+        self.exposition = Exposition(self.metrics, self.client, self.lifecycle, cache, prefix, self.model_names[0])
+        self.tracing: Tracing | None = None
         self.fingerprint = f"fp_{self.config.digest()[:12]}"
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="text")
         seed = self.config.model.seed
@@ -81,6 +90,16 @@ class ServerContext:
         served = ", ".join(self.model_names)
         raise ApiError("model_not_found", f"The model '{name[:256]}' does not exist. Served here: {served}.", "model")
 
+    def cache_salt(self, key_name: str | None, wanted: str | None) -> bytes:
+        """What two prompts must have in common to share KV. With several keys the key is part of it: else the time of
+        an answer would tell one user what another has asked (ADV-52)."""
+        salt = (wanted or "").encode()
+        server = self.config.server
+        is_by_key = server.prefix_cache_scope == "key" or (
+            server.prefix_cache_scope == "auto" and (bool(server.api_key_file) or len(server.secrets) > 1)
+        )
+        return f"{key_name}\0".encode() + salt if is_by_key and key_name is not None else salt
+
     def seed(self) -> int:
         """For a request that brings none: 63 bits, from the system or in the sequence that ``--seed`` begins."""
         return secrets.randbits(63) if self._seeds is None else self._seeds.getrandbits(63)
@@ -100,6 +119,8 @@ class ServerContext:
         return await self.off_loop(len(text), lambda: tokenizer.encode(text, add_special_tokens))
 
     def close(self) -> None:
+        if self.tracing is not None:
+            self.tracing.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
 

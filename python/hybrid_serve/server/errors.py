@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -37,13 +38,18 @@ _RETRY_SECONDS = {"model_loading": 2, "engine_dead": 5, "draining": 5, "engine_r
 class ApiError(Exception):
     """An entry of the catalogue with its message; ``param`` names the field, as ``messages[0].content``."""
 
-    def __init__(self, code: str, message: str, param: str | None = None) -> None:
+    headers: Sequence[tuple[bytes, bytes]] = ()  # of the response, besides the usual ones
+
+    def __init__(self, code: str, message: str, param: str | None = None, retry_after: int | None = None) -> None:
         super().__init__(message)
+        self._retry_after = retry_after
         self.status, self.type, self.hs_code = CATALOGUE[code]
         self.code, self.message, self.param = code, message, param
 
     @property
     def retry_after(self) -> int | None:
+        if self._retry_after is not None:
+            return self._retry_after
         return _RETRY_SECONDS.get(self.code, 1 if self.status in (429, 503) else None)
 
     def body(self, request_id: str | None) -> bytes:

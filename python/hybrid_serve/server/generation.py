@@ -27,7 +27,17 @@ class Prompt:
 class Choice:
     """One reply while it grows; knows its text, not its format."""
 
-    __slots__ = ("cached_tokens", "detokenizer", "finish_reason", "index", "last_time", "prompt")
+    __slots__ = (
+        "cached_tokens",
+        "detokenizer",
+        "finish_reason",
+        "first_time",
+        "index",
+        "last_time",
+        "num_preemptions",
+        "prefill_seconds",
+        "prompt",
+    )
 
     def __init__(self, index: int, prompt: Prompt, detokenizer: Detokenizer) -> None:
         self.index = index
@@ -35,7 +45,9 @@ class Choice:
         self.detokenizer = detokenizer
         self.finish_reason: FinishName | None = None
         self.cached_tokens = 0
-        self.last_time = 0.0  # of the last output; 0: none yet
+        self.num_preemptions = 0
+        self.prefill_seconds = 0.0  # from its first step to its first token
+        self.first_time = self.last_time = 0.0  # of the first and of the last output; 0: none yet
 
     @property
     def stop_reason(self) -> str | int | None:
@@ -91,11 +103,12 @@ class Generation:
                     yield self._deltas(first, stream, outputs)
             if any(choice.finish_reason is None for choice in self.choices):
                 raise EngineDead("the stream ended before its choices")
-        except (EngineRejected, EngineDead):
+        except (EngineRejected, EngineDead) as error:
             unfinished = "error"
+            metrics.admission_rejections += isinstance(error, EngineRejected) and error.code == "overloaded"
             raise
         finally:
-            metrics.ended(self.arrived, self.choices, self._cached_tokens(), unfinished)
+            metrics.ended(self.arrived, self.choices, self.n, unfinished)
 
     def _deltas(self, first: int, stream: Stream, outputs: list[ChoiceOutput]) -> list[Delta]:
         now = monotonic()
@@ -117,12 +130,15 @@ class Generation:
                 ids, logprobs = ids[:taken], logprobs[:taken]
             elif output.finish is not FinishReason.NONE:
                 choice.finish_reason = _finish_name(output.finish)
-            if choice.last_time:
+            if choice.first_time:
                 metrics.next_tokens(now - choice.last_time, taken)
             else:
                 choice.cached_tokens = max(0, output.cached_tokens)
+                choice.prefill_seconds = min(max(0.0, output.prefill_seconds), now - self.arrived)
+                choice.first_time = now
                 metrics.first_tokens(now - self.arrived, taken)
             choice.last_time = now
+            choice.num_preemptions = max(choice.num_preemptions, output.num_preemptions)  # a replay begins at 0
             deltas.append(Delta(choice, text, ids, logprobs))
         return deltas
 
@@ -175,6 +191,22 @@ class Generation:
         # The choices of one prompt share its blocks: it was looked up once.
         return sum(choice.cached_tokens for choice in self.choices[:: self.n])
 
+    def server_timing(self) -> str | None:
+        """The header of that name, P10."""
+        timing = self.timing()
+        return timing.header() if timing else None
+
+    def timing(self) -> Timing | None:
+        """So far; None before the first token."""
+        begun = [choice for choice in self.choices if choice.first_time]
+        if not begun:
+            return None
+        first = min(begun, key=lambda choice: choice.first_time)
+        last_time = max(choice.last_time for choice in begun)
+        waited = first.first_time - self.arrived - first.prefill_seconds
+        num_preemptions = sum(choice.num_preemptions for choice in begun)
+        return Timing(waited, first.prefill_seconds, last_time - first.first_time, num_preemptions)
+
     def usage(self) -> Usage:
         prompt_tokens = sum(len(prompt.token_ids) for prompt in self.prompts)
         completion_tokens = sum(choice.num_tokens for choice in self.choices)
@@ -184,6 +216,24 @@ class Generation:
             total_tokens=prompt_tokens + completion_tokens,
             prompt_tokens_details=PromptTokensDetails(self._cached_tokens()),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Where a request's time went, in seconds. The phases follow each other, without a gap, from its arrival on."""
+
+    queue: float  # until the engine's first step for it
+    prefill: float  # until its first token
+    decode: float  # until its last one
+    num_preemptions: int
+
+    def phases(self) -> dict[str, float]:
+        return {"queue": self.queue, "prefill": self.prefill, "decode": self.decode}
+
+    def header(self) -> str:
+        """As ``Server-Timing`` says it: milliseconds."""
+        listed = [f"{name};dur={seconds * 1e3:.3f}" for name, seconds in self.phases().items()]
+        return ", ".join([*listed, f"preempt;desc={self.num_preemptions}"])
 
 
 def _finish_name(finish: FinishReason) -> FinishName:

@@ -1,22 +1,16 @@
-"""Counters, gauges and histograms under the names that vLLM's dashboards query.
-
-Written only from the event loop, so plain numbers suffice; prometheus_client asks for them when it is scraped.
-"""
+"""What one API server counts. Written only from the event loop, so plain numbers suffice."""
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from itertools import accumulate
 from time import monotonic
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
-from prometheus_client.registry import Collector
-
-from ..client import EngineClient
-from ..wire import SamplingParams
+from ..wire import SamplingParams, Status
 
 if TYPE_CHECKING:
     from .generation import Choice
@@ -28,8 +22,32 @@ _REQUEST = (0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0
 _REQUEST_SECONDS = (*_REQUEST, 960.0, 1920.0, 7680.0)
 _COUNTS = tuple(float(digit * 10**power) for power in range(7) for digit in (1, 2, 5))
 _CHOICES = (1.0, 2.0, 5.0, 10.0, 20.0)
+_PREEMPTIONS = (1.0, 2.0, 3.0, 4.0, 5.0, 10.0, 20.0)
+_HTTP = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 2.5, 5.0, 7.5, 10.0, 30.0, 60.0)
 
-CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+# Histogram of requests -> bounds of its buckets, what it counts. The buckets are those that vLLM's dashboards expect.
+REQUEST_HISTOGRAMS: dict[str, tuple[tuple[float, ...], str]] = {
+    "time_to_first_token_seconds": (_FIRST_TOKEN_SECONDS, "From a request's arrival to its first token."),
+    "inter_token_latency_seconds": (_TOKEN, "From one token of a choice to its next."),
+    "request_time_per_output_token_seconds": (_TOKEN, "Mean time between the tokens of one choice."),
+    "e2e_request_latency_seconds": (_REQUEST_SECONDS, "From a request's arrival to its end."),
+    "request_queue_time_seconds": (_REQUEST_SECONDS, "From a request's arrival to the first step it was part of."),
+    "request_prefill_time_seconds": (_REQUEST_SECONDS, "From the first step to the first token."),
+    "request_decode_time_seconds": (_REQUEST_SECONDS, "From the first token to the last."),
+    "request_inference_time_seconds": (_REQUEST_SECONDS, "From the first step to the last token."),
+    "request_prompt_tokens": (_COUNTS, "Tokens of a prompt."),
+    "request_generation_tokens": (_COUNTS, "Tokens of a choice."),
+    "request_max_num_generation_tokens": (_COUNTS, "Tokens of a request's longest choice."),
+    "request_prefill_kv_computed_tokens": (_COUNTS, "Prompt tokens that were computed, not found in the cache."),
+    "request_params_max_tokens": (_COUNTS, "max_tokens of a request."),
+    "request_params_n": (_CHOICES, "n of a request."),
+    "request_num_preemptions": (_PREEMPTIONS, "How often a choice lost its blocks for a while."),
+}
+
+
+# Counts as they cross between API servers: words joined by _JOINT -> numbers. Two of them are added number by number.
+Flat = dict[str, list[float]]
+_JOINT = "\x1f"
 
 
 class Histogram:
@@ -46,34 +64,105 @@ class Histogram:
         self.counts[bisect_left(self.bounds, value)] += 1
         self.total += value
 
+    def numbers(self) -> list[float]:
+        return [*self.counts, self.total]
+
+    def add(self, numbers: Sequence[float]) -> None:
+        """Adds what ``numbers`` of another with the same bounds gave."""
+        if len(numbers) == len(self.counts) + 1:
+            self.counts = [mine + int(other) for mine, other in zip(self.counts, numbers, strict=False)]
+            self.total += numbers[-1]
+
     def buckets(self) -> list[tuple[str, float]]:
+        """(upper bound, how many are not above it), as Prometheus wants them."""
         names = [*map(str, self.bounds), "+Inf"]
         return [(name, float(count)) for name, count in zip(names, accumulate(self.counts), strict=True)]
 
 
-class Metrics(Collector):
-    """The numbers of one API server; the engine's own come from its last STATS."""
+@dataclass
+class HttpCounts:
+    """By (handler, method): the route's path as the table of routes has it, or ``none``; never a client's text."""
 
-    def __init__(self, client: EngineClient, prefix: str, model_name: str) -> None:
-        self._client = client
-        self._prefix = prefix
-        self._labels = [model_name, "0"]
+    requests: Counter[tuple[str, str, str]] = field(default_factory=Counter)  # and the class of the status: 2xx
+    seconds: dict[tuple[str, str], Histogram] = field(default_factory=dict)
+    request_bytes: dict[str, list[int]] = field(default_factory=dict)  # by handler: how many, sum
+    response_bytes: dict[str, list[int]] = field(default_factory=dict)
+
+    def ended(
+        self, handler: str, method: str, status: int, seconds: float, request_bytes: int, response_bytes: int
+    ) -> None:
+        self.requests[handler, method, f"{status // 100}xx"] += 1
+        if (handler, method) not in self.seconds:
+            self.seconds[handler, method] = Histogram(_HTTP)
+        self.seconds[handler, method].observe(seconds)
+        self._count_bytes(self.request_bytes, handler, 1, request_bytes)
+        self._count_bytes(self.response_bytes, handler, 1, response_bytes)
+
+    def flat(self) -> Flat:
+        found: dict[tuple[str, ...], list[float]] = {("requests", *words): [n] for words, n in self.requests.items()}
+        found |= {("seconds", *words): histogram.numbers() for words, histogram in self.seconds.items()}
+        found |= {("request_bytes", handler): [*pair] for handler, pair in self.request_bytes.items()}
+        found |= {("response_bytes", handler): [*pair] for handler, pair in self.response_bytes.items()}
+        return {_JOINT.join(("http", *words)): numbers for words, numbers in found.items()}
+
+    def add(self, words: list[str], numbers: Sequence[float]) -> None:
+        match words:
+            case ["requests", handler, method, status]:
+                self.requests[handler, method, status] += int(numbers[0])
+            case ["seconds", handler, method]:
+                self.seconds.setdefault((handler, method), Histogram(_HTTP)).add(numbers)
+            case ["request_bytes", handler]:
+                self._count_bytes(self.request_bytes, handler, int(numbers[0]), int(numbers[1]))
+            case ["response_bytes", handler]:
+                self._count_bytes(self.response_bytes, handler, int(numbers[0]), int(numbers[1]))
+
+    @staticmethod
+    def _count_bytes(sums: dict[str, list[int]], handler: str, count: int, size: int) -> None:
+        pair = sums.setdefault(handler, [0, 0])
+        pair[0] += count
+        pair[1] += size
+
+
+# Fields of Metrics that are one number.
+_NUMBERS = (
+    "prompt_tokens",
+    "cached_tokens",
+    "generation_tokens",
+    "admission_rejections",
+    "num_replayed",
+    "num_quarantined",
+    "num_open",
+)
+
+
+class Metrics:
+    """The numbers of one API server; knows neither their names on the wire nor the engine's own."""
+
+    def __init__(self) -> None:
         self.prompt_tokens = self.cached_tokens = self.generation_tokens = 0
         self.finished = {"stop": 0, "length": 0, "abort": 0, "error": 0}
-        self.histograms = {
-            "time_to_first_token_seconds": Histogram(_FIRST_TOKEN_SECONDS),
-            "inter_token_latency_seconds": Histogram(_TOKEN),
-            "request_time_per_output_token_seconds": Histogram(_TOKEN),
-            "e2e_request_latency_seconds": Histogram(_REQUEST_SECONDS),
-            "request_prompt_tokens": Histogram(_COUNTS),
-            "request_generation_tokens": Histogram(_COUNTS),
-            "request_params_max_tokens": Histogram(_COUNTS),
-            "request_params_n": Histogram(_CHOICES),
-        }
+        self.admission_rejections = self.num_replayed = self.num_quarantined = 0
+        self.histograms = {name: Histogram(bounds) for name, (bounds, _) in REQUEST_HISTOGRAMS.items()}
         self._first = self.histograms["time_to_first_token_seconds"]
         self._next = self.histograms["inter_token_latency_seconds"]
-        self.registry = CollectorRegistry()
-        self.registry.register(self)
+        self.http = HttpCounts()
+        self.by_key: dict[str, Counter[str]] = {}  # name of a key -> requests, tokens, refused
+        self.startup_seconds: dict[str, float] = {}
+        self.num_reloads: Counter[tuple[str, str]] = Counter()  # (what, "ok" or "refused")
+        self.num_open = 0  # requests of this moment, as far as other API servers are to know
+
+    def status_changed(self, status: Status) -> None:
+        """The engine's phase: how long each one took."""
+        if status.phase in ("loading_weights", "allocating"):
+            self.startup_seconds[status.phase] = status.seconds
+
+    def replayed(self, num_replayed: int, num_quarantined: int) -> None:
+        """An engine died: how many requests were asked for again, and how many were given up."""
+        self.num_replayed += num_replayed
+        self.num_quarantined += num_quarantined
+
+    def key_used(self, name: str, what: str, count: int = 1) -> None:
+        self.by_key.setdefault(name, Counter())[what] += count
 
     def started(self, params: SamplingParams, n: int, prompt_lengths: Sequence[int]) -> None:
         self.histograms["request_params_n"].observe(n)
@@ -90,67 +179,56 @@ class Metrics(Collector):
         self._next.observe(seconds)
         self.generation_tokens += count
 
-    def ended(self, arrived: float, choices: Sequence[Choice], cached_tokens: int, unfinished: str) -> None:
-        """Once a request, whichever way it ended; ``unfinished`` is the reason of choices that have none."""
+    def ended(self, arrived: float, choices: Sequence[Choice], n: int, unfinished: str) -> None:
+        """Once a request, whichever way it ended; ``unfinished`` is the reason of choices that have none. The ``n``
+        choices of one prompt follow each other."""
         seconds = monotonic() - arrived
-        self.cached_tokens += cached_tokens
+        observe = self._observe
         for choice in choices:
             self.finished[choice.finish_reason or unfinished] += 1
-            self.histograms["e2e_request_latency_seconds"].observe(seconds)
-            self.histograms["request_generation_tokens"].observe(choice.num_tokens)
-            if choice.num_tokens > 1:
-                self.histograms["request_time_per_output_token_seconds"].observe(seconds / choice.num_tokens)
+            observe("e2e_request_latency_seconds", seconds)
+            observe("request_generation_tokens", choice.num_tokens)
+            observe("request_num_preemptions", choice.num_preemptions)
+            if choice.first_time:
+                decode = choice.last_time - choice.first_time
+                observe("request_queue_time_seconds", choice.first_time - arrived - choice.prefill_seconds)
+                observe("request_prefill_time_seconds", choice.prefill_seconds)
+                observe("request_decode_time_seconds", decode)
+                observe("request_inference_time_seconds", choice.prefill_seconds + decode)
+                if choice.num_tokens > 1:
+                    observe("request_time_per_output_token_seconds", decode / (choice.num_tokens - 1))
+        for first in choices[::n]:  # the choices of one prompt share its blocks: it was looked up once
+            self.cached_tokens += first.cached_tokens
+            if first.first_time:
+                observe("request_prefill_kv_computed_tokens", len(first.prompt.token_ids) - first.cached_tokens)
+        observe("request_max_num_generation_tokens", max(choice.num_tokens for choice in choices))
 
-    def render(self) -> bytes:
-        """The exposition text."""
-        return generate_latest(self.registry)
+    def flat(self) -> Flat:
+        """Everything that adds up over API servers."""
+        found: dict[tuple[str, ...], list[float]] = {("number", name): [getattr(self, name)] for name in _NUMBERS}
+        found |= {("finished", reason): [count] for reason, count in self.finished.items()}
+        found |= {("histogram", name): histogram.numbers() for name, histogram in self.histograms.items()}
+        found |= {("reloads", *words): [count] for words, count in self.num_reloads.items()}
+        for name, counts in self.by_key.items():
+            found |= {("key", name, what): [count] for what, count in counts.items()}
+        return {_JOINT.join(words): numbers for words, numbers in found.items()} | self.http.flat()
 
-    def collect(self) -> Iterator[Metric]:
-        stats = self._client.stats
-        usage = stats.kv_blocks_used / stats.kv_blocks_total if stats.kv_blocks_total else 0.0
-        yield self._gauge("num_requests_running", "Requests in the running batch.", stats.num_running)
-        yield self._gauge("num_requests_waiting", "Requests that wait for a place.", stats.num_waiting)
-        yield self._gauge("kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1.", usage)
-        yield self._gauge("gpu_cache_usage_perc", "Older name of kv_cache_usage_perc.", usage)
-        yield self._counter("num_preemptions", "Requests that lost their blocks for a while.", stats.num_preemptions)
-        yield self._counter("prefix_cache_queries", "Prompt tokens looked up.", stats.prefix_queries)
-        yield self._counter("prefix_cache_hits", "Prompt tokens found.", stats.prefix_hits)
-        yield self._counter("prompt_tokens", "Prompt tokens of all requests.", self.prompt_tokens)
-        yield self._counter("prompt_tokens_cached", "Prompt tokens that were in the cache.", self.cached_tokens)
-        yield self._counter("generation_tokens", "Tokens generated.", self.generation_tokens)
-        yield self._own_counter("engine_restarts", "Restarts of the engine.", self._client.status.restarts)
-        yield self._own_counter("requests_replayed", "Requests that outlived an engine.", self._client.num_replayed)
-        yield self._own_counter("requests_quarantined", "Requests that killed it twice.", self._client.num_quarantined)
-        success = CounterMetricFamily(
-            f"{self._prefix}request_success", "Choices by the way they ended.", labels=[*_LABELS, "finished_reason"]
-        )
-        for reason, count in self.finished.items():
-            success.add_metric([*self._labels, reason], count)
-        yield success
-        for name, histogram in self.histograms.items():
-            yield self._histogram(name, histogram)
-        yield self._histogram("time_per_output_token_seconds", self._next)  # the older name of inter_token_latency
+    def add(self, flat: Flat) -> None:
+        """Adds what ``flat`` of another gave. Names that are not known here come from another version and are left."""
+        for joined, numbers in flat.items():
+            match joined.split(_JOINT):
+                case ["number", name] if name in _NUMBERS:
+                    setattr(self, name, getattr(self, name) + int(numbers[0]))
+                case ["finished", reason] if reason in self.finished:
+                    self.finished[reason] += int(numbers[0])
+                case ["histogram", name] if name in self.histograms:
+                    self.histograms[name].add(numbers)
+                case ["reloads", what, outcome]:
+                    self.num_reloads[what, outcome] += int(numbers[0])
+                case ["key", name, what]:
+                    self.key_used(name, what, int(numbers[0]))
+                case ["http", *words]:
+                    self.http.add(words, numbers)
 
-    def _gauge(self, name: str, text: str, value: float) -> Metric:
-        family = GaugeMetricFamily(self._prefix + name, text, labels=_LABELS)
-        family.add_metric(self._labels, value)
-        return family
-
-    def _counter(self, name: str, text: str, value: float) -> Metric:
-        family = CounterMetricFamily(self._prefix + name, text, labels=_LABELS)
-        family.add_metric(self._labels, value)
-        return family
-
-    def _own_counter(self, name: str, text: str, value: float) -> Metric:
-        family = CounterMetricFamily(f"hybrid:{name}", text, labels=_LABELS)
-        family.add_metric(self._labels, value)
-        return family
-
-    def _histogram(self, name: str, histogram: Histogram) -> Metric:
-        text = name.replace("_", " ").capitalize() + "."
-        family = HistogramMetricFamily(self._prefix + name, text, labels=_LABELS)
-        family.add_metric(self._labels, histogram.buckets(), histogram.total)
-        return family
-
-
-_LABELS = ("model_name", "engine")
+    def _observe(self, name: str, value: float) -> None:
+        self.histograms[name].observe(value)

@@ -1,10 +1,9 @@
-"""What every request passes before a route sees it. Pure ASGI; outermost first: RequestId, Errors, then Authentication
-(where keys are set) or HostCheck (on a loopback address without one)."""
+"""What every request passes before a route sees it. Pure ASGI; outermost first: RequestId, Accounting, CORS (where
+origins are allowed), Errors, the user's own, Authentication (where keys are set) or HostCheck (on a loopback address
+without one)."""
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import ipaddress
 import re
 from collections.abc import Iterable
@@ -14,32 +13,30 @@ from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from .. import logging as log_lines
 from .errors import ApiError, as_api_error
+from .headers import header_values
 from .sse import ClientDisconnected
 
-PUBLIC_PATHS = frozenset(("/", "/live", "/ready", "/health"))
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
-
-
-def header_values(scope: Scope, name: bytes) -> list[bytes]:
-    return [value for key, value in scope["headers"] if key == name]
 
 
 class RequestId:
     """Gives every request an id: the client's ``X-Request-Id`` if it is printable and short, else a new one."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
+    def __init__(self, app: ASGIApp, is_told: bool) -> None:
+        self.app, self._is_told = app, is_told
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
         given = header_values(scope, b"x-request-id")
         request_id = given[0].decode("latin-1") if len(given) == 1 else ""
         if not _REQUEST_ID.fullmatch(request_id):
             request_id = uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
+        log_lines.request_id.set(request_id)
+        if not self._is_told:
+            await self.app(scope, receive, send)
+            return
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -92,42 +89,8 @@ async def send_error(scope: Scope, send: Send, error: ApiError) -> None:
         headers["connection"] = "close"
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"
-    await send({"type": "http.response.start", "status": error.status, "headers": headers.raw})
+    await send({"type": "http.response.start", "status": error.status, "headers": [*headers.raw, *error.headers]})
     await send({"type": "http.response.body", "body": body})
-
-
-class Authentication:
-    """Default deny: every path but the health ones needs a key, as a bearer token or in ``x-api-key``.
-
-    Keys are kept and compared as SHA-256 digests, all of them every time, so that time tells nothing.
-    """
-
-    def __init__(self, app: ASGIApp, keys: Iterable[str]) -> None:
-        self.app = app
-        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        path = scope["path"].removeprefix(scope.get("root_path", ""))
-        if path not in PUBLIC_PATHS and not self._is_known(scope):
-            raise ApiError("invalid_api_key", "A valid API key is needed: Authorization: Bearer KEY.")
-        await self.app(scope, receive, send)
-
-    def _is_known(self, scope: Scope) -> bool:
-        tokens = header_values(scope, b"authorization")
-        keys = header_values(scope, b"x-api-key")
-        if len(tokens) > 1 or len(keys) > 1:
-            return False
-        candidates = list(keys)
-        for token in tokens:
-            scheme, _, value = token.partition(b" ")
-            if scheme.lower() == b"bearer":
-                candidates.append(value.strip())
-        known = False
-        for candidate in candidates:
-            digest = hashlib.sha256(candidate).digest()
-            for expected in self._digests:
-                known |= hmac.compare_digest(digest, expected)
-        return known
 
 
 class HostCheck:
@@ -139,7 +102,7 @@ class HostCheck:
         self._names = frozenset(("localhost", *(name.lower() for name in names)))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and not self._is_local(header_values(scope, b"host")):
+        if not self._is_local(header_values(scope, b"host")):
             raise ApiError("host_not_allowed", "The Host header does not name this machine.")
         await self.app(scope, receive, send)
 

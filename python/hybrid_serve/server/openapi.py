@@ -9,6 +9,7 @@ import msgspec
 
 from .. import __version__
 from .answers import Alive, ErrorBody, ModelCard, ModelList, Ready, Version
+from .endpoints.admin import ConfigChanges, LiveConfig
 from .errors import CATALOGUE
 
 _REF = "#/components/schemas/{name}"
@@ -20,6 +21,7 @@ _GET_ROUTES: tuple[tuple[str, str, type[msgspec.Struct] | None], ...] = (
     ("/health", "The same as /ready", Ready),
     ("/version", "The server's version", Version),
     ("/metrics", "Prometheus text", None),
+    ("/admin/config", "What of the configuration can be changed now", LiveConfig),
 )
 _PUBLIC = ("/live", "/ready", "/health")
 
@@ -45,10 +47,12 @@ def openapi(routes: Iterable[DescribedRoute]) -> dict[str, Any]:
     structs: list[type[msgspec.Struct]] = [ErrorBody]
     for route in routes:
         structs += (route.request, route.response)
+    structs.append(ConfigChanges)
     structs += [struct for _, _, struct in _GET_ROUTES if struct is not None]
     _, schemas = msgspec.json.schema_components(structs, ref_template=_REF)
     paths = {route.path: {"post": _post(route)} for route in routes}
     paths |= {path: {"get": _get(path, summary, struct)} for path, summary, struct in _GET_ROUTES}
+    paths["/admin/config"]["patch"] = _patch("Change some of it; all or nothing", ConfigChanges, LiveConfig)
     return {
         "openapi": "3.1.0",
         "info": {"title": "hybrid-serve", "version": __version__},
@@ -73,6 +77,16 @@ def _post(route: DescribedRoute) -> dict[str, Any]:
         "summary": (route.handler.__doc__ or route.path).strip().splitlines()[0],
         "requestBody": {"required": True, "content": {"application/json": {"schema": _ref(route.request)}}},
         "responses": responses,
+    }
+
+
+def _patch(summary: str, request: type[msgspec.Struct], response: type[msgspec.Struct]) -> dict[str, Any]:
+    answered = {"description": summary, "content": {"application/json": {"schema": _ref(response)}}}
+    return {
+        "operationId": "patch_admin_config",
+        "summary": summary,
+        "requestBody": {"required": True, "content": {"application/json": {"schema": _ref(request)}}},
+        "responses": {"200": answered, **{str(status): _error(status) for status in (400, 401, 403, 413, 415)}},
     }
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import gc
 import logging
+import resource
 import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -19,24 +21,45 @@ from ..client.engine_client import ZmqEngineClient
 from ..config import Config
 from ..text.loading import load_chat_template, load_tokenizer, locate_tokenizer
 from .app import create_app
-from .connection import BoundedProtocol
+from .connection import SPARE_CONNECTIONS, BoundedProtocol
 from .context import ServerContext, TextModel
+from .file_watch import Watched, watch
+from .shared_counts import SharedCounts, publish
+from .tls import Certificate, certificate
+from .tracing import tracing
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 _KEEP_ALIVE_SECONDS = 15
 _LAST_WRITES_SECONDS = 2
+_HANDSHAKE_SECONDS = 10
+MOST_FILES = 2**20
+OWN_FILES = 64 + SPARE_CONNECTIONS  # sockets to the engine, the log, model files while they load
 
 
 class HttpServer(uvicorn.Server):
     """uvicorn on a socket that is bound already; signals are the supervisor's."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """uvicorn's own would leave a TLS handshake a minute to take the server's time."""
+        await self.lifespan.startup()
+        loop, config = asyncio.get_running_loop(), self.config
+        make = functools.partial(BoundedProtocol, config, self.server_state, self.lifespan.state)
+        seconds = _HANDSHAKE_SECONDS if config.ssl else None
+        self.servers = [
+            await loop.create_server(
+                make, sock=each, ssl=config.ssl, backlog=config.backlog, ssl_handshake_timeout=seconds
+            )
+            for each in sockets or ()
+        ]
+        self.started = True
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
 
 
-def http_server(context: ServerContext) -> HttpServer:
+def http_server(context: ServerContext, certificate: Certificate | None = None) -> HttpServer:
     server = context.config.server
     config = uvicorn.Config(
         create_app(context),
@@ -51,26 +74,62 @@ def http_server(context: ServerContext) -> HttpServer:
         root_path=server.root_path,
         timeout_keep_alive=_KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=_LAST_WRITES_SECONDS,
+        ssl_context_factory=(lambda *_: certificate.context) if certificate else None,
     )
     return HttpServer(config)
 
 
+def watched_files(context: ServerContext, certificate: Certificate | None) -> list[Watched]:
+    """What the configuration says may change while the server runs."""
+    found = []
+    if context.keys is not None and context.keys.file is not None:
+        found.append(Watched("key file", [context.keys.file], context.keys.reload))
+    if certificate is not None and context.config.server.enable_ssl_refresh:
+        found.append(Watched("certificate", certificate.paths, certificate.reload))
+    return found
+
+
 def main(
-    config: Config, api_index: int, listen_fd: int, control_address: str, data_addresses: Sequence[str], launch: int
+    config: Config,
+    api_index: int,
+    listen_fd: int,
+    counts_fd: int,
+    control_address: str,
+    data_addresses: Sequence[str],
+    launch: int,
 ) -> None:
     """Returns when the server was told to shut down and has. Raises ``StartupError``."""
     client = ZmqEngineClient(config, api_index, control_address, data_addresses, launch=launch)
-    uvloop.run(_serve(config, api_index, socket.socket(fileno=listen_fd), client))
+    uvloop.run(_serve(config, client, api_index, socket.socket(fileno=listen_fd), SharedCounts(counts_fd, api_index)))
 
 
-async def _serve(config: Config, api_index: int, listener: socket.socket, client: ZmqEngineClient) -> None:
+def raise_file_limit() -> int:
+    """As many open files as the system lets this process have; of these, how many may be connections of clients."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MOST_FILES if hard == resource.RLIM_INFINITY else hard
+    if soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    return max(1, most - OWN_FILES)
+
+
+async def _serve(
+    config: Config, client: ZmqEngineClient, api_index: int, listener: socket.socket, counts: SharedCounts
+) -> None:
     context = ServerContext(config, client, api_index)
-    server = http_server(context)
+    context.tracing = tracing(config.server)
+    certified = certificate(config.server)
+    server = http_server(context, certified)
+    BoundedProtocol.max_connections = raise_file_limit()
     stopping = Stopping(context, server)
     client.on_shutdown = stopping.begin
+    context.metrics.add(counts.own())
+    context.exposition.others = counts.others
+    client.on_status, client.on_replay = context.metrics.status_changed, context.metrics.replayed
     client.start()
     serving = asyncio.ensure_future(server.serve(sockets=[listener]))
     loading = _in_daemon_thread(lambda: load_text_model(config))
+    watching = asyncio.ensure_future(watch(watched_files(context, certified), context.metrics.num_reloads))
+    publishing = asyncio.ensure_future(publish(counts, context.metrics, lambda: context.lifecycle.num_open))
     try:
         ends: set[asyncio.Future[Any]] = {serving, loading}
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
@@ -84,7 +143,10 @@ async def _serve(config: Config, api_index: int, listener: socket.socket, client
     finally:
         server.should_exit = True
         loading.cancel()
-        await asyncio.wait({serving})
+        watching.cancel()
+        await asyncio.wait({serving, watching})
+        publishing.cancel()
+        await asyncio.wait({publishing})
         client.close()
         context.close()
 

@@ -8,6 +8,7 @@ from typing import Protocol
 import msgspec
 
 from .generation import Delta, Generation
+from .request_log import RequestLog
 from .sse import Exchange
 
 
@@ -28,14 +29,20 @@ class Answer(Protocol):
 
 async def reply(exchange: Exchange, generation: Generation, answer: Answer, *, stream: bool) -> None:
     """Runs the generation to its end. Leaving early, by any path, aborts what still runs."""
+    exchange.timing = generation.server_timing
     if stream:
         exchange.begin_stream()
-    async with aclosing(generation.steps()) as steps:
-        async for deltas in steps:
-            if not stream:
-                answer.collect(deltas)
-            elif events := answer.events(deltas):
-                await exchange.write(events)
+    log = RequestLog(generation, exchange)
+    try:
+        async with aclosing(generation.steps()) as steps:
+            async for deltas in steps:
+                log.saw(deltas)
+                if not stream:
+                    answer.collect(deltas)
+                elif events := answer.events(deltas):
+                    await exchange.write(events)
+    finally:
+        log.ended()
     if stream:
         await exchange.end_stream(answer.last_events())
     else:

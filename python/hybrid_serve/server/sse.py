@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from time import monotonic
 from typing import Any
 
@@ -36,8 +36,18 @@ class Exchange:
     def __init__(
         self, scope: Scope, receive: Receive, send: Send, lifecycle: Lifecycle, keep_alive_interval: float = 0.0
     ) -> None:
-        self.request_id: str = scope.get("state", {}).get("request_id", "")
+        state = scope.get("state", {})
+        self.request_id: str = state.get("request_id", "")
+        self.trace_headers = {
+            name.decode(): value.decode("latin-1")
+            for name, value in scope.get("headers", ())
+            if name in (b"traceparent", b"tracestate")
+        }
+        self.key_name: str | None = state["key"].name if "key" in state else None
         self._ignored: list[str] = []
+        self.timing: Callable[[], str | None] = lambda: (
+            None
+        )  # the Server-Timing header, asked for when an answer starts
         self.arrived = monotonic()
         self._receive, self._send, self._lifecycle = receive, send, lifecycle
         self._interval = keep_alive_interval or None
@@ -115,6 +125,8 @@ class Exchange:
 
     async def _start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
         self._started = True
+        if timing := self.timing():
+            headers = [*headers, (b"server-timing", timing.encode())]
         if self._ignored:
             headers = [*headers, (b"x-hybrid-ignored", ",".join(self._ignored).encode())]
         await self._send({"type": "http.response.start", "status": status, "headers": headers})

@@ -160,5 +160,5 @@ def test_ps_lists_a_server_that_runs_and_says_how_it_is(tmp_path: Path, capsys: 
 
 
 def test_keys_are_masked_however_they_are_written() -> None:
-    words = ["python", "x", "serve", "--api_key", "a", "b", "--port", "1", "--api-key=c", "m"]
-    assert ps_module._shown(words) == "python x serve --api_key *** *** --port 1 --api-key=*** m"
+    words = ["python", "x", "serve", "--api_key", "a", "b", "--port", "1", "--api-key=c", "m", "--admin-api-key", "d"]
+    assert ps_module._shown(words) == "python x serve --api_key *** *** --port 1 --api-key=*** m --admin-api-key ***"

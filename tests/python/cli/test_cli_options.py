@@ -237,3 +237,16 @@ def test_help_lists_the_common_options_and_all_of_them_on_demand() -> None:
     assert "--port" not in help_text("cache")
     with pytest.raises(UsageError, match="did you mean cache"):
         help_text("cach")
+
+
+def test_a_list_may_be_written_as_json_as_vllm_takes_it() -> None:
+    pages = ("https://a.example", "https://b.example")
+    text = '["https://a.example", "https://b.example"]'
+    for options in (
+        parse(["--allowed-origins", *pages], {}),
+        parse(["--allowed-origins", text], {}),
+        parse([], {"HYBRID_SERVE_ALLOWED_ORIGINS": text}),
+        parse([], {"HYBRID_SERVE_ALLOWED_ORIGINS": ",".join(pages)}),
+    ):
+        assert options.config.server.allowed_origins == pages
+    assert parse(["--api-key", "[1]", "[x"], {}).config.server.api_key == ("[1]", "[x"), "these are keys"

@@ -25,6 +25,7 @@ from hybrid_serve.wire import (
     FinishReason,
     Hello,
     Kind,
+    Limit,
     Reject,
     Status,
     StepHeader,
@@ -68,6 +69,8 @@ class FakeServer:
                 array("i", [token for _, token, _ in rows]),
                 bytes(reason for _, _, reason in rows),
                 array("i", [-1] * len(rows)),
+                array("i", [0] * len(rows)),
+                array("q", [-1] * len(rows)),
             )
         )
 
@@ -237,6 +240,8 @@ def test_the_culprit_fails_alone(tmp_path: Path) -> None:
     """F-02: with all its choices; it is not sent again."""
 
     async def test(server: FakeServer) -> None:
+        told: list[tuple[int, int]] = []
+        server.client.on_replay = lambda *counts: told.append(counts)
         culprit, innocent = server.client.generate(ids([1]), params(), n=2), server.client.generate(ids([2]), params())
         async with culprit, innocent:
             for _ in range(2):
@@ -250,6 +255,21 @@ def test_the_culprit_fails_alone(tmp_path: Path) -> None:
             await joined_again(server)
             assert unpack((await server.receive(server.engines[0]))[2], AddRequest).id == FIRST_ID + 2
             assert (server.client.num_replayed, server.client.num_quarantined) == (1, 1)
+            assert told == [(1, 1)]
+
+    with_server(tmp_path, test)
+
+
+def test_an_engine_that_takes_over_is_told_a_changed_limit_of_the_queue(tmp_path: Path) -> None:
+    """P19: it was started with the configuration's."""
+
+    async def test(server: FakeServer) -> None:
+        server.client.limit_queue(7)
+        assert (await server.receive(server.engines[0]))[1] == Kind.LIMIT
+        server.tell(pack(Kind.STATUS, Status("restarting", restarts=1)))
+        await joined_again(server)
+        frames = await server.receive(server.engines[0])
+        assert (frames[1], unpack(frames[2], Limit)) == (Kind.LIMIT, Limit(7))
 
     with_server(tmp_path, test)
 
@@ -325,9 +345,9 @@ def test_two_engines_share_the_requests_and_their_statistics_add_up(tmp_path: Pa
         async with first, second:
             for engine in server.engines:
                 assert (await server.receive(engine))[1] == Kind.ADD
-            server.send(pack(Kind.STATS, EngineStats(num_running=1, steps=10)), engine=0)
-            server.send(pack(Kind.STATS, EngineStats(num_running=2, steps=20)), engine=1)
-            await until(lambda: server.client.stats == EngineStats(num_running=3, steps=30))
+            server.send(pack(Kind.STATS, EngineStats(num_running=1, steps=10, step_token_counts=(1, 2))), engine=0)
+            server.send(pack(Kind.STATS, EngineStats(num_running=2, steps=20, step_token_counts=(3, 4))), engine=1)
+            await until(lambda: server.client.stats == EngineStats(num_running=3, steps=30, step_token_counts=(4, 6)))
 
     with_server(tmp_path, test, num_engines=2)
 
@@ -338,14 +358,16 @@ def test_log_probabilities_are_cut_by_row() -> None:
         array("i", [70, 80, 90]).tobytes(),
         bytes([0, 0, 1]),
         array("i", [-1, 4, -1]).tobytes(),
+        array("i", [0, 2, 0]).tobytes(),
+        array("q", [-1, 3_000_000, -1]).tobytes(),
         array("f", [-0.5, -0.5, -1.0, 0, 0, 0, -2.0, 0, 0]).tobytes(),
         array("i", [70, 70, 71, -1, -1, -1, 90, -1, -1]).tobytes(),
         array("i", [1, 0, 5]).tobytes(),
     ]
-    found = list(outputs_of_step(StepHeader(1, 3, 3), columns))
+    found = list(outputs_of_step(StepHeader(1, 3, 3, now=5_500_000), columns))
     assert [id for id, _ in found] == [7, 8, 9]
     assert found[0][1].logprobs == [TokenLogprobs(-0.5, 1, [(70, -0.5), (71, -1.0)])]
-    assert found[1][1] == ChoiceOutput(0, [80], FinishReason.NONE, 4)
+    assert found[1][1] == ChoiceOutput(0, [80], FinishReason.NONE, 4, [], 2, 2.5)
     assert found[2][1].logprobs == [TokenLogprobs(-2.0, 5, [])]
 
 

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pytest
 
 from hybrid_serve import _core
-from hybrid_serve.wire import FinishReason
+from hybrid_serve.wire import STEP_TOKEN_BOUNDS, FinishReason
 
 
 def config(**changes: Any) -> _core.Config:
@@ -70,7 +70,7 @@ def test_a_request_runs_to_its_end() -> None:
     assert m.column(batch, "token_ids", 5).tolist() == [0, 1, 2, 3, 4]
     header = m.column(batch, "header", 16).tolist()
     assert header[:6] == [0, 5, 1, 0, 1, 5]
-    assert header[10] == batch.bytes_used
+    assert header[9] == batch.bytes_used
     outputs = m.core.commit(batch.step, m.pick(batch))
     assert outputs.num_rows == 1
     assert list(outputs.ids) == [2**48 + 7]
@@ -90,6 +90,7 @@ def test_outputs_are_read_only_columns_that_numpy_reads_without_a_copy() -> None
     assert batch is not None
     outputs = m.core.commit(batch.step, m.pick(batch))
     expected = {"client_start": "i4", "ids": "u8", "tokens": "i4", "finish": "u1", "cached_tokens": "i4", "rows": "i4"}
+    expected |= {"num_preemptions": "i4", "scheduled_at": "i8"}
     for name, dtype in expected.items():
         view = getattr(outputs, name)
         assert isinstance(view, memoryview)
@@ -98,6 +99,29 @@ def test_outputs_are_read_only_columns_that_numpy_reads_without_a_copy() -> None
     assert list(outputs.client_start) == [0, 1, 2]
     assert list(outputs.ids) == [2, 1]
     assert list(outputs.rows) == [1, 0]
+
+
+def test_a_choice_says_once_when_it_first_ran_by_the_clock_of_the_caller() -> None:
+    m = Machine(config())
+    m.core.add(1, tokens(3), max_tokens=2)
+    told = []
+    for now in (700, 800):
+        batch = m.core.schedule(now)
+        assert batch is not None
+        outputs = m.core.commit(batch.step, m.pick(batch))
+        told.append((list(outputs.scheduled_at), list(outputs.num_preemptions)))
+    assert told == [([700], [0]), ([-1], [0])]
+
+
+def test_steps_are_counted_by_their_tokens() -> None:
+    m = Machine(config(enable_prefix_caching=False))
+    for id, length in enumerate((1, 2, 3, 4, 5)):
+        m.core.add(id, tokens(length), max_tokens=1)
+        m.run()
+    counts = m.core.stats().step_token_counts
+    assert len(counts) == len(STEP_TOKEN_BOUNDS) + 1
+    assert counts[:5] == [1, 1, 2, 1, 0]  # of at most 1, 2, 4, 8, 16 tokens
+    assert sum(counts) == m.core.stats().steps
 
 
 def test_columns_outlive_the_scheduler() -> None:

@@ -108,10 +108,13 @@ def test_kill_9_of_the_engine_changes_no_reply(mortal: Server) -> None:
 
 
 def test_kill_9_of_the_only_api_server_brings_another(mortal: Server) -> None:
-    """The loaded model stays: only the HTTP side is started again."""
+    """The loaded model stays: only the HTTP side is started again, and goes on counting (P22)."""
     api, engine = mortal.child("hybrid-serve: api"), mortal.child("hybrid-serve: engine")
+    names = ("hybrid:engine_restarts_total", "hybrid:requests_replayed_total", "vllm:generation_tokens_total")
+    counted = [mortal.metric(name) for name in names]
     api.kill()
     wait_until(lambda: not api.is_running() and mortal.ready(), "another API server is ready")
     assert mortal.child("hybrid-serve: engine").pid == engine.pid
+    assert [mortal.metric(name) for name in names] == counted
     reply = httpx.post(mortal.url + "/v1/completions", json={"prompt": "x", "max_tokens": 1}, timeout=30)
     assert reply.status_code == 200

@@ -52,7 +52,8 @@ def test_bfloat16_logits_are_as_close_to_float32_as_those_of_transformers(tmp_pa
     folder = make_tiny_model(tmp_path, family, **WIDE)
     prompts = prompts_of([1, 7, 130, 300])
     expected = reference(folder, prompts)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).cuda()
+    model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model.cuda()
     ragged = Ragged(load_runner(folder, dtype="bfloat16", device="cuda"))
     found = ragged.logits([(s, len(s.tokens)) for s in [ragged.open(prompt) for prompt in prompts]])
     with torch.no_grad():

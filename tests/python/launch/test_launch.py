@@ -24,24 +24,24 @@ RUN = Path("/run/x")
 
 
 def test_a_server_is_an_engine_and_an_api_server_which_agree_on_addresses() -> None:
-    engine, api = plan(Config(), RUN, 5, 6)
+    engine, api = plan(Config(), RUN, 5, 6, counts_fd=7)
     assert (engine.name, api.name) == ("engine 0", "api 0")
     assert engine.entry == "hybrid_serve.engine.process:main"
     assert api.entry == "hybrid_serve.server.process:main"
     assert engine.arguments["control_address"] == api.arguments["control_address"] == "ipc:///run/x/control"
     assert api.arguments["data_addresses"] == [engine.arguments["data_address"]]
-    assert (engine.inherited_fds, api.inherited_fds) == ((6,), (5,))
+    assert (engine.inherited_fds, api.inherited_fds) == ((6,), (5, 7))
 
 
 def test_several_api_servers_share_the_socket_and_the_engine_knows_how_many() -> None:
-    engine, *servers = plan(Config(server=ServerConfig(api_server_count=3)), RUN, 5, 6)
+    engine, *servers = plan(Config(server=ServerConfig(api_server_count=3)), RUN, 5, 6, counts_fd=7)
     assert engine.arguments["num_clients"] == 3
     assert [spec.arguments["api_index"] for spec in servers] == [0, 1, 2]
     assert {spec.arguments["listen_fd"] for spec in servers} == {5}
 
 
 def test_a_spec_survives_the_way_to_its_process() -> None:
-    for spec in plan(Config(), RUN, 5, 6):
+    for spec in plan(Config(), RUN, 5, 6, counts_fd=7):
         assert msgspec.json.decode(msgspec.json.encode(spec), type=ProcessSpec) == spec
 
 
@@ -64,7 +64,7 @@ def test_a_child_of_another_version_configuration_or_plan_is_refused(
     message: Hello, identity: bytes, names: list[str]
 ) -> None:
     """F-51: with both versions."""
-    specs = plan(Config(), RUN, 5, 6)
+    specs = plan(Config(), RUN, 5, 6, counts_fd=7)
     failure = refusal(message, identity, specs, "digest")
     assert failure is not None
     assert all(name in failure.why for name in names)
@@ -118,21 +118,51 @@ def test_port_0_takes_any_free_one_and_says_which() -> None:
 
 def test_ipv6_is_bound_and_shown_in_brackets() -> None:
     try:
-        bound = listener.listen(ServerConfig(host="::1", port=0))
+        with listener.listen(ServerConfig(host="::1", port=0)) as bound:
+            assert listener.url(bound, "https") == f"https://[::1]:{bound.getsockname()[1]}"
     except StartupError as error:
         if "IPv6" in str(error) or not Path("/proc/net/if_inet6").exists() or "assign" in error.failure.why:
             pytest.skip(f"no IPv6 here: {error}")
         raise
-    with bound:
-        assert listener.url(bound) == f"http://[::1]:{bound.getsockname()[1]}"
+
+
+def test_a_unix_socket_is_for_this_user_alone_and_goes_with_the_server(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    with listener.listen(ServerConfig(uds=str(path))) as bound:
+        assert listener.url(bound) == f"http+unix://{path}"
+        assert path.stat().st_mode & 0o777 == 0o600
+        with pytest.raises(StartupError) as caught, listener.listen(ServerConfig(uds=str(path))):
+            pass
+        assert (caught.value.failure.code, caught.value.failure.exit_code) == ("HS-E031", 13)
+    assert not path.exists()
+
+
+def test_a_dead_unix_socket_is_replaced_and_any_other_file_is_not(tmp_path: Path) -> None:
+    """F-56."""
+    path = tmp_path / "s"
+    with socket.socket(socket.AF_UNIX) as killed:
+        killed.bind(str(path))
+    with listener.listen(ServerConfig(uds=str(path))):
+        pass
+    path.write_text("precious")
+    for bad, why in (
+        (path, "another kind"),
+        (tmp_path / ("x" * 120), "may have 107"),
+        (tmp_path / "no" / "s", "No such"),
+    ):
+        with pytest.raises(StartupError) as caught, listener.listen(ServerConfig(uds=str(bad))):
+            pass
+        assert caught.value.failure.code == "HS-E032"
+        assert why in caught.value.failure.why
+    assert path.read_text() == "precious"
 
 
 def test_a_port_in_use_names_the_process_and_another_port() -> None:
     """F-56: HS-E031, exit code 13."""
     with listener.listen(ServerConfig(port=0)) as bound:
         port = bound.getsockname()[1]
-        with pytest.raises(StartupError) as caught:
-            listener.listen(ServerConfig(port=port))
+        with pytest.raises(StartupError) as caught, listener.listen(ServerConfig(port=port)):
+            pass
     failure = caught.value.failure
     assert (failure.code, failure.exit_code) == ("HS-E031", 13)
     assert f"pid {os.getpid()} (" in failure.why
@@ -142,8 +172,8 @@ def test_a_port_in_use_names_the_process_and_another_port() -> None:
 @pytest.mark.parametrize("host", ["203.0.113.7", "no-such-host.invalid"])
 def test_an_address_that_is_not_of_this_machine_is_told_apart(host: str) -> None:
     """F-56."""
-    with pytest.raises(StartupError) as caught:
-        listener.listen(ServerConfig(host=host, port=0))
+    with pytest.raises(StartupError) as caught, listener.listen(ServerConfig(host=host, port=0)):
+        pass
     assert (caught.value.failure.code, caught.value.failure.exit_code) == ("HS-E032", 13)
     assert host in caught.value.failure.what
 

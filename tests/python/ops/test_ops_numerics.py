@@ -75,14 +75,14 @@ def test_rotate_and_store_turns_slices_of_qkv_and_fills_the_cache(dtype: torch.d
     rows, heads, kv_heads, dim, block_size = 6, 9, 3, 64, 16
     qkv = randn(rows, (heads + 2 * kv_heads) * dim, dtype=dtype)
     before = qkv.clone().view(rows, -1, dim)
-    q, k, v = qkv.view(rows, -1, dim).split([heads, kv_heads, kv_heads], dim=1)
+    q, k, v = torch.split(qkv.view(rows, -1, dim), [heads, kv_heads, kv_heads], dim=1)
     angles = torch.arange(50)[:, None] * 10000.0 ** (-torch.arange(0, dim, 2) / dim)
     cos_sin = torch.cat([angles.cos(), angles.sin()], dim=1).float().contiguous()
     positions = torch.tensor([0, 49, 7, 8, 9, 10], dtype=torch.int32)
     slots = torch.tensor([33, 2, -1, 40, 3, 15])
     caches = torch.zeros(2, 3, kv_heads, block_size, dim, dtype=dtype)
     weights = [randn(dim, dtype=dtype), randn(dim, dtype=dtype) + 1] if normed else [None, None]
-    ops.rotate_and_store(q, caches[0], caches[1], k, v, cos_sin, positions, slots, *weights, eps=1e-5)
+    ops.rotate_and_store(q, caches[0], caches[1], k, v, cos_sin, positions, slots, weights[0], weights[1], eps=1e-5)
 
     def expected(x: Tensor, weight: Tensor | None) -> Tensor:
         if weight is not None:
@@ -94,7 +94,7 @@ def test_rotate_and_store_turns_slices_of_qkv_and_fills_the_cache(dtype: torch.d
     # A norm's last bit may go the other way, and then be turned.
     atol = 0.05 if normed and dtype != torch.float32 else 2e-5
     relative = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype] * 1.1
-    q_before, k_before, v_before = before.split([heads, kv_heads, kv_heads], dim=1)
+    q_before, k_before, v_before = torch.split(before, [heads, kv_heads, kv_heads], dim=1)
     torch.testing.assert_close(q.double(), expected(q_before, weights[0]), rtol=relative, atol=atol)
     assert torch.equal(k, k_before), "k and v are only read"
     assert torch.equal(v, v_before)

@@ -3,71 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import os
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
-from typing import Any, TypeAlias
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
 
+import psutil
 import pytest
 
 from api_harness import CHAT, MESSAGES, Api
 from hybrid_serve.server.connection import BoundedProtocol
 from hybrid_serve.server.process import Stopping, http_server
+from raw_http import GOOD, error_code, exchange, request, response_of, served
 
 MakeApi = Callable[..., Api]
-Reader: TypeAlias = asyncio.StreamReader
-Writer: TypeAlias = asyncio.StreamWriter
-GOOD = json.dumps({"messages": MESSAGES}).encode()
-
-
-def request(body: bytes = GOOD, *headers: bytes, path: str = CHAT) -> bytes:
-    lines = [f"POST {path} HTTP/1.1".encode(), b"Host: localhost", b"Content-Type: application/json", *headers]
-    return b"\r\n".join([*lines, b"Content-Length: %d" % len(body), b"", body])
-
-
-@asynccontextmanager
-async def served(api: Api) -> AsyncIterator[Callable[[], Awaitable[tuple[Reader, Writer]]]]:
-    """The application on a real socket; gives a function that connects."""
-    listener = socket.socket()
-    listener.bind(("127.0.0.1", 0))
-    listener.listen()
-    port = listener.getsockname()[1]
-    server = http_server(api.context)
-    serving = asyncio.ensure_future(server.serve(sockets=[listener]))
-    writers: list[Writer] = []
-
-    async def connect() -> tuple[Reader, Writer]:
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        writers.append(writer)
-        return reader, writer
-
-    try:
-        yield connect
-    finally:
-        for writer in writers:
-            writer.close()
-        server.should_exit = True
-        await serving
-
-
-async def response_of(reader: Reader) -> tuple[int, dict[str, str], Any]:
-    head = (await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)).decode().split("\r\n")
-    headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in head[1:-2])}
-    body = await asyncio.wait_for(reader.readexactly(int(headers["content-length"])), 5)
-    return int(head[0].split()[1]), headers, json.loads(body)
-
-
-async def exchange(connect: Any, *pieces: bytes) -> tuple[int, dict[str, str], Any]:
-    reader, writer = await connect()
-    for piece in pieces:
-        writer.write(piece)
-        await asyncio.sleep(0)
-    return await response_of(reader)
-
-
-def error_code(answer: tuple[int, dict[str, str], Any]) -> tuple[int, str]:
-    return answer[0], answer[2]["error"]["code"]
 
 
 def test_requests_share_a_connection(api: Api) -> None:
@@ -196,6 +150,76 @@ def test_a_client_that_leaves_in_the_middle_of_its_body_is_forgotten(api: Api) -
             assert api.context.lifecycle.num_open == 0
 
     api.run(scenario())
+
+
+def test_one_connection_too_many_is_told_so_and_the_others_go_on(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    """F-41"""
+    monkeypatch.setattr(BoundedProtocol, "max_connections", 3)
+
+    async def scenario() -> None:
+        async with served(api) as connect:
+            idle = [await connect() for _ in range(3)]
+            for _ in range(2):
+                answer = await exchange(connect)
+                assert error_code(answer) == (503, "too_many_connections")
+                assert (answer[1]["retry-after"], answer[1]["connection"]) == ("1", "close")
+            flood = [await connect() for _ in range(100)]
+            for reader, _ in flood:
+                with contextlib.suppress(ConnectionResetError):
+                    await asyncio.wait_for(reader.read(), 5)
+            for reader, writer in idle:
+                writer.write(request())
+                assert (await response_of(reader))[0] == 200
+                writer.close()
+                await writer.wait_closed()
+            assert (await exchange(connect, request()))[0] == 200
+
+    api.run(scenario())
+
+
+def test_a_process_with_few_files_serves_whom_it_can(tmp_path: Path) -> None:
+    """F-42: 300 clients, 160 files; afterwards everything is as before, and meanwhile the processor rests."""
+    code = """
+import asyncio, resource, socket, sys, time
+resource.setrlimit(resource.RLIMIT_NOFILE, (160, 160))
+import uvloop
+from api_harness import Api
+from hybrid_serve.server.connection import BoundedProtocol
+from hybrid_serve.server.process import http_server, raise_file_limit
+BoundedProtocol.max_connections = raise_file_limit()
+api = Api()
+listener = socket.socket(); listener.bind(("127.0.0.1", 0)); listener.listen(2048)
+print(listener.getsockname()[1], BoundedProtocol.max_connections, flush=True)
+uvloop.run(http_server(api.context).serve(sockets=[listener]))
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    ) as server:
+        try:
+            assert server.stdout is not None
+            port, most = map(int, server.stdout.readline().split())
+            assert most == 64
+            get = b"GET /live HTTP/1.1\r\nHost: localhost\r\n\r\n"
+            clients = [socket.create_connection(("127.0.0.1", port), 10) for _ in range(300)]
+            clients[0].sendall(get)
+            assert clients[0].recv(12) == b"HTTP/1.1 200"
+            used = psutil.Process(server.pid).cpu_times()
+            time.sleep(0.5)
+            spent = psutil.Process(server.pid).cpu_times()
+            assert spent.user + spent.system - used.user - used.system < 0.3
+            for client in clients:
+                client.close()
+            end = time.monotonic() + 10
+            answer = b""
+            while answer != b"HTTP/1.1 200":
+                assert time.monotonic() < end
+                with socket.create_connection(("127.0.0.1", port), 10) as client, contextlib.suppress(ConnectionError):
+                    client.sendall(get)
+                    answer = client.recv(12)
+        finally:
+            server.kill()
 
 
 def test_shutdown_keeps_the_socket_open_until_the_last_request_has_ended(make_api: MakeApi) -> None:

@@ -31,7 +31,15 @@ from .files import BatchInput, BatchOutput, Result
 
 INTERRUPTED = 130
 # What a batch keeps of the options of a server; the others are about clients, of whom there is one here.
-_KEPT = ("log_level", "max_logprobs", "max_request_bytes", "metrics_prefix", "shutdown_timeout", "strict_requests")
+_KEPT = (
+    "log_format",
+    "log_level",
+    "max_logprobs",
+    "max_request_bytes",
+    "metrics_prefix",
+    "shutdown_timeout",
+    "strict_requests",
+)
 
 
 def run_batch(argv: list[str]) -> int:
@@ -53,7 +61,8 @@ def run_batch(argv: list[str]) -> int:
             print(f"{output.path}: all {done} results are there")
             return 0
         config = replace(config, model=demo.unless_named(config.model))
-        log_lines.configure(config.server.log_level, "run-batch", config.server.api_key)
+        server = config.server
+        log_lines.configure(server.log_level, "run-batch", server.secrets, form=server.log_format)
         return _Batch(source, output, done, config, arguments.max_inflight or _enough(config)).run()
     except StartupError as error:
         print(box(error.failure), file=sys.stderr)

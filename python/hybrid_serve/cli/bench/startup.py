@@ -50,7 +50,7 @@ def startup(argv: list[str]) -> int:
         raise UsageError("--port: a free one is taken")
     try:
         files = resolve(demo.unless_named(chosen.config.model)).folder
-        key = chosen.config.server.api_key[0] if chosen.config.server.api_key else ""
+        key = next(iter(chosen.config.server.secrets), "")
         found: dict[str, Any] = {}
         for name, repeats in (("cold", arguments.num_iters_cold), ("warm", arguments.num_iters_warm)):
             runs = []

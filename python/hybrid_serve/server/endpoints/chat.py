@@ -61,7 +61,7 @@ async def _prepare(
         logprobs=logprobs,
         seed=context.seed(),
     )
-    salt = (request.cache_salt or "").encode()
+    salt = context.cache_salt(exchange.key_name, request.cache_salt)
     generation = Generation(
         context, [Prompt(ids)], params, request.n or 1, request.priority or 0, salt, exchange.arrived
     )

@@ -37,7 +37,7 @@ async def create_completion(context: ServerContext, request: CompletionRequest, 
     prompts = await prompts_of(context, request)
     if max_tokens == 0:
         return await _echo_only(context, request, prompts, model, exchange)
-    generation = _generation(context, request, prompts, max_tokens, exchange.arrived)
+    generation = _generation(context, request, prompts, max_tokens, exchange)
     answer = _Answer(context, request, generation, model, exchange.request_id)
     await reply(exchange, generation, answer, stream=bool(request.stream))
     return None
@@ -88,7 +88,7 @@ def _check_length(context: ServerContext, ids: array[int], param: str) -> array[
 
 
 def _generation(
-    context: ServerContext, request: CompletionRequest, prompts: list[Prompt], max_tokens: int, arrived: float
+    context: ServerContext, request: CompletionRequest, prompts: list[Prompt], max_tokens: int, exchange: Exchange
 ) -> Generation:
     facts = context.facts
     logprobs = -1
@@ -97,8 +97,8 @@ def _generation(
     # One set of parameters serves all prompts: the engine ends each at its own room, too.
     room = facts.max_model_len - min(len(prompt.token_ids) for prompt in prompts)
     params = sampling_params(request, facts, max_tokens=min(max_tokens, room), logprobs=logprobs, seed=context.seed())
-    salt = (request.cache_salt or "").encode()
-    return Generation(context, prompts, params, request.n or 1, request.priority or 0, salt, arrived)
+    salt = context.cache_salt(exchange.key_name, request.cache_salt)
+    return Generation(context, prompts, params, request.n or 1, request.priority or 0, salt, exchange.arrived)
 
 
 def _echoed(context: ServerContext, prompt: Prompt) -> str:

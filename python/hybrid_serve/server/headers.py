@@ -1,0 +1,10 @@
+"""Reading request headers."""
+
+from __future__ import annotations
+
+from starlette.types import Scope
+
+
+def header_values(scope: Scope, name: bytes) -> list[bytes]:
+    """Every value of a header; ``name`` in lower case."""
+    return [value for key, value in scope["headers"] if key == name]

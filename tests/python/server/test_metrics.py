@@ -1,0 +1,207 @@
+"""/metrics: names, numbers and form; and the dashboard, the alerts and the page that speak of them (FEATURES 4.1)."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from prometheus_client.parser import text_string_to_metric_families
+
+from api_harness import CHAT, MESSAGES, Api, says
+from fake_engine import FakeEngine
+from hybrid_serve.client import EngineRejected
+from hybrid_serve.wire import STEP_TOKEN_BOUNDS, EngineStats
+
+MakeApi = Callable[..., Api]
+ROOT = Path(__file__).parents[3]
+STATS = EngineStats(2, 3, 25, 100, 7, 40, 30, 9, 99, (1, 2, *[0] * 10, 3, 2, 0, 1))
+
+# What vLLM 0.33 exports without special features, and the older names that dashboards still query.
+_NAMES = """
+    num_requests_running num_requests_waiting num_requests_waiting_by_reason kv_cache_usage_perc prefix_cache_queries
+    prefix_cache_hits num_preemptions prompt_tokens prompt_tokens_by_source prompt_tokens_cached
+    prompt_tokens_cached_by_source generation_tokens request_success admission_rejections request_prompt_tokens
+    request_generation_tokens request_max_num_generation_tokens request_params_max_tokens
+    request_prefill_kv_computed_tokens request_params_n request_num_preemptions iteration_tokens_total
+    time_to_first_token_seconds inter_token_latency_seconds request_time_per_output_token_seconds
+    e2e_request_latency_seconds request_queue_time_seconds request_inference_time_seconds request_prefill_time_seconds
+    request_decode_time_seconds cache_config_info
+    time_per_output_token_seconds gpu_cache_usage_perc cpu_cache_usage_perc num_requests_swapped
+    gpu_prefix_cache_queries gpu_prefix_cache_hits
+"""
+VLLM = _NAMES.split()
+
+
+def families(text: str) -> dict[str, Any]:
+    """By name; counters without ``_total``. Fails for what a strict reader would refuse."""
+    found: dict[str, Any] = {}
+    for family in text_string_to_metric_families(text):
+        assert family.name not in found, f"{family.name} comes twice"
+        assert family.documentation, family.name
+        assert family.type in ("counter", "gauge", "histogram", "summary"), family.name
+        found[family.name] = family
+        series = [(sample.name, tuple(sorted(sample.labels.items()))) for sample in family.samples]
+        assert len(set(series)) == len(series), family.name
+    for line in text.splitlines():
+        assert re.fullmatch(r"# (HELP|TYPE) \S+ .+|[a-zA-Z_:][\w:]*(\{.*\})? \S+", line), line
+    return found
+
+
+def value(found: dict[str, Any], name: str, suffix: str = "", **labels: str) -> float:
+    samples = [
+        sample.value
+        for sample in found[name].samples
+        if sample.name == name + suffix and labels.items() <= sample.labels.items()
+    ]
+    assert len(samples) == 1, (name, labels, samples)
+    return float(samples[0])
+
+
+@pytest.fixture
+def used(make_api: MakeApi) -> tuple[Api, list[dict[str, int]]]:
+    """A server that has answered a few requests, and their usage."""
+    engine = FakeEngine(says("one two three"), cached_tokens=4, num_preemptions=2, prefill_seconds=1e-9, stats=STATS)
+    api = make_api(engine, api_key=("k",))
+    headers = {"x_api_key": "k"}
+    usage = []
+    for fields in ({}, {"n": 2, "max_tokens": 1}):
+        response = api.post(CHAT, {"messages": MESSAGES, **fields}, **headers)
+        assert response.status_code == 200
+        usage.append(response.json()["usage"])
+    engine.reject = EngineRejected(503, "full", "overloaded")
+    assert api.post(CHAT, {"messages": MESSAGES}, **headers).status_code == 503
+    assert api.post(CHAT, {}, **headers).status_code == 400
+    assert api.get("/no/such/route", x_api_key="k").status_code == 404
+    return api, usage
+
+
+def scrape(api: Api) -> dict[str, Any]:
+    response = api.get("/metrics", x_api_key="k")
+    assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
+    return families(response.text)
+
+
+def test_it_parses_strictly_and_has_every_name_of_vllm(used: tuple[Api, Any]) -> None:
+    found = scrape(used[0])
+    assert [
+        name for name in VLLM if "vllm:" + name not in found and "vllm:" + name.removesuffix("_total") not in found
+    ] == []
+
+
+def test_requests_and_tokens_add_up(used: tuple[Api, list[dict[str, int]]]) -> None:
+    api, usage = used
+    found = scrape(api)
+    prompt = sum(each["prompt_tokens"] for each in usage)
+    rejected = usage[0]["prompt_tokens"]  # it was refused after its prompt had been counted
+    assert value(found, "vllm:prompt_tokens", "_total") == prompt + rejected
+    assert value(found, "vllm:generation_tokens", "_total") == sum(each["completion_tokens"] for each in usage)
+    assert value(found, "vllm:prompt_tokens_cached", "_total") == 8
+    assert value(found, "vllm:prompt_tokens_by_source", "_total", source="local_compute") == prompt + rejected - 8
+    for reason, count in (("stop", 1), ("length", 2), ("error", 1), ("abort", 0)):
+        assert value(found, "vllm:request_success", "_total", finished_reason=reason) == count
+    assert value(found, "vllm:admission_rejections", "_total", reason="max_num_queued_reqs") == 1
+    assert value(found, "vllm:time_to_first_token_seconds", "_count") == 3
+    assert value(found, "vllm:inter_token_latency_seconds", "_count") == usage[0]["completion_tokens"] - 1
+    assert value(found, "vllm:time_per_output_token_seconds", "_count") == usage[0]["completion_tokens"] - 1
+    assert value(found, "vllm:e2e_request_latency_seconds", "_count") == 4
+    for phase in ("queue", "prefill", "decode", "inference"):
+        assert value(found, f"vllm:request_{phase}_time_seconds", "_count") == 3
+    assert value(found, "vllm:request_num_preemptions", "_sum") == 6
+    assert value(found, "vllm:request_max_num_generation_tokens", "_count") == 3
+    assert value(found, "hybrid:key_usage", "_total", key="api-key-1", kind="requests") == 4
+
+
+def test_the_engines_own_numbers_come_from_its_last_word(used: tuple[Api, Any]) -> None:
+    found = scrape(used[0])
+    expected = {
+        "num_requests_running": 2, "num_requests_waiting": 3, "kv_cache_usage_perc": 0.25, "gpu_cache_usage_perc": 0.25,
+    }  # fmt: skip
+    for name, number in expected.items():
+        assert value(found, "vllm:" + name) == number
+    for name, number in {"num_preemptions": 7, "prefix_cache_queries": 40, "prefix_cache_hits": 30}.items():
+        assert value(found, "vllm:" + name, "_total") == number
+    name = "vllm:iteration_tokens_total"
+    assert value(found, name, "_bucket", le="2.0") == 3
+    assert value(found, name, "_bucket", le=f"{STEP_TOKEN_BOUNDS[-1]:.1f}") == 8
+    assert (value(found, name, "_count"), value(found, name, "_sum")) == (9, 99)
+    info = found["vllm:cache_config_info"].samples[0].labels
+    assert (info["block_size"], info["num_gpu_blocks"], info["enable_prefix_caching"]) == ("16", "100", "True")
+
+
+def test_http_requests_are_counted_by_route_and_never_by_a_clients_text(used: tuple[Api, Any]) -> None:
+    api, _ = used
+    for i in range(20):
+        api.get(f"/wp-admin/{i}")
+        api.get(f"/v1/models/{i}", x_api_key="k")
+        api.run(api.client.request(f"METHOD{i}", "/live"))
+    found = scrape(api)
+    name = "http_requests"
+    assert value(found, name, "_total", handler=CHAT, method="POST", status="2xx") == 2
+    assert value(found, name, "_total", handler=CHAT, method="POST", status="4xx") == 1
+    assert value(found, name, "_total", handler=CHAT, method="POST", status="5xx") == 1
+    assert value(found, name, "_total", handler="none", method="GET", status="4xx") == 21
+    assert value(found, name, "_total", handler="/v1/models/{id:path}", method="GET", status="4xx") == 20
+    assert {sample.labels["method"] for sample in found[name].samples} == {"GET", "POST", "other"}
+    assert value(found, "http_request_duration_seconds", "_count", handler=CHAT, method="POST") == 4
+    assert value(found, "http_response_size_bytes", "_sum", handler=CHAT) > 200
+
+
+def test_the_prefix_is_a_choice(make_api: MakeApi) -> None:
+    text = make_api(metrics_prefix="mine:").get("/metrics").text
+    assert "mine:prompt_tokens_total" in text
+    assert "vllm:" not in text
+
+
+def test_no_key_and_no_text_of_a_request_is_in_it(make_api: MakeApi) -> None:
+    """ADV-57"""
+    api = make_api(api_key=("canary-key",), admin_api_key=("canary-admin",))
+    body = {"messages": [{"role": "user", "content": "canary-prompt"}]}
+    api.post(CHAT, body, x_api_key="canary-key", x_request_id="canary-id")
+    assert "canary" not in api.get("/metrics?canary=1", x_api_key="canary-admin").text
+
+
+def test_the_page_lists_every_name_and_no_other(used: tuple[Api, Any]) -> None:
+    documented = set(
+        re.findall(r"^\| `([^`]+)` \|", (ROOT / "docs" / "reference" / "metrics.md").read_text(), re.MULTILINE)
+    )
+    found = {name: family for name, family in scrape(used[0]).items() if not name.startswith("process_")}
+    exported = {name + "_total" * (family.type == "counter") for name, family in found.items()}
+    assert documented == exported
+
+
+def queried(expressions: Iterator[str]) -> set[str]:
+    return {name for text in expressions for name in re.findall(r"[a-zA-Z_]\w*:\w+|\b(?:http|process)_\w+", text)}
+
+
+def dashboard_expressions() -> Iterator[str]:
+    dashboard = json.loads((ROOT / "deploy" / "grafana-dashboard.json").read_text())
+    for panel in dashboard["panels"]:
+        yield from (target["expr"] for target in panel.get("targets", ()))
+    for variable in dashboard["templating"]["list"]:
+        if variable["type"] == "query":
+            yield variable["definition"]
+
+
+def alert_expressions() -> Iterator[str]:
+    for group in yaml.safe_load((ROOT / "deploy" / "prometheus-alerts.yaml").read_text())["groups"]:
+        for rule in group["rules"]:
+            assert {"alert", "expr", "labels", "annotations"} <= set(rule)
+            assert {"summary", "description"} <= set(rule["annotations"])
+            yield rule["expr"]
+
+
+@pytest.mark.parametrize("expressions", [dashboard_expressions, alert_expressions])
+def test_everything_that_is_queried_is_exported(
+    used: tuple[Api, Any], expressions: Callable[[], Iterator[str]]
+) -> None:
+    found = scrape(used[0])
+    names = {sample.name for family in found.values() for sample in family.samples}
+    wanted = queried(expressions())
+    assert len(wanted) >= 8
+    # What was not counted yet has no sample, but is announced all the same.
+    assert {name for name in wanted if name not in names and name.removesuffix("_total") not in found} == set()
