@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -17,6 +18,8 @@ from . import memory
 from .arena import ArenaViews, Batch, Layout
 from .limits import CPU_BATCHED_TOKENS
 from .step import Compute, Done, Pending, StepResult, exact_shape
+
+log = logging.getLogger(__name__)
 
 
 class Steps(Protocol):
@@ -104,6 +107,8 @@ def open_device(config: Config) -> Device:
     """Raises StartupError (HS-E025) for a device that this build or machine does not have."""
     engine = config.engine
     if engine.device == "cpu" or (engine.device == "auto" and not _has_cuda()):
+        if engine.device == "auto" and torch.cuda.is_available():
+            log.warning("there is a GPU, but hybrid-serve was built without CUDA kernels: it runs on the CPU")
         return CpuDevice(engine.cpu_threads)
     if not _kernels.has_cuda():
         raise StartupError(

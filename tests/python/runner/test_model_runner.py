@@ -14,6 +14,7 @@ from hybrid_serve.checkpoint.hub import resolve
 from hybrid_serve.config import CacheConfig, Config, EngineConfig, ModelConfig
 from hybrid_serve.errors import StartupError
 from hybrid_serve.runner.arena import NUM_DECODES, ArenaViews
+from hybrid_serve.runner.device import open_device
 from hybrid_serve.runner.model_runner import ModelRunner
 from in_process import Generator, load_runner
 from tiny_gguf import write_tiny_gguf
@@ -191,6 +192,15 @@ def test_a_device_that_is_not_there_is_a_startup_error(tmp_path: Path) -> None:
     with pytest.raises(StartupError) as caught:
         ModelRunner.load(config, resolve(config.model), lambda phase, share: None)
     assert (caught.value.failure.code, caught.value.failure.exit_code) == ("HS-E025", 2)
+
+
+def test_a_gpu_that_the_build_cannot_use_is_mentioned(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("hybrid_serve._kernels.has_cuda", lambda: False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert open_device(Config()).describe().startswith("cpu")
+    assert "built without CUDA kernels" in caplog.text
 
 
 def test_weights_in_bfloat16_and_float16_are_kept_in_their_type(tmp_path: Path) -> None:
