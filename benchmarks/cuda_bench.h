@@ -123,4 +123,19 @@ inline void report(const std::string& name, double time, double bytes, double op
   std::fflush(stdout);
 }
 
+// Makes the stream and measures the copy that bandwidths are held against. Called first.
+inline void begin() {
+  cuda::check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+  constexpr size_t bytes = size_t{1} << 30;
+  Memory memory;
+  const TensorView from = memory.random({static_cast<int64_t>(bytes / 2)}),
+                   to = memory.take({static_cast<int64_t>(bytes / 2)}, DType::bf16);
+  const double time =
+      seconds([&] { cuda::check(cudaMemcpyAsync(to.data, from.data, bytes, cudaMemcpyDeviceToDevice, stream)); });
+  copy_bandwidth = 2.0 * static_cast<double>(bytes) / time;
+  cudaDeviceProp properties;
+  cuda::check(cudaGetDeviceProperties(&properties, 0));
+  std::printf("%s: device copy %.2f TB/s (read + written)\n", properties.name, copy_bandwidth * 1e-12);
+}
+
 }  // namespace hybrid::bench

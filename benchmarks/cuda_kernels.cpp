@@ -293,27 +293,13 @@ void sample_cases() {
         }
 }
 
-void measure_copy() {
-  constexpr size_t bytes = size_t{1} << 30;
-  Memory memory;
-  const TensorView from = memory.random({static_cast<int64_t>(bytes / 2)}),
-                   to = memory.take({static_cast<int64_t>(bytes / 2)}, DType::bf16);
-  const double time =
-      seconds([&] { cuda::check(cudaMemcpyAsync(to.data, from.data, bytes, cudaMemcpyDeviceToDevice, stream)); });
-  copy_bandwidth = 2.0 * static_cast<double>(bytes) / time;
-  cudaDeviceProp properties;
-  cuda::check(cudaGetDeviceProperties(&properties, 0));
-  std::printf("%s: device copy %.2f TB/s (read + written)\n", properties.name, copy_bandwidth * 1e-12);
-}
-
 }  // namespace
 }  // namespace hybrid::bench
 
 int main(int count, char** arguments) {
   using namespace hybrid::bench;
   wanted.assign(arguments + 1, arguments + count);
-  hybrid::cuda::check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
-  measure_copy();
+  begin();
   attention_cases();
   linear_cases();
   elementwise_cases();

@@ -5,18 +5,9 @@
 // head. Every product has weights of its own. A line gives the time of a step, the median of 5 replays, and the share
 // of a device copy's bandwidth (read + written) at which the weights streamed.
 //   bench_cuda_step [rows ...]
-#include <cuda_runtime.h>
-
-#include <algorithm>
-#include <cstdio>
 #include <cstdlib>
-#include <functional>
-#include <random>
-#include <vector>
 
-#include "launch.cuh"
-#include "ops/float16.h"
-#include "ops/ops.h"
+#include "cuda_bench.h"
 
 namespace hybrid::bench {
 namespace {
@@ -28,24 +19,6 @@ struct Model {
 constexpr Model models[] = {{"Qwen2.5-0.5B", 24, 896, 1152, 4864, 151936},
                             {"Llama-3.2-1B", 16, 2048, 3072, 8192, 128256},
                             {"Llama-3.1-8B", 32, 4096, 6144, 14336, 128256}};
-
-double median_seconds(cudaStream_t stream, const std::function<void()>& work) {
-  cudaEvent_t begin, end;
-  cuda::check(cudaEventCreate(&begin));
-  cuda::check(cudaEventCreate(&end));
-  std::vector<float> milliseconds;
-  for (int i = 0; i < 6; ++i) {
-    cuda::check(cudaEventRecord(begin, stream));
-    work();
-    cuda::check(cudaEventRecord(end, stream));
-    cuda::check(cudaEventSynchronize(end));
-    if (float time = 0; i > 0) cuda::check(cudaEventElapsedTime(&time, begin, end)), milliseconds.push_back(time);
-  }
-  cuda::check(cudaEventDestroy(begin));
-  cuda::check(cudaEventDestroy(end));
-  std::sort(milliseconds.begin(), milliseconds.end());
-  return milliseconds[milliseconds.size() / 2] * 1e-3;
-}
 
 // Random bf16; after 8 M of them the same again.
 BFloat16* random_memory(int64_t elements) {
@@ -71,7 +44,7 @@ TensorView tensor(void* data, DType dtype, std::initializer_list<int64_t> shape)
   return t;
 }
 
-void step(const Model& m, int64_t rows, BFloat16* weights, BFloat16* activations, float* logits, cudaStream_t stream) {
+void step(const Model& m, int64_t rows, BFloat16* weights, BFloat16* activations, float* logits) {
   const auto activation = [&](int64_t width) {
     BFloat16* const data = activations;
     activations += rows * width;
@@ -107,11 +80,11 @@ int64_t weight_elements(const Model& m) {
          packed_size(m.vocab, m.hidden);
 }
 
-void report(const Model& m, int64_t rows, BFloat16* weights, double copy_bandwidth, cudaStream_t stream) {
+void time_step(const Model& m, int64_t rows, BFloat16* weights) {
   BFloat16* const activations = random_memory(rows * (2 * m.hidden + m.qkv + 3 * m.inner));
   float* logits = nullptr;
   cuda::check(cudaMalloc(&logits, static_cast<size_t>(rows * m.vocab) * sizeof(float)));
-  const auto run = [&] { step(m, rows, weights, activations, logits, stream); };
+  const auto run = [&] { step(m, rows, weights, activations, logits); };
   run();  // scratch grows, kernels load
   cuda::check(cudaStreamSynchronize(stream));
   cudaGraph_t graph;
@@ -120,7 +93,7 @@ void report(const Model& m, int64_t rows, BFloat16* weights, double copy_bandwid
   run();
   cuda::check(cudaStreamEndCapture(stream, &graph));
   cuda::check(cudaGraphInstantiate(&executable, graph, 0));
-  const double time = median_seconds(stream, [&] { cuda::check(cudaGraphLaunch(executable, stream)); });
+  const double time = seconds([&] { cuda::check(cudaGraphLaunch(executable, stream)); });
   std::printf("step of %-12s rows %4ld %10.1f us  %5.1f %% of copy\n", m.name, static_cast<long>(rows), time * 1e6,
               2.0 * static_cast<double>(weight_elements(m)) / time / copy_bandwidth * 100);
   std::fflush(stdout);
@@ -138,19 +111,10 @@ int main(int count, char** arguments) {
   std::vector<int64_t> rows;
   for (int i = 1; i < count; ++i) rows.push_back(std::atoll(arguments[i]));
   if (rows.empty()) rows = {1, 8, 16, 32, 64, 128, 256};
-  cudaStream_t stream;
-  cuda::check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
-  constexpr int64_t elements = int64_t{1} << 29;
-  BFloat16 *from = bench::random_memory(elements), *to = bench::random_memory(elements);
-  const double copy_bandwidth =
-      4.0 * elements / bench::median_seconds(stream, [&] {
-        cuda::check(cudaMemcpyAsync(to, from, elements * 2, cudaMemcpyDeviceToDevice, stream));
-      });
-  cuda::check(cudaFree(from));
-  cuda::check(cudaFree(to));
+  bench::begin();
   for (const bench::Model& model : bench::models) {
     BFloat16* const weights = bench::random_memory(bench::weight_elements(model));
-    for (const int64_t r : rows) bench::report(model, r, weights, copy_bandwidth, stream);
+    for (const int64_t r : rows) bench::time_step(model, r, weights);
     cuda::check(cudaFree(weights));
   }
   return 0;
