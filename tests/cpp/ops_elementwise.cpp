@@ -5,6 +5,7 @@
 
 #include "ops/cpu/isa.h"
 #include "ops/cpu/thread_pool.h"
+#include "refusal.h"
 #include "strided_tensor.h"
 
 namespace hybrid {
@@ -181,16 +182,6 @@ TEST(Elementwise, gives_a_row_the_same_bits_alone_and_in_a_batch) {
     }
     cpu::set_num_threads(0);
   });
-}
-
-template <class Call>
-std::string message_of(const Call& call) {
-  try {
-    call();
-  } catch (const std::invalid_argument& error) {
-    return error.what();
-  }
-  return "nothing was thrown";
 }
 
 TEST(Elementwise, refuses_wrong_arguments_with_the_numbers) {

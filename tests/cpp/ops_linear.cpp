@@ -8,6 +8,7 @@
 #include "ops/cpu/isa.h"
 #include "ops/cpu/packed.h"
 #include "ops/cpu/thread_pool.h"
+#include "refusal.h"
 
 namespace hybrid {
 namespace {
@@ -132,16 +133,6 @@ TEST(Embedding, reads_the_same_rows_from_a_packed_and_from_a_plain_table) {
         EXPECT_TRUE(from_packed.row_equals(row, table, ids.view().as<int32_t>()[row]));
       }
     }
-}
-
-template <class Call>
-std::string message_of(const Call& call) {
-  try {
-    call();
-  } catch (const std::invalid_argument& error) {
-    return error.what();
-  }
-  return "nothing was thrown";
 }
 
 TEST(Linear, names_the_tensor_and_the_numbers_when_an_argument_is_wrong) {

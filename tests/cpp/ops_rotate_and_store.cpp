@@ -11,6 +11,7 @@
 #include "ops/cpu/isa.h"
 #include "ops/cpu/thread_pool.h"
 #include "owned_tensor.h"
+#include "refusal.h"
 
 namespace hybrid::test {
 namespace {
@@ -185,16 +186,6 @@ TEST_P(RotateAndStoreTest, addresses_caches_of_more_than_two_to_the_32_elements)
     EXPECT_EQ(float(k_cache.as<BFloat16>()[first + h * block_size * dim]), 0.25f);
     EXPECT_EQ(float(v_cache.as<BFloat16>()[first + h * block_size * dim + dim - 1]), 3.0f);
   }
-}
-
-template <class Call>
-std::string message_of(const Call& call) {
-  try {
-    call();
-  } catch (const std::invalid_argument& error) {
-    return error.what();
-  }
-  return "nothing was thrown";
 }
 
 TEST(RotateAndStoreArguments, wrong_ones_are_refused_with_the_numbers) {
