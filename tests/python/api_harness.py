@@ -18,6 +18,8 @@ from hybrid_serve.server.context import ServerContext, TextModel
 T = TypeVar("T")
 MESSAGES = [{"role": "user", "content": "hi"}]
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+# Written down here a second time on purpose: opening a route to everyone takes two hands.
+PUBLIC = {"/", "/live", "/ready", "/health", "/ping"}
 REPLY = "Hello, this is a wörld of 😀 text."
 
 
@@ -99,3 +101,12 @@ def text_of(events: list[dict[str, Any]], index: int = 0) -> str:
             if choice["index"] == index:
                 texts.append(choice["delta"]["content"] if "delta" in choice else choice["text"])
     return "".join(texts)
+
+
+def routes(api: Api) -> list[tuple[str, str]]:
+    """(method, path) of everything that the application answers."""
+    found = []
+    for route in api.app.routes:
+        path = str(getattr(route, "path", "")).replace("{id:path}", "demo")
+        found += [(method, path) for method in sorted(getattr(route, "methods", None) or ()) if method != "HEAD"]
+    return found

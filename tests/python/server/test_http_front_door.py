@@ -11,22 +11,12 @@ from typing import Any
 import httpx
 import pytest
 
-from api_harness import CHAT, MESSAGES, Api, says
+from api_harness import CHAT, MESSAGES, Api, routes, says
 from fake_engine import FACTS, FakeEngine
 from hybrid_serve.server.app import POST_ROUTES
 from hybrid_serve.wire import Status
 
 MakeApi = Callable[..., Api]
-PUBLIC = {"/", "/live", "/ready", "/health", "/ping"}
-
-
-def routes(api: Api) -> list[tuple[str, str]]:
-    """(method, path) of everything that the application answers."""
-    found = []
-    for route in api.app.routes:
-        path = str(getattr(route, "path", "")).replace("{id:path}", "demo")
-        found += [(method, path) for method in sorted(getattr(route, "methods", None) or ()) if method != "HEAD"]
-    return found
 
 
 def send(api: Api, method: str, path: str, headers: list[tuple[str, str]] | None = None) -> httpx.Response:
