@@ -8,30 +8,28 @@ for steps in the middle of each workload, the time of every kernel and how long 
 
 from __future__ import annotations
 
+import argparse
+import json
+import shutil
+import statistics
+import tempfile
 import time
+from array import array
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
 
-BEGAN = time.perf_counter()
+import psutil
+import torch
+import workloads
 
-import argparse  # noqa: E402
-import json  # noqa: E402
-import shutil  # noqa: E402
-import statistics  # noqa: E402
-import tempfile  # noqa: E402
-from array import array  # noqa: E402
-from collections import defaultdict  # noqa: E402
-from pathlib import Path  # noqa: E402
-from typing import Any  # noqa: E402
-
-import torch  # noqa: E402
-import workloads  # noqa: E402
-
-from hybrid_serve import _core  # noqa: E402
-from hybrid_serve.checkpoint.hub import resolve  # noqa: E402
-from hybrid_serve.config import Config  # noqa: E402
-from hybrid_serve.engine.executor import InlineExecutor  # noqa: E402
-from hybrid_serve.engine.loop import EngineLoop  # noqa: E402
-from hybrid_serve.engine.process import make_core  # noqa: E402
-from hybrid_serve.runner.model_runner import ModelRunner  # noqa: E402
+from hybrid_serve import _core
+from hybrid_serve.checkpoint.hub import resolve
+from hybrid_serve.config import Config
+from hybrid_serve.engine.executor import InlineExecutor
+from hybrid_serve.engine.loop import EngineLoop
+from hybrid_serve.engine.process import make_core
+from hybrid_serve.runner.model_runner import ModelRunner
 
 
 class Run:
@@ -54,7 +52,7 @@ class Run:
     def send(self, outputs: _core.Outputs, result: Any) -> None:
         self.tokens += outputs.num_rows
         self.steps += 1
-        self.first_token = self.first_token or time.perf_counter()
+        self.first_token = self.first_token or time.time()
         if self.profiler is not None and self.steps == self._stop_at:
             torch.cuda.synchronize()
             self.profiler.stop()
@@ -108,9 +106,9 @@ def main() -> None:
             group, _, field = name.partition(".")
             settings[group][field] = json.loads(value)
         config = Config.from_json(json.dumps(settings).encode())
-        imported = time.perf_counter()
+        began_process, imported = psutil.Process().create_time(), time.time()
         executor = InlineExecutor(config, ModelRunner.load(config, resolve(config.model), lambda phase, share: None))
-        loaded = time.perf_counter()
+        loaded = time.time()
         facts = executor.allocate()
         for what, num_bytes in facts.memory:
             print(f"memory {num_bytes / 2**30:8.2f} GiB  {what}")
@@ -130,9 +128,9 @@ def main() -> None:
             seconds = time.perf_counter() - began
             if not results:
                 results["startup"] = {
-                    "import_s": imported - BEGAN,
+                    "import_s": imported - began_process,
                     "load_s": loaded - imported,
-                    "first_token_s": run.first_token - BEGAN,
+                    "first_token_s": run.first_token - began_process,
                 }
                 print("startup", {key: round(value, 2) for key, value in results["startup"].items()}, flush=True)
                 results["first"] = name
