@@ -67,20 +67,25 @@ class Run:
 
 
 def report_kernels(profiler: Any) -> None:
-    spans, totals = [], defaultdict(list)
+    spans, begins, totals = [], set(), defaultdict(list)
     for event in profiler.events():
         if event.device_type == torch.autograd.DeviceType.CUDA:
             spans.append((event.time_range.start, event.time_range.end))
+            if "HtoD" in event.name:  # a step begins with its one copy to the device
+                begins.add(event.time_range.start)
             totals[event.name].append(event.time_range.end - event.time_range.start)
     if not spans:
         return
     spans.sort()
-    busy, end = 0.0, spans[0][0]
+    busy, end, between = 0.0, spans[0][0], []
     for start, stop in spans:
+        if start in begins:
+            between.append(max(0.0, start - end))
         busy += max(0.0, stop - max(start, end))
         end = max(end, stop)
     wall = end - spans[0][0]
-    print(f"    GPU busy {busy:.0f} of {wall:.0f} us ({busy / wall:.1%})")
+    idle = f", idle between steps {statistics.median(between[1:]):.1f} us (median)" if len(between) > 1 else ""
+    print(f"    GPU busy {busy:.0f} of {wall:.0f} us ({busy / wall:.1%}){idle}")
     for name, times in sorted(totals.items(), key=lambda item: -sum(item[1]))[:16]:
         print(f"    {sum(times):9.0f} us {len(times):5} x {statistics.median(times):8.2f} us  {name[:90]}")
 

@@ -57,8 +57,9 @@ def write_weights(folder: Path, device: torch.device) -> None:
 def write_tokenizer(folder: Path, vocab_size: int) -> None:
     """Byte-level BPE: bytes, pairs of letters, then pairs of pairs, until every id has a spelling."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    pairs = list(itertools.product(string.ascii_lowercase, repeat=2))
-    quads = ((f"{a}{b}", f"{c}{d}") for (a, b), (c, d) in itertools.product(pairs, repeat=2))
+    letters = string.ascii_lowercase
+    pairs = list(itertools.product(letters, letters))
+    quads = ((f"{a}{b}", f"{c}{d}") for (a, b), (c, d) in itertools.product(pairs, pairs))
     merges = list(itertools.islice(itertools.chain(pairs, quads), max(vocab_size - 1 - len(alphabet), 0)))
     entries = [END, *alphabet, *(first + second for first, second in merges)]
     tokenizer = Tokenizer(models.BPE(vocab={entry: id_ for id_, entry in enumerate(entries)}, merges=merges))

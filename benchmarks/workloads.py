@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-NAMES = ("single", "batch32", "chat", "chat_sampled", "long", "prefix", "prefill")
+NAMES = ("single", "batch32", "batch256", "chat", "chat_sampled", "long", "prefix", "prefill")
 SAMPLED = {"temperature": 0.8, "top_p": 0.9, "top_k": 50, "seed": 1}
 
 
@@ -22,6 +22,6 @@ def make(name: str, vocab_size: int, seed: int = 0) -> list[tuple[list[int], int
     if name == "prefix":
         shared = ids(2048)
         return [(shared + ids(64), 64) for _ in range(512)]
-    count, prompt, output = {"single": (1, 128, 256), "batch32": (32, 128, 256), "long": (48, 6000, 256),
-                             "prefill": (64, 4096, 1)}[name]  # fmt: skip
+    count, prompt, output = {"single": (1, 128, 256), "batch32": (32, 128, 256), "batch256": (256, 128, 256),
+                             "long": (48, 6000, 256), "prefill": (64, 4096, 1)}[name]  # fmt: skip
     return [(ids(prompt), output) for _ in range(count)]
