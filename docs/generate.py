@@ -123,9 +123,9 @@ def metrics() -> str:
 def asked(path: str) -> bytes:
     """What the application answers to a GET, without a socket and without an engine."""
     config, pieces = Config(), []
-    context = ServerContext(config, ZmqEngineClient(config, 0, "inproc://nowhere", []))
+    context = ServerContext(config, ZmqEngineClient(config, 0, "inproc://nowhere", [(0, "inproc://nowhere")]))
     context.metrics.http.ended("/live", "GET", 200, 0.0, 0, 0)
-    context.metrics.startup_seconds["loading_weights"] = 0.0
+    context.metrics.startup_seconds["loading_weights", "0"] = 0.0
     context.metrics.num_reloads["key file", "ok"] = 0
     context.metrics.key_used("name", "requests", 0)
 

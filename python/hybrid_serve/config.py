@@ -89,12 +89,24 @@ class EngineConfig:
     """The machine under the model."""
 
     device: Annotated[Literal["auto", "cpu", "cuda"], Option("auto: CUDA where it is, else CPU", common=True)] = "auto"
-    cpu_threads: Annotated[int, Option("threads of the CPU kernels; 0: one per usable core")] = 0
+    cpu_threads: Annotated[int, Option("CPU threads of each engine; 0: the usable cores, divided among them")] = 0
     batch_invariant: Annotated[
         bool,
         Option("CUDA: the same bits for a request in any batch; large products then run without cuBLASLt, slower"),
     ] = False
     enforce_eager: Annotated[bool, Option("CUDA: launch kernel by kernel, capture no graphs")] = False
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """Several engines, each with the whole model."""
+
+    data_parallel_size: Annotated[
+        int, Option("engines that share the requests, each with the whole model", "N", short="-dp", common=True)
+    ] = 1
+    data_parallel_prefix_affinity: Annotated[
+        bool, Option("give prompts with the same beginning to the same engine, unless it has much more to do")
+    ] = False
 
 
 @dataclass(frozen=True)
@@ -194,6 +206,7 @@ class Config:
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
     supervision: SupervisionConfig = field(default_factory=SupervisionConfig)
 
@@ -221,6 +234,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "max_num_batched_tokens": (0, _INT32_MAX),
     "max_num_queued_reqs": (0, _INT32_MAX),
     "cpu_threads": (0, 4096),
+    "data_parallel_size": (1, 128),
     "port": (0, 65535),
     "api_server_count": (1, 4096),
     "ssl_cert_reqs": (0, 2),

@@ -14,11 +14,12 @@ from typing import Any, TypeVar
 
 import msgspec
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 COUNTS_SLOT_BYTES = 2**20  # of the memory where API servers share their counts; pages that nobody writes cost nothing
 MAX_FRAME_BYTES = 64 * 2**20
 API_INDEX_SHIFT = 48
 LAUNCH_SHIFT = 36
+ALL_ENGINES = -1  # instead of the index of one
 # Of EngineStats.step_token_counts; as in cpp/core/stats.h.
 STEP_TOKEN_BOUNDS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
@@ -175,6 +176,7 @@ class Status(msgspec.Struct, array_like=True, frozen=True):
     restarts: int = 0  # of the engine so far: one that differs from the last says that its requests are lost
     suspects: bytes = b""  # u64: the requests that ran when it died
     culprits: bytes = b""  # u64: the one of them, all its choices, that ran on trial then
+    engine: int = 0  # whose it is
 
 
 class StartupFailure(msgspec.Struct, array_like=True, frozen=True):

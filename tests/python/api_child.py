@@ -3,7 +3,7 @@
 A connection to the inherited socket says one line: ``PROMPT_LENGTH SEED MAX_TOKENS``. The reply is one token id a line,
 then ``end``, or ``error: ...``; with ``pid`` before it, the process's id comes first. Or the line is an ``Ask`` as
 JSON, and every line of the reply a ``ChoiceOutput`` as JSON, then ``end`` or ``error: CODE``. ``status`` is answered
-with what the client knows.
+with what the client knows, ``engines`` with a line for each engine.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def main(
     api_index: int,
     listen_fd: int,
     control_address: str,
-    data_addresses: list[str],
+    data_addresses: list[tuple[int, str]],
     launch: int,
     **_: object,
 ) -> None:
@@ -77,8 +77,14 @@ async def serve(config: Config, fd: int, client: ZmqEngineClient) -> None:
 async def answer(client: ZmqEngineClient, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     words = (await reader.readline()).split()
     if words == [b"status"]:
-        counts = f"{client.status.restarts} {client.num_replayed} {client.num_quarantined} {client.stats.num_running}"
+        restarts = sum(engine.status.restarts for engine in client.engines)
+        running = sum(engine.stats.num_running for engine in client.engines)
+        counts = f"{restarts} {client.group.num_replayed} {client.group.num_quarantined} {running}"
         writer.write(f"{client.status.phase} {os.getpid()} {counts}\n".encode())
+    elif words == [b"engines"]:
+        for engine in client.engines:
+            numbers = f"{engine.status.restarts} {engine.stats.num_running} {len(engine.streams)}"
+            writer.write(f"{engine.status.phase} {numbers}\n".encode())
     elif words and words[0].startswith(b"{"):
         await answer_json(client, msgspec.json.decode(b" ".join(words), type=Ask), writer)
     else:

@@ -105,7 +105,7 @@ class EngineThread:
     @asynccontextmanager
     async def client(self, index: int = 0) -> AsyncIterator[ZmqEngineClient]:
         """Connected, joined, told that the engine is ready."""
-        client = ZmqEngineClient(self.config, index, self.control_address, [self.data_address])
+        client = ZmqEngineClient(self.config, index, self.control_address, [(0, self.data_address)])
         client.start()
         try:
             await until(lambda: self.peers.index_of(api_identity(index)) is not None)

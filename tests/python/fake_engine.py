@@ -7,6 +7,8 @@ from array import array
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 
+import msgspec
+
 from hybrid_serve.client import ChoiceOutput, EngineDead, EngineRejected, TokenLogprobs
 from hybrid_serve.wire import EngineFacts, EngineStats, FinishReason, SamplingParams, Status
 
@@ -24,6 +26,7 @@ class Call:
     priority: int
     eos_token_ids: tuple[int, ...]
     cache_salt: bytes
+    rank: int | None = None
     aborted_choices: list[int] = field(default_factory=list)
     entered: bool = False
     left: bool = False
@@ -36,6 +39,7 @@ class FakeStream:
     def __init__(self, engine: FakeEngine, call: Call) -> None:
         self._engine, self._call = engine, call
         self._open = set(range(call.n))
+        self.engine = engine.ranks[0] if call.rank is None else call.rank
 
     async def __aenter__(self) -> FakeStream:
         self._call.entered = True
@@ -93,6 +97,13 @@ class FakeStream:
         return ChoiceOutput(choice, ids, finish, cached, logprobs, self._engine.num_preemptions, began)
 
 
+@dataclass(frozen=True)
+class FakeRank:
+    index: int
+    status: Status
+    stats: EngineStats
+
+
 @dataclass
 class FakeEngine:
     """The ``EngineClient`` of the tests."""
@@ -105,12 +116,18 @@ class FakeEngine:
     status: Status = READY
     facts: EngineFacts | None = FACTS
     stats: EngineStats = field(default_factory=EngineStats)
+    ranks: tuple[int, ...] = (0,)
     reject: EngineRejected | None = None
     reject_after: tuple[int, EngineRejected] | None = None
     dies_after: int | None = None
     calls: list[Call] = field(default_factory=list)
     queue_limits: list[int] = field(default_factory=list)
     gates: dict[int, asyncio.Event] = field(default_factory=dict)  # before the step at that position
+
+    @property
+    def engines(self) -> list[FakeRank]:
+        status = msgspec.structs.replace(self.status, facts=self.facts)
+        return [FakeRank(rank, status, self.stats) for rank in self.ranks]
 
     def limit_queue(self, max_num_queued_reqs: int) -> None:
         self.queue_limits.append(max_num_queued_reqs)
@@ -124,9 +141,10 @@ class FakeEngine:
         priority: int = 0,
         eos_token_ids: tuple[int, ...] = (),
         cache_salt: bytes = b"",
+        rank: int | None = None,
     ) -> FakeStream:
         assert params.seed is not None
-        call = Call(list(array("i", token_ids)), params, n, priority, eos_token_ids, cache_salt)
+        call = Call(list(array("i", token_ids)), params, n, priority, eos_token_ids, cache_salt, rank)
         self.calls.append(call)
         return FakeStream(self, call)
 

@@ -156,13 +156,14 @@ def _with_logprobs(tokens: NDArray[np.int32], asked: NDArray[np.int32], width: i
 
 def load(config: Config, report: Callable[[str, float], None]) -> FakeExecutor:
     """An ``engine.executor.Load``; the model's name holds its options: ``fake?delay=0.01&depth=2&refuse=1``. With
-    ``refuse_after`` or ``slow_load_after``, the path of a file, only the first of several loads goes well."""
+    ``refuse_after`` or ``slow_load_after``, the path of a file, only the first of several loads goes well; with
+    ``slow_load_if`` those before the file is made."""
     options = dict(parse_qsl(config.model.model.partition("?")[2]))
     report("loading_weights", 0.0)
     time.sleep(float(options.get("load", 0)))
     marker = Path(options.get("refuse_after", options.get("slow_load_after", os.devnull)))
     is_first = not marker.is_file()
-    if "slow_load_after" in options and not is_first:
+    if ("slow_load_after" in options and not is_first) or Path(options.get("slow_load_if", "/nowhere")).exists():
         time.sleep(30)
     if "refuse" in options or ("refuse_after" in options and not is_first):
         raise StartupError("HS-E999", "the fake model refuses", "it was told to", "do not tell it to", exit_code=12)

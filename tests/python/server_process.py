@@ -20,11 +20,12 @@ PATIENCE = 10.0  # seconds until a test gives up
 _MAIN = """
 import sys
 sys.path[:] = {path!r}
-from hybrid_serve.config import CacheConfig, Config, ModelConfig, SchedulerConfig, ServerConfig, SupervisionConfig
+from hybrid_serve.config import Config, ModelConfig, ParallelConfig, SchedulerConfig, ServerConfig, SupervisionConfig
 from hybrid_serve.errors import StartupError, box
 from hybrid_serve.launch.supervisor import serve
 config = Config(model=ModelConfig(model={model!r}, **{model_options!r}), server=ServerConfig(**{server!r}),
-                supervision=SupervisionConfig(**{supervision!r}), scheduler=SchedulerConfig(**{scheduler!r}))
+                supervision=SupervisionConfig(**{supervision!r}), scheduler=SchedulerConfig(**{scheduler!r}),
+                parallel=ParallelConfig(**{parallel!r}))
 try:
     raise SystemExit(serve(config, load={load!r}, api_entry={api_entry!r}))
 except StartupError as error:
@@ -46,6 +47,7 @@ class ServerProcess:
         model_options: dict[str, Any] | None = None,
         supervision: dict[str, Any] | None = None,
         scheduler: dict[str, Any] | None = None,
+        parallel: dict[str, Any] | None = None,
         **server: Any,
     ) -> None:
         self._output_fd = output_fd
@@ -57,6 +59,7 @@ class ServerProcess:
             server=server,
             supervision=supervision or {},
             scheduler=scheduler or {},
+            parallel=parallel or {},
             load=load,
             api_entry=api_entry,
         )

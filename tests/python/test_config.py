@@ -19,6 +19,7 @@ EVERY_SETTING = pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting:
 # Texts that a generic choice would make invalid, or equal to the default.
 SPECIAL = {
     "block_size": "32",
+    "data_parallel_size": "2",
     "gpu_memory_utilization": "0.5",
     "host": "::1",
     "root_path": "/llm",

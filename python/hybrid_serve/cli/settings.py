@@ -17,9 +17,9 @@ ENV_PREFIX = "HYBRID_SERVE_"
 _VLLM_ONLY = """
     async-scheduling chat-template-content-format collect-detailed-traces compilation-config cpu-offload-gb
     cudagraph-capture-sizes custom-histogram-buckets data-parallel-address data-parallel-backend
-    data-parallel-external-lb data-parallel-hybrid-lb data-parallel-rank data-parallel-rpc-port data-parallel-size
+    data-parallel-external-lb data-parallel-hybrid-lb data-parallel-rank data-parallel-rpc-port
     data-parallel-size-local data-parallel-start-rank default-chat-template-kwargs disable-fastapi-docs
-    disable-log-stats disable-uvicorn-access-log distributed-executor-backend dp enable-auto-tool-choice
+    disable-log-stats disable-uvicorn-access-log distributed-executor-backend enable-auto-tool-choice
     enable-chunked-prefill enable-force-include-usage enable-log-outputs enable-log-requests enable-lora
     enable-offline-docs enable-per-request-metrics enable-prompt-tokens-details enable-server-load-tracking
     enable-sleep-mode generation-config headless hf-overrides hf-token kv-cache-dtype kv-cache-metrics

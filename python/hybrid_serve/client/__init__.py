@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -48,6 +48,11 @@ class Stream(Protocol):
     Use ``async with client.generate(...) as stream``: leaving the block by any path aborts what still runs.
     """
 
+    @property
+    def engine(self) -> int:
+        """The index of the engine that has it; known from the entering of the block on, another one after a death."""
+        ...
+
     async def __aenter__(self) -> Stream: ...
     async def __aexit__(self, *_: object) -> None: ...
     def __aiter__(self) -> AsyncIterator[list[ChoiceOutput]]:
@@ -59,21 +64,35 @@ class Stream(Protocol):
         ...
 
 
+class Engine(Protocol):
+    """What is known of one engine."""
+
+    @property
+    def index(self) -> int:
+        """Its rank among all engines of the deployment, hence not always from 0 on."""
+        ...
+
+    @property
+    def status(self) -> Status: ...
+    @property
+    def stats(self) -> EngineStats: ...
+
+
 class EngineClient(Protocol):
     """One API server's view of the engine(s)."""
 
     @property
+    def engines(self) -> Sequence[Engine]: ...
+
+    @property
     def status(self) -> Status:
-        """The engine's phase, with progress while it loads."""
+        """The phase of all engines together, with progress while one loads."""
         ...
 
     @property
     def facts(self) -> EngineFacts | None:
-        """None until the engine is ready."""
+        """What every one of them can do; None until each has been ready."""
         ...
-
-    @property
-    def stats(self) -> EngineStats: ...
 
     def limit_queue(self, max_num_queued_reqs: int) -> None:
         """How many requests may wait in each engine from now on; 0: any number."""
@@ -88,6 +107,8 @@ class EngineClient(Protocol):
         priority: int = 0,
         eos_token_ids: tuple[int, ...] = (),
         cache_salt: bytes = b"",
+        rank: int | None = None,
     ) -> Stream:
-        """``token_ids``: i32, little-endian. ``params.seed`` must be set."""
+        """``token_ids``: i32, little-endian. ``params.seed`` must be set. ``rank``: the index of the engine that shall
+        have it, one of ``engines``; None: whichever has least to do."""
         ...

@@ -19,7 +19,18 @@ class ZmqStream:
     wants any more: of one choice, or on leaving the block of all that still run.
     """
 
-    __slots__ = ("_abort", "_begin", "_error", "_live", "_outputs", "_prompt", "_received", "_request", "_waiter")
+    __slots__ = (
+        "_abort",
+        "_begin",
+        "_error",
+        "_live",
+        "_outputs",
+        "_prompt",
+        "_received",
+        "_request",
+        "_waiter",
+        "engine",
+    )
 
     def __init__(
         self,
@@ -31,6 +42,7 @@ class ZmqStream:
         """``prompt``: i32."""
         self._request, self._prompt = request, prompt
         self._begin, self._abort = begin, abort
+        self.engine = -1  # which one has it; -1: the block was not entered yet
         self._live = set(range(request.n))  # choices
         self._received = [array("i") for _ in range(request.n)]
         self._outputs: list[ChoiceOutput] = []

@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import time
+from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
@@ -47,6 +48,7 @@ def main(
     load: str,
     heartbeat_fd: int,
     stacks_path: str,
+    cpu_threads: int,
 ) -> None:
     """Returns when the supervisor says stop. ``load``: "module:function", an ``executor.Load``. Raises StartupError."""
     die_with_parent()
@@ -62,6 +64,7 @@ def main(
         control.send_multipart(
             pack(Kind.HELLO, Hello("engine", index, os.getpid(), PROTOCOL_VERSION, __version__, config.digest()))
         )
+        config = replace(config, engine=replace(config.engine, cpu_threads=cpu_threads))
         # Bound before the model is loaded: API servers connect meanwhile, and what they send waits.
         peers = Peers(bind_router(context, data_address), num_clients)
         progress = Progress(control)

@@ -35,6 +35,7 @@ class PlainReporter:
         self._config, self._stream = config, stream or sys.stdout
         self._began = self._phase_began = time.monotonic()
         self._phase, self._url, self._is_share_drawn = "", "", False
+        self._engine = -1  # of several, the one whose start is shown: all do the same
         self._facts: EngineFacts | None = None
 
     def bound(self, url: str) -> None:
@@ -42,6 +43,10 @@ class PlainReporter:
         self._phase_line(1, "config", f"ok, {url} is bound")
 
     def status(self, status: Status) -> None:
+        if self._engine < 0:
+            self._engine = status.engine
+        if status.engine != self._engine:
+            return
         if status.phase == "loading_weights":
             self._draw_share(status.progress)
         elif status.phase == "allocating" and self._phase != "allocating":
@@ -50,7 +55,10 @@ class PlainReporter:
             self._facts = facts = status.facts
             tokens = facts.num_blocks * facts.block_size
             requests = f"{tokens // facts.max_model_len} requests of {facts.max_model_len}"
-            self._phase_line(3, "memory", f"KV cache of {tokens} tokens = {requests}, {facts.dtype}, {facts.device}")
+            count = self._config.parallel.data_parallel_size
+            each = f", in each of {count} engines" if count > 1 else ""
+            text = f"KV cache of {tokens} tokens = {requests}, {facts.dtype}, {facts.device}{each}"
+            self._phase_line(3, "memory", text)
             if status.message:
                 self._print(f"      note     {status.message}")
         self._phase = status.phase

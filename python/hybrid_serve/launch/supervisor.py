@@ -17,9 +17,9 @@ import zmq
 
 from ..config import Config
 from ..errors import StartupError
-from ..heartbeat import Heartbeat, make, max_watched_ids
 from ..sockets import bind_router, readable
 from ..wire import (
+    ALL_ENGINES,
     COUNTS_SLOT_BYTES,
     Empty,
     Hello,
@@ -32,14 +32,15 @@ from ..wire import (
     unpack,
 )
 from . import listener
+from .engines import WatchedEngine, close_all, make_heartbeats
 from .handshake import refusal
 from .local import Child, start
-from .plan import ProcessSpec, again, control_address, plan, stacks_path
+from .plan import ProcessSpec, again, control_address, plan
 from .report import PlainReporter, Reporter
 from .restarts import WINDOW, Restarts
 from .run_directory import RunDirectory
 from .signals import Signals
-from .watchdog import Verdict, Watchdog, stacks_of
+from .watchdog import Verdict
 
 log = logging.getLogger(__name__)
 
@@ -69,14 +70,14 @@ def serve(config: Config, reporter: Reporter | None = None, **plan_options: Any)
         shared_counts(config.server.api_server_count) as counts,
     ):
         reporter.bound(listener.url(http, "https" if config.server.ssl_certfile else "http"))
-        heartbeat_fd = make(max_watched_ids(config))
-        specs = plan(config, directory, http.fileno(), heartbeat_fd, counts_fd=counts, **plan_options)
-        supervisor = Supervisor(config, directory, specs, reporter, Heartbeat(heartbeat_fd, max_watched_ids(config)))
+        heartbeat_fds = make_heartbeats(config, config.parallel.data_parallel_size)
+        specs = plan(config, directory, http.fileno(), heartbeat_fds, counts_fd=counts, **plan_options)
+        supervisor = Supervisor(config, directory, specs, reporter)
         try:
             return supervisor.run()
         finally:
             supervisor.close()
-            os.close(heartbeat_fd)
+            close_all(heartbeat_fds)
 
 
 @contextmanager
@@ -91,23 +92,18 @@ def shared_counts(num_api_servers: int) -> Iterator[int]:
 
 
 class Supervisor:
-    """Starts the planned processes, passes on what the engine says of itself, starts again what dies or hangs; ends all
-    of them when that happens too often, or in order when a signal asks for it. Knows no request. Never outlived by a
-    child."""
+    """Starts the planned processes, passes on what engines say of themselves, starts again what dies or hangs; leaves
+    out an engine with which that happens too often, ends all when nothing is left that could serve, or in order when a
+    signal asks for it. Knows no request. Never outlived by a child."""
 
-    def __init__(
-        self, config: Config, directory: Path, specs: list[ProcessSpec], reporter: Reporter, heartbeat: Heartbeat
-    ) -> None:
+    def __init__(self, config: Config, directory: Path, specs: list[ProcessSpec], reporter: Reporter) -> None:
         self.config, self.directory, self.specs, self.reporter = config, directory, specs, reporter
-        self.heartbeat = heartbeat
         self.phase = Phase.STARTING
         self.failure: StartupFailure | None = None  # the first one: the others follow from it
         self.exit_code = 0
         self.children: dict[int, Child] = {}  # by file descriptor of its life
-        self._engine_status = Status("starting")
-        self._watchdog = Watchdog(config.supervision, heartbeat)
+        self.engines = {_identity(spec): WatchedEngine(spec, config) for spec in specs if spec.role == "engine"}
         self._next_look = 0.0
-        self._is_quiet = False  # the engine, and API servers were told
         self._restarts = {spec.name: Restarts(config.supervision) for spec in specs}
         self._due: list[tuple[float, ProcessSpec]] = []  # to be started again, and when
         self._last_words: dict[bytes, StartupFailure] = {}  # of a child that is about to end
@@ -133,7 +129,7 @@ class Supervisor:
             for fd in [fd for fd in events if fd in self.children]:
                 self._ended(self.children.pop(fd))
             self._start_due()
-            self._watch_engine()
+            self._watch_engines()
             if self._deadline is not None and time.monotonic() >= self._deadline:
                 self._deadline = None
                 self._stop()
@@ -145,7 +141,7 @@ class Supervisor:
 
     def _start(self, spec: ProcessSpec) -> None:
         if spec.role == "engine":
-            self.heartbeat.clear()
+            self.engines[_identity(spec)].heartbeat.clear()
         child = start(spec, self.config, str(self.directory))
         self.children[child.life.fileno()] = child
         self._poller.register(child.life, zmq.POLLIN)
@@ -185,8 +181,8 @@ class Supervisor:
             self._last_words[identity.removeprefix(b"failed-")] = failure
         elif kind == Kind.HELLO:
             self._greet(identity, unpack(header, Hello))
-        elif kind == Kind.STATUS and identity in self._greeted:
-            self._take_status(unpack(header, Status))
+        elif kind == Kind.STATUS and identity in self._greeted and identity in self.engines:
+            self._take_status(self.engines[identity], unpack(header, Status))
         else:
             log.warning("control message of kind %r from %r dropped", kind, identity)
 
@@ -198,26 +194,35 @@ class Supervisor:
         log.debug("%s %d says hello, pid %d", hello.role, hello.index, hello.pid)
         self._greeted.add(identity)
         if hello.role == "api":
-            self._send(identity, pack(Kind.STATUS, self._engine_status))
+            for engine in self.engines.values():
+                self._send(identity, pack(Kind.STATUS, engine.status))
             if self.phase is Phase.DRAINING:  # it was started before, and could not be told
                 self._send(identity, pack(Kind.SHUTDOWN, Empty()))
         self._check_ready()
 
-    def _take_status(self, status: Status) -> None:
-        restarts = self._engine_status.restarts
-        self._engine_status = msgspec.structs.replace(status, restarts=restarts)
-        self._tell("api", pack(Kind.STATUS, self._engine_status))
+    def _take_status(self, engine: WatchedEngine, status: Status) -> None:
+        status = engine.said(status)
+        self._tell("api", pack(Kind.STATUS, status))
         if self.phase is Phase.STARTING:
             self.reporter.status(status)
+            self._check_devices()
             self._check_ready()
         elif status.phase == "ready":
-            log.info("the engine serves again, restart %d", restarts)
+            log.info("%s serves again, restart %d", engine.spec.name, status.restarts)
 
     def _check_ready(self) -> None:
         everyone = {_identity(spec) for spec in self.specs}
-        if self.phase is Phase.STARTING and self._engine_status.phase == "ready" and self._greeted == everyone:
+        is_ready = all(engine.is_ready for engine in self.engines.values())
+        if self.phase is Phase.STARTING and is_ready and self._greeted == everyone:
             self.phase = Phase.SERVING
             self.reporter.ready()
+
+    def _check_devices(self) -> None:
+        """Where there are fewer GPUs than engines, the others would run on the CPU unseen."""
+        devices = [engine.status.facts.device for engine in self.engines.values() if engine.status.facts]
+        if len({device.split()[0] for device in devices}) > 1:
+            why, fix = f"they run on {', '.join(devices)}", "--data-parallel-size of the number of GPUs at most"
+            self._fail(StartupFailure("HS-E025", "the engines do not have the same kind of device", why, fix, 12))
 
     def _tell(self, role: str, message: list[Any]) -> None:
         for child in self._running(role):
@@ -276,49 +281,39 @@ class Supervisor:
 
     def _restart(self, spec: ProcessSpec, cause: StartupFailure) -> None:
         now, restarts = time.monotonic(), self._restarts[spec.name]
-        pause = restarts.next_pause(now)
+        pause, engine = restarts.next_pause(now), self.engines.get(_identity(spec))
         if pause is None:
             often = f", after {restarts.recent} restarts within {WINDOW:g} s" if restarts.recent else ""
-            self._fail(msgspec.structs.replace(cause, what=cause.what + often))
+            cause = msgspec.structs.replace(cause, what=cause.what + often)
+            if engine is None or all(other is engine or other.is_left_out for other in self.engines.values()):
+                self._fail(cause)
+                return
+            log.error("%s: %s; it is left out, the other engines go on", cause.what, cause.why)
+            self._tell("api", pack(Kind.STATUS, engine.died("dead", cause.what, restarts.total)))
             return
         when = f"in {pause:g} s" if pause else "now"
         log.error("%s: %s; it is started again %s", cause.what, cause.why, when)
         self._due.append((now + pause, again(spec)))
-        if spec.role == "engine":
-            log.error("its last batch: %s", self.heartbeat.batch)
-            self._is_quiet = False
-            running, culprits = self.heartbeat.running, self.heartbeat.culprits
-            self._engine_status = Status(
-                "restarting", message=cause.what, restarts=restarts.total, suspects=running, culprits=culprits
-            )
-            self._tell("api", pack(Kind.STATUS, self._engine_status))
+        if engine is not None:
+            self._tell("api", pack(Kind.STATUS, engine.died("restarting", cause.what, restarts.total)))
 
-    def _watch_engine(self) -> None:
+    def _watch_engines(self) -> None:
         now = time.monotonic()
         if now < self._next_look:
             return
-        self._next_look = now + self._watchdog.interval
-        verdict = self._watchdog.look()
-        if self.phase not in (Phase.SERVING, Phase.DRAINING) or not self._running("engine"):
-            return
-        if verdict is Verdict.HUNG:
-            self._end_hung(self._running("engine")[0])
-        elif self._is_quiet != (verdict is Verdict.QUIET):
-            self._is_quiet = not self._is_quiet
-            status = msgspec.structs.replace(self._engine_status, suspects=b"", culprits=b"")
-            if self._is_quiet:
-                status = msgspec.structs.replace(status, phase="not_responding", message=self._watchdog.reason)
-            self._tell("api", pack(Kind.STATUS, status))
-
-    def _end_hung(self, engine: Child) -> None:
-        """Its end is handled like any other, with the reason as its last words."""
-        reason, what = self._watchdog.reason, f"{engine.spec.name} (pid {engine.process.pid}) hung"
-        stacks = stacks_of(engine.process.pid, stacks_path(self.directory)) or "no stack could be had"
-        log.handle(log.makeRecord(log.name, logging.ERROR, __file__, 0, f"{what}: {reason}", (), None, sinfo=stacks))
-        fix = "the stacks above show where; if it was only slow, a longer limit"
-        self._last_words[_identity(engine.spec)] = StartupFailure("HS-E203", what, reason, fix, ENGINE_FAILED)
-        engine.kill()
-        self._next_look += GRACE  # it is judged once
+        running = {_identity(child.spec): child for child in self._running("engine")}
+        for identity, engine in self.engines.items():
+            self._next_look = now + engine.watchdog.interval
+            verdict = engine.watchdog.look()
+            is_ending = identity not in running or identity in self._last_words
+            if self.phase not in (Phase.SERVING, Phase.DRAINING) or is_ending:
+                continue
+            if verdict is Verdict.HUNG:  # its end is handled like any other, with the reason as its last words
+                child = running[identity]
+                self._last_words[identity] = engine.why_hung(child, self.directory, ENGINE_FAILED)
+                child.kill()
+            elif (status := engine.quiet(verdict)) is not None:
+                self._tell("api", pack(Kind.STATUS, status))
 
     def _stop(self) -> None:
         self.phase = Phase.STOPPING
@@ -329,7 +324,10 @@ class Supervisor:
         if self.phase is Phase.DRAINING and not self._running("api"):
             self._stop()
             self._tell("engine", pack(Kind.SHUTDOWN, Empty()))
-            self._end_in(GRACE if self._engine_status.phase == "ready" else 0)
+            for child in self._running("engine"):
+                if not self.engines[_identity(child.spec)].is_ready:  # it loads, and listens to nobody
+                    child.kill()
+            self._end_in(GRACE)
 
     def _fail(self, failure: StartupFailure) -> None:
         """Ends the server. Only the first failure is reported: the others are its consequences."""
@@ -341,7 +339,7 @@ class Supervisor:
         self._stop()
         if was_serving:
             log.error("%s: %s", failure.what, failure.why)
-        dead = Status("dead", message=failure.what, restarts=self._engine_status.restarts)
+        dead = Status("dead", message=failure.what, engine=ALL_ENGINES)
         self._tell("api", pack(Kind.STATUS, dead))
         self._tell("api", pack(Kind.SHUTDOWN, Empty()))
         self._tell("engine", pack(Kind.SHUTDOWN, Empty()))

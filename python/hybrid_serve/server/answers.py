@@ -136,6 +136,7 @@ class Ready(Struct):
     progress: float
     message: str
     seconds: float
+    engines: dict[str, str]  # rank -> phase
 
 
 class Alive(Struct):

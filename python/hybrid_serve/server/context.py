@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
 import secrets
 import time
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
@@ -19,6 +20,7 @@ from ..text.tokenizer import Tokenizer
 from ..wire import EngineFacts
 from .errors import ApiError
 from .exposition import Exposition
+from .headers import RANK_HEADER
 from .keys import key_ring
 from .lifecycle import Lifecycle
 from .metrics import Metrics
@@ -89,6 +91,17 @@ class ServerContext:
             return name
         served = ", ".join(self.model_names)
         raise ApiError("model_not_found", f"The model '{name[:256]}' does not exist. Served here: {served}.", "model")
+
+    def rank(self, given: Sequence[bytes]) -> int | None:
+        """The engine that the request's headers name, if they do. Raises ``ApiError`` for one that is not there."""
+        if not given:
+            return None
+        ranks = [engine.index for engine in self.client.engines]
+        text = given[0].decode("latin-1")
+        if len(given) > 1 or not re.fullmatch("[0-9]{1,9}", text) or int(text) not in ranks:
+            there = f"engines {ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else f"engine {ranks[0]} only"
+            raise ApiError("invalid_value", f"{RANK_HEADER} is {text[:32]!r}, here are {there}.", RANK_HEADER)
+        return int(text)
 
     def cache_salt(self, key_name: str | None, wanted: str | None) -> bytes:
         """What two prompts must have in common to share KV. With several keys the key is part of it: else the time of

@@ -30,6 +30,7 @@ class Choice:
     __slots__ = (
         "cached_tokens",
         "detokenizer",
+        "engine",
         "finish_reason",
         "first_time",
         "index",
@@ -39,8 +40,9 @@ class Choice:
         "prompt",
     )
 
-    def __init__(self, index: int, prompt: Prompt, detokenizer: Detokenizer) -> None:
+    def __init__(self, index: int, prompt: Prompt, detokenizer: Detokenizer, engine: int) -> None:
         self.index = index
+        self.engine = engine  # the last one that worked on it
         self.prompt = prompt
         self.detokenizer = detokenizer
         self.finish_reason: FinishName | None = None
@@ -81,20 +83,21 @@ class Generation:
     n: int = 1
     priority: int = 0
     cache_salt: bytes = b""
+    rank: int | None = None  # the engine that shall have it
     arrived: float = field(default_factory=monotonic)
 
     def __post_init__(self) -> None:
         tokenizer = self.context.text.tokenizer
         self.eos_token_ids = tokenizer.special.eos_token_ids
+        first = self.context.client.engines[0].index  # a request that reaches none counts as the first one's
         self.choices = [
-            Choice(i, self.prompts[i // self.n], Detokenizer(tokenizer, self.params, self.eos_token_ids))
+            Choice(i, self.prompts[i // self.n], Detokenizer(tokenizer, self.params, self.eos_token_ids), first)
             for i in range(len(self.prompts) * self.n)
         ]
 
     async def steps(self) -> AsyncGenerator[list[Delta], None]:
         """What each step gave, in order. Raises ``EngineRejected`` or ``EngineDead``."""
         metrics = self.context.metrics
-        metrics.started(self.params, self.n, [len(prompt.token_ids) for prompt in self.prompts])
         unfinished = "abort"
         try:
             source = self._one(0) if len(self.prompts) == 1 else self._many()
@@ -112,12 +115,13 @@ class Generation:
 
     def _deltas(self, first: int, stream: Stream, outputs: list[ChoiceOutput]) -> list[Delta]:
         now = monotonic()
-        metrics = self.context.metrics
+        counts = self.context.metrics.of(stream.engine)
         deltas: list[Delta] = []
         for output in outputs:
             choice = self.choices[first + output.choice]
             if choice.finish_reason is not None:
                 continue  # sent before the engine knew of our abort
+            choice.engine = stream.engine
             detokenizer = choice.detokenizer
             before = detokenizer.num_tokens
             text = detokenizer.feed(output.token_ids, output.finish)
@@ -131,12 +135,12 @@ class Generation:
             elif output.finish is not FinishReason.NONE:
                 choice.finish_reason = _finish_name(output.finish)
             if choice.first_time:
-                metrics.next_tokens(now - choice.last_time, taken)
+                counts.next_tokens(now - choice.last_time, taken)
             else:
                 choice.cached_tokens = max(0, output.cached_tokens)
                 choice.prefill_seconds = min(max(0.0, output.prefill_seconds), now - self.arrived)
                 choice.first_time = now
-                metrics.first_tokens(now - self.arrived, taken)
+                counts.first_tokens(now - self.arrived, taken)
             choice.last_time = now
             choice.num_preemptions = max(choice.num_preemptions, output.num_preemptions)  # a replay begins at 0
             deltas.append(Delta(choice, text, ids, logprobs))
@@ -151,10 +155,21 @@ class Generation:
             priority=self.priority,
             eos_token_ids=() if self.params.ignore_eos else self.eos_token_ids,
             cache_salt=self.cache_salt,
+            rank=self.rank,
         )
         async with opened as stream:
+            self._begun(prompt_index, stream)
             async for outputs in stream:
                 yield first, stream, outputs
+
+    def _begun(self, prompt_index: int, stream: Stream) -> None:
+        """An engine has been asked for the choices of that prompt."""
+        counts = self.context.metrics.of(stream.engine)
+        if prompt_index == 0:
+            counts.started(self.params, self.n)
+        counts.prompt(len(self.prompts[prompt_index].token_ids))
+        for choice in self.choices[prompt_index * self.n : (prompt_index + 1) * self.n]:
+            choice.engine = stream.engine
 
     async def _many(self) -> AsyncGenerator[tuple[int, Stream, list[ChoiceOutput]], None]:
         """Several prompts, merged as their outputs come."""

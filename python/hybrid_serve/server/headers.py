@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from starlette.types import Scope
 
+RANK_HEADER = "x-data-parallel-rank"
+
 
 def header_values(scope: Scope, name: bytes) -> list[bytes]:
     """Every value of a header; ``name`` in lower case."""

@@ -123,53 +123,30 @@ class HttpCounts:
         pair[1] += size
 
 
-# Fields of Metrics that are one number.
-_NUMBERS = (
-    "prompt_tokens",
-    "cached_tokens",
-    "generation_tokens",
-    "admission_rejections",
-    "num_replayed",
-    "num_quarantined",
-    "num_open",
-)
+# Fields of RequestCounts and of Metrics that are one number.
+_ENGINE_NUMBERS = ("prompt_tokens", "cached_tokens", "generation_tokens", "num_replayed", "num_quarantined")
+_NUMBERS = ("admission_rejections", "num_open")
 
 
-class Metrics:
-    """The numbers of one API server; knows neither their names on the wire nor the engine's own."""
+class RequestCounts:
+    """What came of the requests of one engine. A request that changed engines counts where each thing happened."""
 
     def __init__(self) -> None:
         self.prompt_tokens = self.cached_tokens = self.generation_tokens = 0
+        self.num_replayed = self.num_quarantined = 0  # that were open when this engine died
         self.finished = {"stop": 0, "length": 0, "abort": 0, "error": 0}
-        self.admission_rejections = self.num_replayed = self.num_quarantined = 0
         self.histograms = {name: Histogram(bounds) for name, (bounds, _) in REQUEST_HISTOGRAMS.items()}
         self._first = self.histograms["time_to_first_token_seconds"]
         self._next = self.histograms["inter_token_latency_seconds"]
-        self.http = HttpCounts()
-        self.by_key: dict[str, Counter[str]] = {}  # name of a key -> requests, tokens, refused
-        self.startup_seconds: dict[str, float] = {}
-        self.num_reloads: Counter[tuple[str, str]] = Counter()  # (what, "ok" or "refused")
-        self.num_open = 0  # requests of this moment, as far as other API servers are to know
 
-    def status_changed(self, status: Status) -> None:
-        """The engine's phase: how long each one took."""
-        if status.phase in ("loading_weights", "allocating"):
-            self.startup_seconds[status.phase] = status.seconds
+    def started(self, params: SamplingParams, n: int) -> None:
+        """Once a request."""
+        self.observe("request_params_n", n)
+        self.observe("request_params_max_tokens", params.max_tokens)
 
-    def replayed(self, num_replayed: int, num_quarantined: int) -> None:
-        """An engine died: how many requests were asked for again, and how many were given up."""
-        self.num_replayed += num_replayed
-        self.num_quarantined += num_quarantined
-
-    def key_used(self, name: str, what: str, count: int = 1) -> None:
-        self.by_key.setdefault(name, Counter())[what] += count
-
-    def started(self, params: SamplingParams, n: int, prompt_lengths: Sequence[int]) -> None:
-        self.histograms["request_params_n"].observe(n)
-        self.histograms["request_params_max_tokens"].observe(params.max_tokens)
-        for length in prompt_lengths:
-            self.prompt_tokens += length
-            self.histograms["request_prompt_tokens"].observe(length)
+    def prompt(self, length: int) -> None:
+        self.prompt_tokens += length
+        self.observe("request_prompt_tokens", length)
 
     def first_tokens(self, seconds: float, count: int) -> None:
         self._first.observe(seconds)
@@ -179,35 +156,94 @@ class Metrics:
         self._next.observe(seconds)
         self.generation_tokens += count
 
+    def choice_ended(self, choice: Choice, arrived: float, seconds: float, unfinished: str) -> None:
+        """``unfinished``: the reason if it has none."""
+        observe = self.observe
+        self.finished[choice.finish_reason or unfinished] += 1
+        observe("e2e_request_latency_seconds", seconds)
+        observe("request_generation_tokens", choice.num_tokens)
+        observe("request_num_preemptions", choice.num_preemptions)
+        if choice.first_time:
+            decode = choice.last_time - choice.first_time
+            observe("request_queue_time_seconds", choice.first_time - arrived - choice.prefill_seconds)
+            observe("request_prefill_time_seconds", choice.prefill_seconds)
+            observe("request_decode_time_seconds", decode)
+            observe("request_inference_time_seconds", choice.prefill_seconds + decode)
+            if choice.num_tokens > 1:
+                observe("request_time_per_output_token_seconds", decode / (choice.num_tokens - 1))
+
+    def observe(self, name: str, value: float) -> None:
+        self.histograms[name].observe(value)
+
+    def flat(self) -> dict[tuple[str, ...], list[float]]:
+        found: dict[tuple[str, ...], list[float]] = {
+            ("number", name): [getattr(self, name)] for name in _ENGINE_NUMBERS
+        }
+        found |= {("finished", reason): [count] for reason, count in self.finished.items()}
+        return found | {("histogram", name): histogram.numbers() for name, histogram in self.histograms.items()}
+
+    def add(self, words: list[str], numbers: Sequence[float]) -> None:
+        match words:
+            case ["number", name] if name in _ENGINE_NUMBERS:
+                setattr(self, name, getattr(self, name) + int(numbers[0]))
+            case ["finished", reason] if reason in self.finished:
+                self.finished[reason] += int(numbers[0])
+            case ["histogram", name] if name in self.histograms:
+                self.histograms[name].add(numbers)
+
+
+class Metrics:
+    """The numbers of one API server; knows neither their names on the wire nor the engine's own."""
+
+    def __init__(self) -> None:
+        self.by_engine: dict[int, RequestCounts] = {}
+        self.admission_rejections = 0
+        self.http = HttpCounts()
+        self.by_key: dict[str, Counter[str]] = {}  # name of a key -> requests, tokens, refused
+        self.startup_seconds: dict[tuple[str, str], float] = {}  # (phase, engine) ->
+        self.num_reloads: Counter[tuple[str, str]] = Counter()  # (what, "ok" or "refused")
+        self.num_open = 0  # requests of this moment, as far as other API servers are to know
+
+    def of(self, engine: int) -> RequestCounts:
+        """Of the engine with that index."""
+        if engine not in self.by_engine:
+            self.by_engine[engine] = RequestCounts()
+        return self.by_engine[engine]
+
+    def status_changed(self, status: Status) -> None:
+        """An engine's phase: how long each one took."""
+        if status.phase in ("loading_weights", "allocating"):
+            self.startup_seconds[status.phase, str(status.engine)] = status.seconds
+
+    def replayed(self, engine: int, num_replayed: int, num_quarantined: int) -> None:
+        """The engine died: how many requests were asked for again, and how many were given up."""
+        counts = self.of(engine)
+        counts.num_replayed += num_replayed
+        counts.num_quarantined += num_quarantined
+
+    def key_used(self, name: str, what: str, count: int = 1) -> None:
+        self.by_key.setdefault(name, Counter())[what] += count
+
     def ended(self, arrived: float, choices: Sequence[Choice], n: int, unfinished: str) -> None:
         """Once a request, whichever way it ended; ``unfinished`` is the reason of choices that have none. The ``n``
         choices of one prompt follow each other."""
         seconds = monotonic() - arrived
-        observe = self._observe
         for choice in choices:
-            self.finished[choice.finish_reason or unfinished] += 1
-            observe("e2e_request_latency_seconds", seconds)
-            observe("request_generation_tokens", choice.num_tokens)
-            observe("request_num_preemptions", choice.num_preemptions)
-            if choice.first_time:
-                decode = choice.last_time - choice.first_time
-                observe("request_queue_time_seconds", choice.first_time - arrived - choice.prefill_seconds)
-                observe("request_prefill_time_seconds", choice.prefill_seconds)
-                observe("request_decode_time_seconds", decode)
-                observe("request_inference_time_seconds", choice.prefill_seconds + decode)
-                if choice.num_tokens > 1:
-                    observe("request_time_per_output_token_seconds", decode / (choice.num_tokens - 1))
+            self.of(choice.engine).choice_ended(choice, arrived, seconds, unfinished)
         for first in choices[::n]:  # the choices of one prompt share its blocks: it was looked up once
-            self.cached_tokens += first.cached_tokens
+            counts = self.of(first.engine)
+            counts.cached_tokens += first.cached_tokens
             if first.first_time:
-                observe("request_prefill_kv_computed_tokens", len(first.prompt.token_ids) - first.cached_tokens)
-        observe("request_max_num_generation_tokens", max(choice.num_tokens for choice in choices))
+                computed = len(first.prompt.token_ids) - first.cached_tokens
+                counts.observe("request_prefill_kv_computed_tokens", computed)
+        longest = max(choice.num_tokens for choice in choices)
+        self.of(choices[0].engine).observe("request_max_num_generation_tokens", longest)
 
     def flat(self) -> Flat:
         """Everything that adds up over API servers."""
         found: dict[tuple[str, ...], list[float]] = {("number", name): [getattr(self, name)] for name in _NUMBERS}
-        found |= {("finished", reason): [count] for reason, count in self.finished.items()}
-        found |= {("histogram", name): histogram.numbers() for name, histogram in self.histograms.items()}
+        for engine, of_engine in self.by_engine.items():
+            found |= {("engine", str(engine), *words): numbers for words, numbers in of_engine.flat().items()}
         found |= {("reloads", *words): [count] for words, count in self.num_reloads.items()}
         for name, counts in self.by_key.items():
             found |= {("key", name, what): [count] for what, count in counts.items()}
@@ -219,16 +255,11 @@ class Metrics:
             match joined.split(_JOINT):
                 case ["number", name] if name in _NUMBERS:
                     setattr(self, name, getattr(self, name) + int(numbers[0]))
-                case ["finished", reason] if reason in self.finished:
-                    self.finished[reason] += int(numbers[0])
-                case ["histogram", name] if name in self.histograms:
-                    self.histograms[name].add(numbers)
+                case ["engine", index, *words]:
+                    self.of(int(index)).add(words, numbers)
                 case ["reloads", what, outcome]:
                     self.num_reloads[what, outcome] += int(numbers[0])
                 case ["key", name, what]:
                     self.key_used(name, what, int(numbers[0]))
                 case ["http", *words]:
                     self.http.add(words, numbers)
-
-    def _observe(self, name: str, value: float) -> None:
-        self.histograms[name].observe(value)

@@ -95,7 +95,7 @@ def main(
     listen_fd: int,
     counts_fd: int,
     control_address: str,
-    data_addresses: Sequence[str],
+    data_addresses: Sequence[tuple[int, str]],
     launch: int,
 ) -> None:
     """Returns when the server was told to shut down and has. Raises ``StartupError``."""
@@ -124,7 +124,7 @@ async def _serve(
     client.on_shutdown = stopping.begin
     context.metrics.add(counts.own())
     context.exposition.others = counts.others
-    client.on_status, client.on_replay = context.metrics.status_changed, context.metrics.replayed
+    client.on_status, client.group.on_replay = context.metrics.status_changed, context.metrics.replayed
     client.start()
     serving = asyncio.ensure_future(server.serve(sockets=[listener]))
     loading = _in_daemon_thread(lambda: load_text_model(config))

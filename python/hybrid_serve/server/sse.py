@@ -10,6 +10,7 @@ from typing import Any
 from starlette.types import Receive, Scope, Send
 
 from .errors import ApiError, as_api_error
+from .headers import RANK_HEADER, header_values
 from .lifecycle import Lifecycle
 
 DONE = b"data: [DONE]\n\n"
@@ -43,6 +44,7 @@ class Exchange:
             for name, value in scope.get("headers", ())
             if name in (b"traceparent", b"tracestate")
         }
+        self.rank = header_values(scope, RANK_HEADER.encode()) if "headers" in scope else []
         self.key_name: str | None = state["key"].name if "key" in state else None
         self._ignored: list[str] = []
         self.timing: Callable[[], str | None] = lambda: (

@@ -4,93 +4,28 @@ from __future__ import annotations
 
 import asyncio
 from array import array
-from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-import zmq
 
 from engine_harness import ids, params, until
+from fake_server import FIRST_ID, FakeServer, ids_of, with_server
 from hybrid_serve.client import ChoiceOutput, EngineDead, EngineRejected, TokenLogprobs
-from hybrid_serve.client.engine_client import ZmqEngineClient
 from hybrid_serve.client.steps import outputs_of_step
-from hybrid_serve.config import Config
-from hybrid_serve.sockets import bind_router
 from hybrid_serve.wire import (
     AddRequest,
     Empty,
     EngineFacts,
     EngineStats,
     FinishReason,
-    Hello,
     Kind,
     Limit,
     Reject,
     Status,
     StepHeader,
-    api_identity,
     pack,
     unpack,
 )
-
-API = api_identity(3)
-FIRST_ID = 3 << 48
-
-
-class FakeServer:
-    """The other ends of a client's sockets; engine and supervisor are whatever the test makes of them."""
-
-    def __init__(self, directory: Path, num_engines: int = 1) -> None:
-        self.context = zmq.Context()
-        self.control_address = f"ipc://{directory}/control"
-        self.data_addresses = [f"ipc://{directory}/engine-{index}" for index in range(num_engines)]
-        self.control = bind_router(self.context, self.control_address)
-        self.engines = [bind_router(self.context, address) for address in self.data_addresses]
-        self.client = ZmqEngineClient(Config(), 3, self.control_address, self.data_addresses)
-
-    async def receive(self, socket: zmq.Socket[bytes]) -> list[bytes]:
-        await until(lambda: bool(socket.poll(0)), "the client sent nothing")
-        return socket.recv_multipart()
-
-    def send(self, message: list[Any], engine: int = 0) -> None:
-        self.engines[engine].send_multipart([API, *message])
-
-    def tell(self, message: list[Any]) -> None:
-        self.control.send_multipart([API, *message])
-
-    def step(self, rows: list[tuple[int, int, FinishReason]]) -> None:
-        """(choice, token, reason) by row."""
-        self.send(
-            pack(
-                Kind.STEP,
-                StepHeader(1, len(rows), 0),
-                array("Q", [FIRST_ID + choice for choice, _, _ in rows]),
-                array("i", [token for _, token, _ in rows]),
-                bytes(reason for _, _, reason in rows),
-                array("i", [-1] * len(rows)),
-                array("i", [0] * len(rows)),
-                array("q", [-1] * len(rows)),
-            )
-        )
-
-
-def with_server(tmp_path: Path, test: Callable[[FakeServer], Awaitable[None]], num_engines: int = 1) -> None:
-    async def main() -> None:
-        server = FakeServer(tmp_path, num_engines)
-        server.client.start()
-        try:
-            hello = await server.receive(server.control)
-            assert hello[:2] == [API, Kind.HELLO]
-            assert unpack(hello[2], Hello).config_digest == Config().digest()
-            for engine in server.engines:
-                assert (await server.receive(engine))[:2] == [API, Kind.JOIN]
-            await asyncio.wait_for(test(server), 10)
-        finally:
-            server.client.close()
-            server.context.destroy(linger=0)
-
-    asyncio.run(main())
 
 
 def test_outputs_of_several_messages_arrive_in_order_and_a_slow_reader_gets_them_at_once(tmp_path: Path) -> None:
@@ -102,7 +37,7 @@ def test_outputs_of_several_messages_arrive_in_order_and_a_slow_reader_gets_them
             server.step([(0, 11, FinishReason.STOP), (1, 21, FinishReason.NONE)])
             server.step([(1, 22, FinishReason.LENGTH)])
             server.send(pack(Kind.STATS, EngineStats(num_running=9)))
-            await until(lambda: server.client.stats.num_running == 9)
+            await until(lambda: server.client.engines[0].stats.num_running == 9)
             assert [turn async for turn in stream] == [
                 [
                     ChoiceOutput(0, [10]),
@@ -154,7 +89,7 @@ def test_a_dead_engine_fails_the_open_streams_after_what_has_arrived_and_every_n
         async with server.client.generate(ids([1]), params()) as stream:
             server.step([(0, 5, FinishReason.NONE)])
             server.send(pack(Kind.STATS, EngineStats(steps=1)))
-            await until(lambda: server.client.stats.steps == 1)
+            await until(lambda: server.client.engines[0].stats.steps == 1)
             server.tell(pack(Kind.STATUS, Status("dead", message="engine 0 died")))
             await until(lambda: server.client.status.phase == "dead")
             assert await anext(stream) == [ChoiceOutput(0, [5])]
@@ -165,10 +100,6 @@ def test_a_dead_engine_fails_the_open_streams_after_what_has_arrived_and_every_n
                 await anext(late)
 
     with_server(tmp_path, test)
-
-
-def ids_of(*numbers: int) -> bytes:
-    return array("Q", numbers).tobytes()
 
 
 async def joined_again(server: FakeServer) -> None:
@@ -197,7 +128,7 @@ def test_after_an_engines_death_each_choice_goes_on_behind_what_it_has_received(
             for again in (first, third):
                 assert (again.params, again.priority, again.cache_salt) == (asked, 4, b"x")
             assert not original.is_replay
-            assert server.client.num_replayed == 1
+            assert server.client.group.num_replayed == 1
 
     with_server(tmp_path, test)
 
@@ -231,7 +162,7 @@ def test_what_the_dead_engine_had_sent_and_nobody_read_is_not_taken_twice(tmp_pa
             server.tell(restarting)
             server.step([(0, 7, FinishReason.STOP)])
             assert [output.token_ids for turn in [turn async for turn in stream] for output in turn] == [[5], [6], [7]]
-            assert server.client.num_replayed == 1
+            assert server.client.group.num_replayed == 1
 
     with_server(tmp_path, test)
 
@@ -240,8 +171,8 @@ def test_the_culprit_fails_alone(tmp_path: Path) -> None:
     """F-02: with all its choices; it is not sent again."""
 
     async def test(server: FakeServer) -> None:
-        told: list[tuple[int, int]] = []
-        server.client.on_replay = lambda *counts: told.append(counts)
+        told: list[tuple[int, int, int]] = []
+        server.client.group.on_replay = lambda *counts: told.append(counts)
         culprit, innocent = server.client.generate(ids([1]), params(), n=2), server.client.generate(ids([2]), params())
         async with culprit, innocent:
             for _ in range(2):
@@ -254,8 +185,8 @@ def test_the_culprit_fails_alone(tmp_path: Path) -> None:
             assert (caught.value.status, caught.value.code) == (500, "request_quarantined")
             await joined_again(server)
             assert unpack((await server.receive(server.engines[0]))[2], AddRequest).id == FIRST_ID + 2
-            assert (server.client.num_replayed, server.client.num_quarantined) == (1, 1)
-            assert told == [(1, 1)]
+            assert (server.client.group.num_replayed, server.client.group.num_quarantined) == (1, 1)
+            assert told == [(0, 1, 1)]
 
     with_server(tmp_path, test)
 
@@ -297,7 +228,7 @@ def test_a_reader_that_waits_is_woken_when_the_client_closes(tmp_path: Path) -> 
         stream = await server.client.generate(ids([1]), params()).__aenter__()
         waiting = asyncio.ensure_future(anext(stream))
         await server.receive(server.engines[0])
-        server.client._fail_all(EngineDead("the client was closed"))
+        server.client.group.fail_all(EngineDead("the client was closed"))
         with pytest.raises(EngineDead):
             await waiting
 
@@ -339,7 +270,7 @@ def test_broken_frames_from_the_engine_end_nothing(tmp_path: Path) -> None:
     with_server(tmp_path, test)
 
 
-def test_two_engines_share_the_requests_and_their_statistics_add_up(tmp_path: Path) -> None:
+def test_two_engines_share_the_requests(tmp_path: Path) -> None:
     async def test(server: FakeServer) -> None:
         first, second = (server.client.generate(ids([1]), params()) for _ in range(2))
         async with first, second:
@@ -347,7 +278,7 @@ def test_two_engines_share_the_requests_and_their_statistics_add_up(tmp_path: Pa
                 assert (await server.receive(engine))[1] == Kind.ADD
             server.send(pack(Kind.STATS, EngineStats(num_running=1, steps=10, step_token_counts=(1, 2))), engine=0)
             server.send(pack(Kind.STATS, EngineStats(num_running=2, steps=20, step_token_counts=(3, 4))), engine=1)
-            await until(lambda: server.client.stats == EngineStats(num_running=3, steps=30, step_token_counts=(4, 6)))
+            await until(lambda: [engine.stats.steps for engine in server.client.engines] == [10, 20])
 
     with_server(tmp_path, test, num_engines=2)
 
@@ -374,7 +305,7 @@ def test_log_probabilities_are_cut_by_row() -> None:
 def test_a_seed_is_needed_and_a_prompt_that_no_frame_holds_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hybrid_serve.client.engine_client.MAX_FRAME_BYTES", 8)
+    monkeypatch.setattr("hybrid_serve.client.group.MAX_FRAME_BYTES", 8)
 
     async def test(server: FakeServer) -> None:
         with pytest.raises(ValueError, match="seed"):

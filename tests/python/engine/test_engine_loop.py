@@ -42,7 +42,7 @@ def test_a_second_request_with_the_same_beginning_says_what_it_found_in_the_cach
             outputs = await collect(client, prompt, max_tokens=5)
             assert outputs[0].cached_tokens == 96
             assert tokens_of(outputs) == expected(prompt, 1, 5)
-            await until(lambda: client.stats.prefix_hits == 96 and client.stats.num_running == 0)
+            await until(lambda: client.engines[0].stats.prefix_hits == 96 and client.engines[0].stats.num_running == 0)
 
     with EngineThread(tmp_path) as engine:
         run(main(engine))
@@ -75,9 +75,9 @@ def test_64_streams_in_a_tiny_pool_are_all_right_although_they_preempt_each_othe
             )
             for i, (prompt, outputs) in enumerate(zip(prompts, results, strict=True)):
                 assert tokens_of(outputs) == expected(prompt, i, 60)
-            await until(lambda: client.stats.steps > 0 and client.stats.num_running == 0)
-            assert client.stats.kv_blocks_used == 0
-            assert client.stats.num_preemptions > 5
+            await until(lambda: client.engines[0].stats.steps > 0 and client.engines[0].stats.num_running == 0)
+            assert client.engines[0].stats.kv_blocks_used == 0
+            assert client.engines[0].stats.num_preemptions > 5
 
     executor = FakeExecutor(num_blocks=24, depth=depth)
     with EngineThread(tmp_path, executor, scheduler=SchedulerConfig(max_num_seqs=32)) as engine:
@@ -111,13 +111,13 @@ def test_leaving_the_block_aborts_what_runs_within_200_ms(tmp_path: Path) -> Non
         async with engine.client() as client:
             async with client.generate(ids([1, 2]), params(4000), n=2) as stream:
                 async for _ in stream:
-                    if client.stats.num_running == 2:
+                    if client.engines[0].stats.num_running == 2:
                         break
             loop = asyncio.get_running_loop()
             left = loop.time()
-            await until(lambda: client.stats.num_running == 0)  # an engine that becomes idle says so at once
+            await until(lambda: client.engines[0].stats.num_running == 0)  # an engine that becomes idle says so at once
             assert loop.time() - left < 0.2
-            assert client.stats.kv_blocks_used == 0
+            assert client.engines[0].stats.kv_blocks_used == 0
             assert engine.peers.live == [set()]
             assert tokens_of(await collect(client, [9], max_tokens=3)) == expected([9], 1, 3)
 
@@ -132,7 +132,7 @@ def test_a_cancelled_task_and_one_that_never_read_abort_as_well(tmp_path: Path) 
 
             async def fail_inside() -> None:
                 async with client.generate(ids([3]), params(4000)):
-                    await until(lambda: client.stats.num_running == 2)
+                    await until(lambda: client.engines[0].stats.num_running == 2)
                     raise ZeroDivisionError
 
             with pytest.raises(ZeroDivisionError):
@@ -140,7 +140,7 @@ def test_a_cancelled_task_and_one_that_never_read_abort_as_well(tmp_path: Path) 
             reading.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await reading
-            await until(lambda: client.stats.num_running == 0)
+            await until(lambda: client.engines[0].stats.num_running == 0)
 
     with EngineThread(tmp_path, FakeExecutor(delay=0.005)) as engine:
         run(main(engine))
@@ -239,12 +239,12 @@ def test_the_requests_of_an_api_server_that_is_gone_are_aborted_within_a_second(
             going = asyncio.create_task(collect(stays, [1], max_tokens=300))
             doomed = leaves.generate(ids([2, 3]), params(4000), n=2)
             await doomed.__aenter__()
-            await until(lambda: stays.stats.num_running == 3)
-            leaves._context.destroy(linger=0)  # as if its process were gone: no ABORT is sent
-            leaves._takers.clear()
+            await until(lambda: stays.engines[0].stats.num_running == 3)
+            leaves._dealers._context.destroy(linger=0)  # as if its process were gone: no ABORT is sent
+            leaves._dealers._takers.clear()
             loop = asyncio.get_running_loop()
             left = loop.time()
-            await until(lambda: stays.stats.num_running == 1)
+            await until(lambda: stays.engines[0].stats.num_running == 1)
             assert loop.time() - left < 1
             assert tokens_of(await going) == expected([1], 1, 300)
 

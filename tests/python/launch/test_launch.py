@@ -11,11 +11,11 @@ import msgspec
 import pytest
 
 from hybrid_serve import __version__
-from hybrid_serve.config import Config, ModelConfig, ServerConfig
+from hybrid_serve.config import Config, EngineConfig, ModelConfig, ServerConfig
 from hybrid_serve.errors import StartupError
 from hybrid_serve.launch import listener
 from hybrid_serve.launch.handshake import refusal
-from hybrid_serve.launch.plan import ProcessSpec, plan
+from hybrid_serve.launch.plan import ProcessSpec, device_of, plan, threads_of_each
 from hybrid_serve.launch.report import PlainReporter
 from hybrid_serve.launch.run_directory import LONGEST_SOCKET_PATH, RunDirectory
 from hybrid_serve.wire import PROTOCOL_VERSION, EngineFacts, Hello, Status, api_identity, engine_identity
@@ -24,24 +24,56 @@ RUN = Path("/run/x")
 
 
 def test_a_server_is_an_engine_and_an_api_server_which_agree_on_addresses() -> None:
-    engine, api = plan(Config(), RUN, 5, 6, counts_fd=7)
+    engine, api = plan(Config(), RUN, 5, [6], counts_fd=7)
     assert (engine.name, api.name) == ("engine 0", "api 0")
     assert engine.entry == "hybrid_serve.engine.process:main"
     assert api.entry == "hybrid_serve.server.process:main"
     assert engine.arguments["control_address"] == api.arguments["control_address"] == "ipc:///run/x/control"
-    assert api.arguments["data_addresses"] == [engine.arguments["data_address"]]
+    assert api.arguments["data_addresses"] == [[0, engine.arguments["data_address"]]]
     assert (engine.inherited_fds, api.inherited_fds) == ((6,), (5, 7))
 
 
 def test_several_api_servers_share_the_socket_and_the_engine_knows_how_many() -> None:
-    engine, *servers = plan(Config(server=ServerConfig(api_server_count=3)), RUN, 5, 6, counts_fd=7)
+    engine, *servers = plan(Config(server=ServerConfig(api_server_count=3)), RUN, 5, [6], counts_fd=7)
     assert engine.arguments["num_clients"] == 3
     assert [spec.arguments["api_index"] for spec in servers] == [0, 1, 2]
     assert {spec.arguments["listen_fd"] for spec in servers} == {5}
 
 
+def test_several_engines_share_the_cores_and_have_a_gpu_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """S12: every API server talks to every engine."""
+    monkeypatch.setattr("hybrid_serve.launch.plan.usable_cores", lambda: 7)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-5,6")
+    config = Config(server=ServerConfig(api_server_count=2))
+    first, second, third, *servers = plan(config, RUN, 5, [6, 7, 8], counts_fd=9)
+    assert [spec.name for spec in (first, second, third)] == ["engine 0", "engine 1", "engine 2"]
+    assert [spec.inherited_fds for spec in (first, second, third)] == [(6,), (7,), (8,)]
+    addresses = [[index, f"ipc:///run/x/engine-{index}"] for index in range(3)]
+    assert [spec.arguments["data_addresses"] for spec in servers] == [addresses, addresses]
+    assert second.arguments["data_address"] == addresses[1][1]
+    assert len({spec.arguments["stacks_path"] for spec in (first, second, third)}) == 3
+    assert {spec.arguments["cpu_threads"] for spec in (first, second, third)} == {2}
+    assert [spec.environment["CUDA_VISIBLE_DEVICES"] for spec in (first, second, third)] == ["4", "GPU-5", "6"]
+
+
+@pytest.mark.parametrize(
+    ("place", "count", "visible", "expected"),
+    [(0, 1, "3,4", {}), (1, 2, "", {"CUDA_VISIBLE_DEVICES": "1"}), (1, 2, "3", {"CUDA_VISIBLE_DEVICES": ""})],
+)
+def test_one_engine_sees_what_there_is_and_one_too_many_sees_no_gpu(
+    place: int, count: int, visible: str, expected: dict[str, str]
+) -> None:
+    assert device_of(place, count, {"CUDA_VISIBLE_DEVICES": visible}) == expected
+
+
+def test_threads_that_were_asked_for_are_those_of_each_engine() -> None:
+    asked = Config(engine=EngineConfig(cpu_threads=3))
+    assert [threads_of_each(asked, count, 8) for count in (1, 2)] == [3, 3]
+    assert [threads_of_each(Config(), count, 8) for count in (1, 2, 3, 9)] == [0, 4, 2, 1]
+
+
 def test_a_spec_survives_the_way_to_its_process() -> None:
-    for spec in plan(Config(), RUN, 5, 6, counts_fd=7):
+    for spec in plan(Config(), RUN, 5, [6], counts_fd=7):
         assert msgspec.json.decode(msgspec.json.encode(spec), type=ProcessSpec) == spec
 
 
@@ -64,7 +96,7 @@ def test_a_child_of_another_version_configuration_or_plan_is_refused(
     message: Hello, identity: bytes, names: list[str]
 ) -> None:
     """F-51: with both versions."""
-    specs = plan(Config(), RUN, 5, 6, counts_fd=7)
+    specs = plan(Config(), RUN, 5, [6], counts_fd=7)
     failure = refusal(message, identity, specs, "digest")
     assert failure is not None
     assert all(name in failure.why for name in names)

@@ -89,7 +89,7 @@ def test_request_is_aborted_within_200_ms_of_its_client_leaving(
         await connection.task
         assert all(call.unfinished_when_left == 2 for call in engine.calls)
         assert api.context.lifecycle.num_open == 0
-        assert api.context.metrics.finished["abort"] == 2 * prompts
+        assert api.context.metrics.of(0).finished["abort"] == 2 * prompts
         assert "error" not in connection.text
 
     api.run(scenario())

@@ -124,6 +124,7 @@ def test_while_the_model_loads_it_is_alive_but_not_ready(make_api: MakeApi) -> N
         assert response.headers["retry-after"]
         assert response.json() == {
             "state": "loading_weights", "progress": 0.25, "message": "shard 1 of 4", "seconds": 1.5,
+            "engines": {"0": "loading_weights"},
         }  # fmt: skip
     response = api.post(CHAT, {"messages": MESSAGES})
     assert response.status_code == 503

@@ -33,7 +33,7 @@ def use(api: Api, n: int) -> None:
     api.post(CHAT, {"messages": MESSAGES, "n": n}, x_api_key="k")
     api.post(CHAT, {}, x_api_key="k")
     api.get("/nope", x_api_key="k")
-    api.context.metrics.replayed(2, 1)
+    api.context.metrics.replayed(0, 2, 1)
 
 
 def exposition(api: Api) -> list[str]:
@@ -75,12 +75,12 @@ def test_counts_are_published_and_at_the_end_once_more(make_api: MakeApi, memory
         task = asyncio.ensure_future(publish(writer, api.context.metrics, lambda: 3))
         await asyncio.sleep(0)
         assert reader.others()[0]["number\x1fnum_open"] == [3]
-        api.context.metrics.prompt_tokens += 5
+        api.context.metrics.of(0).prompt_tokens += 5
         task.cancel()
         await asyncio.wait({task})
 
     api.run(scenario())
-    assert reader.others()[0]["number\x1fprompt_tokens"] == [5]
+    assert reader.others()[0]["engine\x1f0\x1fnumber\x1fprompt_tokens"] == [5]
     assert reader.others()[0]["number\x1fnum_open"] == [0]
 
 
@@ -109,9 +109,8 @@ def test_what_does_not_fit_is_said_and_the_last_counts_stay(memory: int, caplog:
 
 def test_counts_of_another_version_are_left(make_api: MakeApi) -> None:
     metrics = Metrics()
+    metrics.of(0)
     before = metrics.flat()
-    metrics.add(
-        {"number\x1fnew": [1], "histogram\x1fnew": [1], "finished\x1fnew": [1], "what": [1], "http\x1fnew": [1]}
-    )
-    metrics.add({"histogram\x1frequest_params_n": [1.0, 2.0]})  # other bounds
+    metrics.add({"number\x1fnew": [1], "what": [1], "http\x1fnew": [1], "engine\x1f0\x1ffinished\x1fnew": [1]})
+    metrics.add({"engine\x1f0\x1fhistogram\x1frequest_params_n": [1.0, 2.0]})  # other bounds
     assert metrics.flat() == before

@@ -62,10 +62,8 @@ async def _prepare(
         seed=context.seed(),
     )
     salt = context.cache_salt(exchange.key_name, request.cache_salt)
-    generation = Generation(
-        context, [Prompt(ids)], params, request.n or 1, request.priority or 0, salt, exchange.arrived
-    )
-    return generation, unused
+    n, priority, rank = request.n or 1, request.priority or 0, context.rank(exchange.rank)
+    return Generation(context, [Prompt(ids)], params, n, priority, salt, rank, exchange.arrived), unused
 
 
 class _Answer:

@@ -98,7 +98,8 @@ def _generation(
     room = facts.max_model_len - min(len(prompt.token_ids) for prompt in prompts)
     params = sampling_params(request, facts, max_tokens=min(max_tokens, room), logprobs=logprobs, seed=context.seed())
     salt = context.cache_salt(exchange.key_name, request.cache_salt)
-    return Generation(context, prompts, params, request.n or 1, request.priority or 0, salt, exchange.arrived)
+    n, priority, rank = request.n or 1, request.priority or 0, context.rank(exchange.rank)
+    return Generation(context, prompts, params, n, priority, salt, rank, exchange.arrived)
 
 
 def _echoed(context: ServerContext, prompt: Prompt) -> str:

@@ -1,0 +1,233 @@
+"""EngineGroup: the engines that serve one model, as one API server sees them."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import msgspec
+
+from ..wire import (
+    ALL_ENGINES,
+    MAX_FRAME_BYTES,
+    AddRequest,
+    Empty,
+    EngineFacts,
+    EngineStats,
+    Join,
+    Kind,
+    Limit,
+    Reject,
+    Status,
+    StepHeader,
+    pack,
+    unpack,
+)
+from . import EngineDead, EngineRejected
+from .dealers import Dealers
+from .link import Link
+from .router import Router
+from .steps import outputs_of_step
+from .streams import ZmqStream
+
+_QUARANTINED = "The engine died twice while it worked on this request; it is not tried again."
+_GONE = ("dead", "away")  # phases of an engine that does not come back by itself
+
+
+class EngineGroup:
+    """Gives each request to one of its engines and hands what comes back to the request's stream. When an engine is
+    lost, the others are asked for the rest of what it had; where there is no other, the one that takes its place.
+
+    Knows streams and frames; not how engines come and go, which it is told by ``take_status``. ``on_replay(engine,
+    replayed, given up)``: how many requests went either way when that engine was lost.
+    """
+
+    def __init__(self, api_index: int, addresses: Sequence[tuple[int, str]], dealers: Dealers, router: Router) -> None:
+        """``addresses``: (index, address) of each engine."""
+        self._api_index, self._dealers, self._router = api_index, dealers, router
+        self.on_replay: Callable[[int, int, int], None] | None = None
+        self.links = [Link(index, address) for index, address in addresses]
+        self._by_index = {link.index: link for link in self.links}
+        self._link_of: dict[ZmqStream, Link] = {}
+        self._max_num_queued_reqs: int | None = None  # where it was changed
+        self.num_replayed = self.num_quarantined = 0
+        self.status = self.links[0].status  # of all together, as ``facts``
+        self.facts: EngineFacts | None = None
+
+    def start(self) -> None:
+        for link in self.links:
+            self._connect(link)
+
+    def limit_queue(self, max_num_queued_reqs: int) -> None:
+        self._max_num_queued_reqs = max_num_queued_reqs
+        for link in self.links:
+            self._send_limit(link)
+
+    # Requests
+
+    def begin(self, stream: ZmqStream, rank: int | None = None) -> None:
+        """``rank``: the engine that shall have it."""
+        stream.engine = self.links[0].index if rank is None else rank
+        request, token_ids = stream.first_message()
+        if len(token_ids) > MAX_FRAME_BYTES:  # the engine would hang up on the whole API server
+            text = f"The prompt has {len(token_ids) // 4} tokens; no model here takes as many."
+            stream.fail(EngineRejected(400, text, "context_length_exceeded"))
+        elif rank is None:
+            self._ask(stream, [(request, token_ids)])
+        elif self._by_index[rank].is_ready:
+            self._send_requests(self._by_index[rank], stream, [(request, token_ids)])
+        else:
+            text = f"Engine {rank}, which the request names, is {self._by_index[rank].status.phase.replace('_', ' ')}."
+            stream.fail(EngineRejected(503, text, "engine_restarting"))
+
+    def abort(self, stream: ZmqStream, ids: list[int]) -> None:
+        link = self._link_of.get(stream)
+        if link is None:
+            return
+        link.remove(stream, ids)
+        self._forget_if_over(stream)
+        self._send(link, pack(Kind.ABORT, Empty(), array("Q", ids)))
+
+    def fail_all(self, error: Exception) -> None:
+        for link in self.links:
+            link.take_all()
+        streams = list(self._link_of)
+        self._link_of.clear()
+        for stream in streams:
+            stream.fail(error)
+
+    def _ask(self, stream: ZmqStream, requests: Iterable[tuple[AddRequest, bytes]]) -> None:
+        """Sends them to the engine that the router picks: one that is ready, else one that will be."""
+        links = [link for link in self.links if link.is_ready]
+        links = links or [link for link in self.links if link.status.phase not in _GONE]
+        if not links:
+            self._give_up(stream, EngineDead(self.status.message or "no engine is left"))
+            return
+        request, prompt = stream.first_message()
+        index = links[0].index
+        if len(self.links) > 1:
+            index = self._router.pick({link.index: link.load for link in links}, prompt, request.cache_salt)
+        self._send_requests(self._by_index[index], stream, requests)
+
+    def _send_requests(self, link: Link, stream: ZmqStream, requests: Iterable[tuple[AddRequest, bytes]]) -> None:
+        self._link_of[stream] = link
+        stream.engine = link.index
+        for request, token_ids in requests:
+            link.add(stream, range(request.id, request.id + request.n), len(token_ids) // 4)
+            self._send(link, pack(Kind.ADD, request, token_ids))
+
+    def _give_up(self, stream: ZmqStream, error: Exception) -> None:
+        self._link_of.pop(stream, None)
+        stream.fail(error)
+
+    def _forget_if_over(self, stream: ZmqStream) -> None:
+        if not stream.live_ids:
+            self._link_of.pop(stream, None)
+
+    # Engines
+
+    def take_status(self, status: Status) -> None:
+        """What the supervisor says of one of them, or of all."""
+        links = self.links if status.engine == ALL_ENGINES else [self._by_index[status.engine]]
+        lost = []
+        for link in links:
+            before, facts = link.status, status.facts or link.status.facts
+            link.status = msgspec.structs.replace(status, engine=link.index, facts=facts)
+            if status.engine == ALL_ENGINES:
+                link.status = msgspec.structs.replace(link.status, restarts=before.restarts)
+            is_gone = status.phase in _GONE and before.phase not in _GONE
+            if link.status.restarts != before.restarts or is_gone:
+                lost.append(link)
+        self._sum_up()
+        for link in lost:
+            self._replay(link, status)
+
+    def _sum_up(self) -> None:
+        """The phase of all together is ready when one is and every one has been: a server that has begun to serve goes
+        on with what it has. What they can do together is what the smallest of them can."""
+        facts = [link.status.facts for link in self.links]
+        known = [each for each in facts if each is not None]
+        self.facts = None
+        if len(known) == len(facts):
+            self.facts = min(known, key=lambda each: each.max_model_len)
+        ready = [link.status for link in self.links if link.is_ready]
+        if ready and self.facts is not None:
+            self.status = ready[0]
+            return
+        others = [link.status for link in self.links if not link.is_ready]
+        coming = [status for status in others if status.phase not in _GONE]
+        self.status = (coming or others)[0]
+
+    def _replay(self, link: Link, status: Status) -> None:
+        """What the engine had is lost. Who was to blame fails; the others are asked for again, from where they are.
+
+        What has arrived counts; what has not goes with the old socket, lest it comes a second time."""
+        running, to_blame = set(array("Q", status.suspects)), set(array("Q", status.culprits))
+        before = self.num_replayed, self.num_quarantined
+        if link.socket is not None:
+            self._dealers.drop(link.socket)
+            link.socket = None
+        streams = link.take_all()
+        self._connect(link)
+        for stream in streams:
+            if to_blame.isdisjoint(stream.live_ids):
+                self.num_replayed += 1
+                self._ask(stream, stream.replay(running))
+            else:
+                self.num_quarantined += 1
+                self._give_up(stream, EngineRejected(500, _QUARANTINED, "request_quarantined"))
+        if self.on_replay is not None:
+            self.on_replay(link.index, self.num_replayed - before[0], self.num_quarantined - before[1])
+
+    def _connect(self, link: Link) -> None:
+        link.socket = self._dealers.open(link.address, lambda frames: self._take(link, frames))
+        self._send(link, pack(Kind.JOIN, Join(self._api_index)))
+        self._send_limit(link)
+
+    def _send_limit(self, link: Link) -> None:
+        """An engine that is started again has the limit of the configuration."""
+        if self._max_num_queued_reqs is not None:
+            self._send(link, pack(Kind.LIMIT, Limit(self._max_num_queued_reqs)))
+
+    def _send(self, link: Link, message: list[Any]) -> None:
+        if link.socket is not None:
+            self._dealers.send(link.socket, message)
+
+    # What an engine says
+
+    def _take(self, link: Link, frames: list[bytes]) -> None:
+        kind = frames[0]
+        if kind == Kind.STEP:
+            self._take_step(link, frames)
+        elif kind == Kind.STATS:
+            link.take_stats(unpack(frames[1], EngineStats))
+        elif kind == Kind.REJECT:
+            self._take_reject(link, unpack(frames[1], Reject))
+        else:
+            raise ValueError(f"unknown kind {kind!r}")
+
+    def _take_step(self, link: Link, frames: list[bytes]) -> None:
+        streams, touched = link.streams, dict[ZmqStream, None]()
+        for id, output in outputs_of_step(unpack(frames[1], StepHeader), frames[2:]):
+            stream = streams.get(id)
+            if stream is None:
+                continue  # aborted while this was on its way
+            output.choice = id - stream.first_id
+            stream.put(output)
+            touched[stream] = None
+            if output.finish:
+                link.remove(stream, [id])
+                self._forget_if_over(stream)
+        for stream in touched:
+            link.started(stream)
+            stream.wake()
+
+    def _take_reject(self, link: Link, reject: Reject) -> None:
+        stream = link.streams.get(reject.id)
+        if stream is not None:
+            others = [id for id in stream.live_ids if not reject.id <= id < reject.id + reject.n]
+            if others:  # choices that were replayed one by one
+                self._send(link, pack(Kind.ABORT, Empty(), array("Q", others)))
+            link.remove(stream, stream.live_ids)
+            self._give_up(stream, EngineRejected(reject.status, reject.message, reject.code, reject.param))

@@ -1,0 +1,70 @@
+"""Link: one engine as an API server sees it."""
+
+from __future__ import annotations
+
+import zmq
+
+from ..wire import EngineStats, Status
+from .streams import ZmqStream
+
+PROMPT_TOKENS_A_REQUEST = 512  # so many tokens that nobody has computed yet are as much work ahead as a request
+WAITING_WEIGHT = 6.0  # of a request that waits in an engine whose cache is full
+
+
+class Link:
+    """The socket to the process that is there now, the streams that wait for it, what was said of it last, and from
+    these its load. Knows no other engine."""
+
+    def __init__(self, index: int, address: str) -> None:
+        self.index, self.address = index, address
+        self.socket: zmq.Socket[bytes] | None = None
+        self.streams: dict[int, ZmqStream] = {}  # by choice id; only choices that run
+        self.status = Status("starting", engine=index)
+        self._forget()
+
+    def _forget(self) -> None:
+        self.stats = EngineStats()
+        self._num_elsewhere = 0  # choices of other API servers, when the engine spoke last
+        self._unstarted: dict[ZmqStream, int] = {}  # prompt tokens of streams of which nothing has come
+        self._unstarted_tokens = 0
+
+    @property
+    def is_ready(self) -> bool:
+        return self.status.phase == "ready"
+
+    def take_stats(self, stats: EngineStats) -> None:
+        self.stats = stats
+        self._num_elsewhere = max(0, stats.num_running + stats.num_waiting - len(self.streams))
+
+    @property
+    def load(self) -> float:
+        """Work that is ahead of a new request, in requests. Our own are known to the last one, those of other API
+        servers as of the engine's last word; a cache that fills up makes waiting dearer."""
+        stats = self.stats
+        usage = stats.kv_blocks_used / stats.kv_blocks_total if stats.kv_blocks_total else 0.0
+        crowd = WAITING_WEIGHT * stats.num_waiting * max(0.0, usage - 0.5)
+        return len(self.streams) + self._num_elsewhere + self._unstarted_tokens / PROMPT_TOKENS_A_REQUEST + crowd
+
+    def add(self, stream: ZmqStream, ids: range, num_tokens: int) -> None:
+        """The engine is asked for these choices of the stream, behind so many tokens."""
+        for id in ids:
+            self.streams[id] = stream
+        self._unstarted[stream] = self._unstarted.get(stream, 0) + num_tokens
+        self._unstarted_tokens += num_tokens
+
+    def started(self, stream: ZmqStream) -> None:
+        self._unstarted_tokens -= self._unstarted.pop(stream, 0)
+
+    def remove(self, stream: ZmqStream, ids: list[int]) -> None:
+        """Nobody waits for these choices any more."""
+        for id in ids:
+            del self.streams[id]
+        if not any(id in self.streams for id in stream.live_ids):
+            self.started(stream)
+
+    def take_all(self) -> list[ZmqStream]:
+        """The process is gone: its streams, which wait for it no longer."""
+        streams = list(dict.fromkeys(self.streams.values()))
+        self.streams.clear()
+        self._forget()
+        return streams
