@@ -1,6 +1,6 @@
 """What the engine costs around a model that takes no time: Python a step, latency of a request, start of the processes.
 
-    python benchmarks/engine_loop.py [--sequences 1 16 256] [--steps 400]
+    python benchmarks/engine_loop.py [--sequences 1 16 256] [--steps 400] [--no-record]
 
 The loop, scheduler, sockets and client are the real ones; the client runs in a process of its own.
 """
@@ -27,15 +27,19 @@ import zmq
 from numpy.typing import NDArray
 from typing_extensions import Buffer
 
+from hybrid_serve import flight
 from hybrid_serve._core import Batch
 from hybrid_serve.client.engine_client import ZmqEngineClient
 from hybrid_serve.config import Config, SchedulerConfig
-from hybrid_serve.engine.executor import Done, ExecutorFacts, Layout
+from hybrid_serve.engine.executor import ExecutorFacts, Layout
 from hybrid_serve.engine.inbox import Inbox
 from hybrid_serve.engine.loop import EngineLoop
 from hybrid_serve.engine.outbox import Outbox
 from hybrid_serve.engine.peers import Peers
+from hybrid_serve.engine.probation import Probation
 from hybrid_serve.engine.process import collect_garbage_rarely, make_core
+from hybrid_serve.engine.watched import WatchedExecutor
+from hybrid_serve.heartbeat import Heartbeat, make, max_watched_ids
 from hybrid_serve.sockets import bind_router, connect_dealer
 from hybrid_serve.wire import SamplingParams, engine_identity
 
@@ -48,6 +52,13 @@ class NullResult(NamedTuple):
     logprobs: None = None
     logprob_ids: None = None
     ranks: None = None
+
+
+class Done(NamedTuple):
+    value: NullResult
+
+    def result(self) -> NullResult:
+        return self.value
 
 
 class NullExecutor:
@@ -75,7 +86,7 @@ def load(config: Config, report: Callable[[str, float], None]) -> NullExecutor:
     return NullExecutor()
 
 
-def measure_steps(num_sequences: int, num_steps: int) -> dict[str, float]:
+def measure_steps(num_sequences: int, num_steps: int, record: bool) -> dict[str, float]:
     """Microseconds a step while ``num_sequences`` decode, of this process and of the client's."""
     with tempfile.TemporaryDirectory() as directory:
         control, data = f"ipc://{directory}/control", f"ipc://{directory}/engine-0"
@@ -85,13 +96,19 @@ def measure_steps(num_sequences: int, num_steps: int) -> dict[str, float]:
         core = make_core(CONFIG, executor, executor.allocate())
         peers = Peers(bind_router(context, data), 1)
         own = connect_dealer(context, control, engine_identity(0))
-        inbox = Inbox(peers, own, longest_prompt=4095, max_num_seqs=256, max_num_queued_reqs=1024)
+        heartbeat = Heartbeat(make(max_watched_ids(CONFIG)), max_watched_ids(CONFIG))
+        if record:
+            core.record(heartbeat.recording, flight.NUM_STEPS)
+        probation = Probation(heartbeat.try_out)
+        limits = {"longest_prompt": 4095, "max_num_seqs": 256, "max_num_queued_reqs": 1024}
+        inbox = Inbox(peers, own, heartbeat, probation, **limits)
         client = subprocess.Popen(
             [sys.executable, __file__, "--client", control, data, str(num_sequences), str(num_steps)],
             stdout=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         )
-        loop = EngineLoop(core, executor, StopWith(inbox, client), Outbox(peers))
+        watched = WatchedExecutor(executor, core, heartbeat)
+        loop = EngineLoop(core, watched, StopWith(inbox, client), Outbox(peers, probation))
         collect_garbage_rarely()
         loop.run()
         output, _ = client.communicate()
@@ -159,6 +176,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sequences", type=int, nargs="+", default=[1, 16, 256])
     parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--record", action=argparse.BooleanOptionalAction, default=True, help="as a server does")
     parser.add_argument("--client", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.client:
@@ -166,7 +184,7 @@ def main() -> None:
         asyncio.run(run_client(control, data, *map(int, numbers)))
         return
     for count in options.sequences:
-        found = measure_steps(count, options.steps)
+        found = measure_steps(count, options.steps, options.record)
         engine, client, first = found["engine_us"], found["client_us"], found["first_step_us"]
         costs = f"engine {engine:4.0f} us a step, client {client:4.0f} us of CPU a step"
         print(f"{count:4} sequences: {costs}, ADD to first output {first:4.0f} us")

@@ -12,6 +12,7 @@
 
 #include "common/check.h"
 #include "core/batch.h"
+#include "core/replay.h"
 #include "core/scheduler.h"
 
 namespace py = pybind11;
@@ -168,8 +169,18 @@ class PyScheduler {
     return use(f);
   }
 
+  void record(const py::buffer& memory, int64_t num_steps) {
+    py::buffer_info info = memory.request(/*writable=*/true);
+    require(PyBuffer_IsContiguous(info.view(), 'C') && reinterpret_cast<uintptr_t>(info.ptr) % 8 == 0,
+            "the memory of a recording must be contiguous and aligned to 8 bytes");
+    const auto num_words = static_cast<size_t>(info.size * info.itemsize / 8);
+    use([&](Scheduler& core) { core.record({static_cast<int64_t*>(info.ptr), num_words}, num_steps); });
+    memory_ = std::move(info);
+  }
+
  private:
   std::vector<py::buffer_info> arenas_;
+  py::buffer_info memory_;  // of the recording
   std::optional<Scheduler> core_;
   std::atomic_flag busy_;
 };
@@ -214,6 +225,23 @@ void add(PyScheduler& self, uint64_t id, const py::buffer& tokens, const py::obj
   spec.banned_token_ids = token_ids("banned_token_ids", banned_token_ids);
   spec.cache_salt = static_cast<std::string_view>(cache_salt);
   self.use([&](Scheduler& core) { core.add(spec); });
+}
+
+std::vector<int64_t> words_of(const py::bytes& bytes) {
+  const auto view = static_cast<std::string_view>(bytes);
+  require(view.size() % sizeof(int64_t) == 0, view.size(), " bytes are not words");
+  std::vector<int64_t> words(view.size() / sizeof(int64_t));
+  std::memcpy(words.data(), view.data(), view.size());
+  return words;
+}
+
+py::tuple replay(const py::bytes& config, const py::bytes& events) {
+  const auto config_words = words_of(config), event_words = words_of(events);
+  Replay again(config_words, event_words);
+  again.run();
+  const auto decisions = again.decisions();
+  return py::make_tuple(py::bytes(reinterpret_cast<const char*>(decisions.data()), decisions.size() * sizeof(int64_t)),
+                        again.failure());
 }
 
 PyOutputs commit(const py::object& self, int64_t step, const py::buffer& tokens) {
@@ -329,6 +357,7 @@ void bind_scheduler(py::module_& m) {
       .def_property_readonly("idle",
                              [](PyScheduler& self) { return self.use([](Scheduler& core) { return core.idle(); }); })
       .def("stats", [](PyScheduler& self) { return self.use([](Scheduler& core) { return core.stats(); }); })
+      .def("record", &PyScheduler::record, "memory"_a, "num_steps"_a)
       .def("forget_prefixes",
            [](PyScheduler& self) { return self.use([](Scheduler& core) { return core.forget_prefixes(); }); })
       .def("check_invariants", [](PyScheduler& self) { self.use([](Scheduler& core) { core.check_invariants(); }); });
@@ -342,4 +371,5 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   hybrid::bind_config(m);
   hybrid::bind_results(m);
   hybrid::bind_scheduler(m);
+  m.def("replay", &hybrid::replay, py::arg("config"), py::arg("events"));
 }

@@ -40,6 +40,11 @@ Adjustments::Adjustments(const RequestSpec& spec)
   if (allow_list_) std::erase_if(entries_, [](const Entry& e) { return !(e.flags & allowed); });
 }
 
+Adjustments::Adjustments(int64_t size, int64_t recorded_traits)
+    : penalises_((recorded_traits & 1) != 0), allow_list_((recorded_traits & 2) != 0) {
+  for (int64_t i = 0; i < size; ++i) entries_.push_back({.id = static_cast<Token>(i + 1 - size)});
+}
+
 void Adjustments::observe(Token token) {
   if (!penalises_) return;
   const auto at = std::ranges::lower_bound(entries_, token, {}, &Entry::id);

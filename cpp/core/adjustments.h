@@ -26,11 +26,14 @@ class Adjustments {
 
   Adjustments() = default;
   explicit Adjustments(const RequestSpec& spec);
+  // As many as those that were recorded, of ids that mean nothing: any token but 0 adds one where `traits` allow it.
+  Adjustments(int64_t size, int64_t recorded_traits);
 
   bool empty() const { return entries_.empty(); }
   int64_t size() const { return static_cast<int64_t>(entries_.size()); }  // at most this many entries are written
   // They depend on every token so far, hence none may be unknown.
   bool needs_tokens() const { return penalises_; }
+  int64_t traits() const { return penalises_ + 2 * allow_list_; }  // what besides the size says how they grow
 
   void observe(Token token);  // a token of the output
   // Writes the entries for picking the token after `num_generated` ones; returns how many.

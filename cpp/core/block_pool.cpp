@@ -57,6 +57,10 @@ void BlockPool::publish(BlockId block, const Hash128& hash) {
   invariant(at(block).references > 0, "a free block is published");
   if (blocks_[block].published) return invariant(blocks_[block].hash == hash, "a block's content changed");
   if (find(hash) != none) return;
+  put_hash(block, hash);
+}
+
+void BlockPool::put_hash(BlockId block, const Hash128& hash) {
   size_t i = home(hash);
   while (index_[i] != none) i = (i + 1) & (index_.size() - 1);
   index_[i] = block;

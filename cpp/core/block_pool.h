@@ -41,6 +41,8 @@ class BlockPool {
   void check_invariants(std::span<const int32_t> references) const;
 
  private:
+  friend struct RecordedState;
+
   struct Block {
     int32_t references = 0;
     BlockId prev = none, next = none;  // in the free list, while references is 0
@@ -52,6 +54,7 @@ class BlockPool {
   void link_before(BlockId block, BlockId next);
   void unlink(BlockId block);
   size_t home(const Hash128& hash) const { return hash.lo & (index_.size() - 1); }  // keyed, hence uniform
+  void put_hash(BlockId block, const Hash128& hash);
   void drop_hash(BlockId block);
 
   std::vector<Block> blocks_;   // the last one is the head of the circular free list

@@ -8,6 +8,11 @@
 namespace hybrid {
 
 void Scheduler::check_invariants() const {
+  check_requests();
+  check_blocks();
+}
+
+void Scheduler::check_requests() const {
   using State = Request::State;
   invariant(std::ssize(running_) <= config_.max_num_seqs, "S2: too many requests run");
   invariant(std::ranges::is_sorted(running_, ServedBefore{}), "S5: running requests are out of order");
@@ -25,7 +30,6 @@ void Scheduler::check_invariants() const {
   for (int64_t step = next_step_ - num_in_flight_; step < next_step_; ++step)
     num_rows += std::ssize(in_flight_[static_cast<size_t>(step % config_.depth)].rows);
   invariant(num_rows == num_in_flight, "S8: rows in flight without their request");
-  check_blocks();
 }
 
 void Scheduler::check_request(const Request& request) const {

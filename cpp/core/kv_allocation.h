@@ -43,6 +43,8 @@ class KVAllocation {
   }
 
  private:
+  friend struct RecordedState;
+
   BlockPool* pool_;
   std::vector<BlockId> blocks_;
 };

@@ -22,8 +22,11 @@ Hash128 KVCacheManager::chained_hash(const Request& request, int64_t i, const Ha
 
 const Hash128& KVCacheManager::hash(Request& request, int64_t i) const {
   auto& hashes = request.hashes;
-  while (std::ssize(hashes) <= i)
-    hashes.push_back(chained_hash(request, std::ssize(hashes), hashes.empty() ? request.root_hash : hashes.back()));
+  while (std::ssize(hashes) <= i) {
+    const auto block = std::ssize(hashes);
+    hashes.push_back(chained_hash(request, block, hashes.empty() ? request.root_hash : hashes.back()));
+    if (recorder_) recorder_->event(Event::hash, request.id, block, hashes.back().lo);
+  }
   return hashes[static_cast<size_t>(i)];
 }
 

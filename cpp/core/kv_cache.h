@@ -6,6 +6,7 @@
 
 #include "core/block_pool.h"
 #include "core/config.h"
+#include "core/recorder.h"
 #include "core/request.h"
 
 namespace hybrid {
@@ -28,6 +29,7 @@ class KVCacheManager {
   void publish(Request& request, int64_t num_computed);
   void release(Request& request);
   void forget_hashes() { pool_.forget_hashes(); }
+  void record(Recorder* recorder) { recorder_ = recorder; }
 
   BlockPool& pool() { return pool_; }
   const BlockPool& pool() const { return pool_; }
@@ -43,6 +45,7 @@ class KVCacheManager {
   BlockPool pool_;
   std::vector<BlockId> found_;  // by find_prefix
   std::vector<BlockId> fresh_;
+  Recorder* recorder_ = nullptr;
 };
 
 }  // namespace hybrid

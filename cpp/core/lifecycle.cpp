@@ -36,12 +36,18 @@ void Scheduler::add(const RequestSpec& spec) {
   for (int64_t i = 0; i < spec.n; ++i)
     require(!requests_.contains(spec.id + static_cast<RequestId>(i)), "request id ",
             spec.id + static_cast<RequestId>(i), " is in use");
+  const Recorder::Call call(recorder_.get());
   std::vector<std::unique_ptr<Request>> choices;
   for (int64_t i = 0; i < spec.n; ++i)
     choices.push_back(std::make_unique<Request>(spec, i, next_arrival_ + i, config_, kv_.pool()));
-  next_arrival_ += spec.n;
+  if (recorder_) record_add(spec, *choices[0]);
+  queue(std::move(choices));
+}
+
+void Scheduler::queue(std::vector<std::unique_ptr<Request>> choices) {
+  next_arrival_ += std::ssize(choices);
   Request& leader = *choices[0];
-  for (int64_t i = 1; i < spec.n; ++i) {
+  for (size_t i = 1; i < choices.size(); ++i) {
     choices[i]->leader = &leader;
     leader.followers.push_back(choices[i].get());
   }
@@ -50,6 +56,8 @@ void Scheduler::add(const RequestSpec& spec) {
 }
 
 int64_t Scheduler::abort(std::span<const RequestId> ids) {
+  const Recorder::Call call(recorder_.get());
+  if (recorder_) record_abort(ids);
   int64_t num_live = 0;
   for (const RequestId id : ids) {
     const auto found = requests_.find(id);
@@ -62,6 +70,7 @@ int64_t Scheduler::abort(std::span<const RequestId> ids) {
 
 // An admitted request, with its prefix found.
 void Scheduler::start(Request& request) {
+  if (recorder_) record_admission(request);
   if (request.num_preemptions == 0) {
     request.cached_tokens = request.num_computed;
     request.scheduled_at = now_;
@@ -84,6 +93,8 @@ const Outputs& Scheduler::commit(int64_t step, std::span<const Token> tokens) {
   for (const Token token : tokens)
     require(0 <= token && token < config_.vocab_size, "token ", token, " of step ", step, " is not in [0, ",
             config_.vocab_size, ")");
+  const Recorder::Call call(recorder_.get());
+  if (recorder_) recorder_->begin_commit(step, batch.num_sampled);
   --num_in_flight_;
   emitted_.clear();
   for (const Row& row : batch.rows) settle(row, tokens);
@@ -100,7 +111,14 @@ void Scheduler::settle(const Row& row, std::span<const Token> tokens) {
     --request.num_unknown;
     if (live) {
       const Token token = tokens[static_cast<size_t>(row.sampled_row)];
+      const int64_t num_adjustments = request.adjustments.size();
       reason = request.append(token);
+      if (recorder_) {
+        const bool adds = num_adjustments > 0 && request.adjustments.size() > num_adjustments;
+        recorder_->picked(row.sampled_row, reason == FinishReason::stop ? Picked::stops
+                                           : adds                       ? Picked::adds
+                                                                        : Picked::plain);
+      }
       const auto cached = static_cast<int32_t>(std::exchange(request.cached_tokens, -1));
       emitted_.push_back({request.client, request.id, token, reason, cached, row.sampled_row,
                           static_cast<int32_t>(request.num_preemptions), std::exchange(request.scheduled_at, -1)});
@@ -184,6 +202,8 @@ Stats Scheduler::stats() const {
 }
 
 bool Scheduler::forget_prefixes() {
+  const Recorder::Call call(recorder_.get());
+  if (recorder_) recorder_->event(Event::forget);
   kv_.forget_hashes();
   for (const auto& [id, request] : requests_)
     if (!request->kv.empty()) request->may_publish = false;

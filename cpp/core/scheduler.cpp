@@ -8,6 +8,11 @@ namespace hybrid {
 
 const Batch* Scheduler::schedule(int64_t now) {
   if (num_in_flight_ == config_.depth) return nullptr;
+  const Recorder::Call call(recorder_.get());
+  if (recorder_) {
+    if (recorder_->is_due()) record_state();
+    recorder_->event(Event::schedule, now);
+  }
   now_ = now;
   plan_.clear();
   copies_.clear();
@@ -49,6 +54,7 @@ bool Scheduler::make_room(Request& request, int64_t num_new) {
 // It keeps its tokens and computes them again later, except those whose blocks are still in the cache by then. A batch
 // in flight may still write its blocks: batches run in order, so whoever gets them next writes after that.
 void Scheduler::preempt(Request& request) {
+  if (recorder_) recorder_->event(Event::preempt, request.id);
   kv_.release(request);
   running_.pop_back();
   request.move_to(Request::State::waiting);
@@ -98,11 +104,12 @@ const Batch* Scheduler::write_batch() {
         request->sampled_row = sampled_row;
         ++request->num_unknown;
       }
-      in_flight.rows.push_back({request, request->num_computed, request->num_preemptions, sampled_row});
+      in_flight.rows.push_back({request, num_new, request->num_computed, request->num_preemptions, sampled_row});
     }
   }
   const Batch& batch = writer_.finish(copies_);
   in_flight.num_sampled = batch.num_sampled;
+  if (recorder_) record_step(batch);
   ++next_step_;
   ++num_in_flight_;
   ++totals_.steps;

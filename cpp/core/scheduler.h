@@ -16,6 +16,7 @@
 #include "core/config.h"
 #include "core/kv_cache.h"
 #include "core/outputs.h"
+#include "core/recorder.h"
 #include "core/request.h"
 #include "core/stats.h"
 #include "core/waiting_queue.h"
@@ -45,11 +46,15 @@ class Scheduler {
   Stats stats() const;
   // No KV computed before this call is found by a later request. True if no block is in use.
   bool forget_prefixes();
+  // From now on `memory`, which outlives the scheduler, has the last `num_steps` steps, see Recorder.
+  void record(std::span<int64_t> memory, int64_t num_steps);
   void check_invariants() const;  // throws InternalError; costs O(blocks + requests)
   const Config& config() const { return config_; }
 
  private:
   friend struct SchedulerTest;  // plants faults
+  friend struct RecordedState;
+  friend class Replay;
 
   struct Planned {
     Request* request;
@@ -58,6 +63,7 @@ class Scheduler {
   };
   struct Row {
     Request* request;
+    int64_t num_new;
     int64_t num_computed;     // once the batch is done
     int64_t num_preemptions;  // when it was scheduled: tells whether the blocks are still those it wrote
     int32_t sampled_row;      // -1: none
@@ -84,6 +90,7 @@ class Scheduler {
   const Batch* write_batch();
 
   // lifecycle.cpp: how a request comes and goes
+  void queue(std::vector<std::unique_ptr<Request>> choices);
   void start(Request& request);
   void settle(const Row& row, std::span<const Token> tokens);
   void finish(Request& request);
@@ -93,7 +100,15 @@ class Scheduler {
   void write_outputs(int64_t step);
   InFlight& batch_of(int64_t step) { return in_flight_[static_cast<size_t>(step % config_.depth)]; }
 
+  // recording.cpp
+  void record_state();
+  void record_add(const RequestSpec& spec, const Request& first);
+  void record_abort(std::span<const RequestId> ids);
+  void record_admission(const Request& request);
+  void record_step(const Batch& batch);
+
   // invariants.cpp
+  void check_requests() const;
   void check_request(const Request& request) const;
   void check_blocks() const;
 
@@ -117,6 +132,7 @@ class Scheduler {
   std::vector<Emitted> emitted_;
   Outputs outputs_;
   Stats totals_;
+  std::unique_ptr<Recorder> recorder_;  // null: nothing is recorded
 };
 
 }  // namespace hybrid

@@ -143,6 +143,13 @@ class Scheduler:
         """Nothing waits, runs or is in flight."""
 
     def stats(self) -> Stats: ...
+    def record(self, memory: _Array, num_steps: int) -> None:
+        """From now on ``memory`` has the last ``num_steps`` steps; laid out as in cpp/core/recorder.h."""
+
     def forget_prefixes(self) -> bool: ...
     def check_invariants(self) -> None:
         """Every invariant; raises RuntimeError (InternalError) at the first that is broken. For tests."""
+
+def replay(config: bytes, events: bytes) -> tuple[bytes, str]:
+    """A recording's inputs once more: what was decided, in its words (i64), and why it ended early ("": it did not).
+    ``config``: the header's words; ``events``: from a state on. Raises ValueError for what no recorder wrote."""

@@ -196,6 +196,9 @@ class SupervisionConfig:
     engine_iteration_timeout: Annotated[
         float, Option("seconds a step may take before the engine is restarted, and 0.1 s more a token")
     ] = 60.0
+    flight_recorder_dir: Annotated[
+        str, Option("folder for the last steps of an engine that died or hung; default: the temporary folder", "DIR")
+    ] = ""
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from enum import IntEnum
 from typing import NamedTuple
 
+from . import flight
 from .config import Config
 
 PULSE_SECONDS = 0.25
@@ -43,14 +44,17 @@ class BatchHeader(NamedTuple):
 class Heartbeat:
     """One record: phase, since when, the last sign of life, the last batch and the ids in it.
 
-    Knows no request and no limit. One process writes, another reads: each number is written whole, the ids are
-    read only when the writer is dead. Times are of the machine's monotonic clock, in nanoseconds.
+    Behind it the memory of a flight recording. Knows no request and no limit. One process writes, another reads: each
+    number is written whole, the ids are read only when the writer is dead. Times are of the machine's monotonic clock,
+    in nanoseconds.
     """
 
     def __init__(self, fd: int, max_ids: int, clock: Callable[[], int] = time.monotonic_ns) -> None:
         """``fd``: see ``make``; closed by whoever opened it."""
         self._clock, self._max_ids = clock, max_ids
-        self._words = memoryview(mmap.mmap(fd, _num_bytes(max_ids))).cast("q")
+        memory, size = memoryview(mmap.mmap(fd, _num_bytes(max_ids) + flight.NUM_BYTES)), _num_bytes(max_ids)
+        self._words = memory[:size].cast("q")
+        self.recording = memory[size:]
 
     # The engine writes.
 
@@ -108,6 +112,7 @@ class Heartbeat:
     def clear(self) -> None:
         """For the engine that comes next."""
         self._words[:] = memoryview(bytes(self._words.nbytes)).cast("q")
+        self.recording[:8] = bytes(8)
         self.enter(EnginePhase.LOADING)
         self.pulse()
 
@@ -133,7 +138,7 @@ def make(max_ids: int) -> int:
     else:
         with tempfile.TemporaryFile() as file:
             fd = os.dup(file.fileno())
-    os.ftruncate(fd, _num_bytes(max_ids))
+    os.ftruncate(fd, _num_bytes(max_ids) + flight.NUM_BYTES)
     return fd
 
 

@@ -8,6 +8,7 @@
 #include <set>
 #include <unordered_map>
 
+#include "core/replay.h"
 #include "core_harness.h"
 
 namespace hybrid::test {
@@ -60,6 +61,13 @@ class RandomSession {
     invariant(choices_.empty(), "S9: a choice never ended");
     invariant(scheduler_.stats().blocks_used == 0, "S8: blocks leaked");
   }
+
+  // The last `num_steps` steps, in so many words.
+  void record(int64_t num_steps, size_t num_words) {
+    memory_.assign(num_words, 0);
+    scheduler_.record(memory_, num_steps);
+  }
+  const std::vector<int64_t>& memory() const { return memory_; }
 
   uint64_t decisions() const { return decisions_; }
   int64_t num_finished() const { return num_finished_; }
@@ -209,6 +217,7 @@ class RandomSession {
   Scheduler scheduler_;
   RequestId next_id_;
   std::vector<Token> prompt_, generated_;
+  std::vector<int64_t> memory_;
   std::unordered_map<RequestId, Choice> choices_;
   std::deque<Batch> in_flight_;
   uint64_t decisions_ = 0;
@@ -255,6 +264,77 @@ TEST(Replay, decisions_depend_on_the_calls_alone_not_on_ids_or_addresses) {  // 
     EXPECT_EQ(one.decisions(), other.decisions()) << "seed " << seed;
     EXPECT_GT(one.num_finished(), 0);
   }
+}
+
+// What memory that a recorder wrote holds, oldest first.
+std::vector<int64_t> events_of(const std::vector<int64_t>& memory) {
+  const auto half = [&](int64_t which) {
+    const auto* begin = memory.data() + Recorder::header_words + which * memory[Recorder::half_words];
+    return std::span(begin, static_cast<size_t>(memory[static_cast<size_t>(Recorder::end_0 + which)]));
+  };
+  const int64_t current = (memory[Recorder::turns] - 1) % 2;
+  std::vector<int64_t> events;
+  if (memory[static_cast<size_t>(Recorder::joined_0 + current)]) {
+    const auto before = half(1 - current);
+    events.assign(before.begin(), before.end());
+  }
+  const auto last = half(current);
+  events.insert(events.end(), last.begin(), last.end());
+  return events;
+}
+
+int64_t num_steps_of(std::span<const int64_t> events) {
+  int64_t steps = 0;
+  for (size_t at = 0; at < events.size(); at += 1 + static_cast<size_t>(events[at] >> 8))
+    steps += static_cast<Event>(events[at] & 0xff) == Event::step;
+  return steps;
+}
+
+TEST(Replay, a_recording_gives_the_same_decisions_from_any_moment_on) {  // F-23, P25
+  int64_t num_replays = 0, num_short = 0;
+  for (uint64_t seed = 0; seed < 120; ++seed) {
+    RandomSession session(seed, 1000);
+    // Some with too little room for the steps that they should have, or for a state.
+    const int64_t num_steps = 5 + static_cast<int64_t>(seed % 40);
+    session.record(num_steps, seed % 3 == 0 ? 1500 : 100'000);
+    for (int i = 0; i < 1000; ++i) {
+      session.step();
+      if (i % 90 != 89 || session.memory()[Recorder::mark] == 0) continue;
+      const auto events = events_of(session.memory());
+      Replay replay(std::span(session.memory()).subspan(Recorder::config), events);
+      replay.run();
+      ASSERT_EQ(replay.failure(), "") << "seed " << seed << ", operation " << i;
+      ASSERT_EQ(replay.decisions(), Replay::decisions_of(events)) << "seed " << seed << ", operation " << i;
+      ++num_replays;
+      const bool is_full = session.memory()[Recorder::turns] > 1;
+      if (is_full && num_steps_of(events) < num_steps) {
+        EXPECT_EQ(seed % 3, 0) << "seed " << seed << ": steps are lost, although there is room";
+        ++num_short;
+      }
+    }
+  }
+  EXPECT_GT(num_replays, 800);
+  EXPECT_GT(num_short, 0);
+}
+
+TEST(Replay, a_recording_that_lost_a_word_is_refused_or_differs_and_harms_nobody) {  // ADV-06
+  int64_t num_noticed = 0;
+  for (uint64_t seed = 0; seed < 150; ++seed) {
+    RandomSession session(seed % 30, 1000);
+    session.record(20, 100'000);
+    for (int i = 0; i < 400; ++i) session.step();
+    auto events = events_of(session.memory());
+    std::mt19937_64 random(seed);
+    events[random() % events.size()] = static_cast<int64_t>(random() % 7) - 2;
+    try {
+      Replay replay(std::span(session.memory()).subspan(Recorder::config), events);
+      replay.run();
+      num_noticed += !replay.failure().empty() || replay.decisions() != Replay::decisions_of(events);
+    } catch (const std::invalid_argument&) {
+      ++num_noticed;
+    }
+  }
+  EXPECT_GT(num_noticed, 30);
 }
 
 }  // namespace

@@ -52,12 +52,15 @@ class ServerProcess:
     ) -> None:
         self._output_fd = output_fd
         server = {"port": 0, "shutdown_timeout": 5.0} | server
+        self.recordings = directory / "recordings"
+        self.recordings.mkdir(exist_ok=True)
+        supervision = {"flight_recorder_dir": str(self.recordings)} | (supervision or {})
         code = _MAIN.format(
             path=sys.path,
             model=model,
             model_options=model_options or {},
             server=server,
-            supervision=supervision or {},
+            supervision=supervision,
             scheduler=scheduler or {},
             parallel=parallel or {},
             load=load,

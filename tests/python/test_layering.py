@@ -36,14 +36,16 @@ MAY_IMPORT: dict[str, set[str]] = {
     # The sampler fills columns of its own, so there is nothing for ops.py to allocate.
     "runner": {"models", "layers", "ops", "_kernels", "checkpoint", "config", "errors", "logging"},
     "sockets": BOTTOM,
-    "heartbeat": {"config"},
-    "engine": {"_core", "runner", "sockets", "heartbeat", "checkpoint", *BOTTOM},
+    "flight": set(),
+    "heartbeat": {"config", "flight"},
+    "engine": {"_core", "runner", "sockets", "heartbeat", "flight", "checkpoint", *BOTTOM},
     "client": {"sockets", *BOTTOM},
     "text": {"checkpoint", *BOTTOM},
     "server": {"client", "text", "checkpoint", *BOTTOM},
-    "launch": {"checkpoint", "sockets", "heartbeat", *BOTTOM},
+    "launch": {"checkpoint", "sockets", "heartbeat", "flight", *BOTTOM},
     # Of runner and models the parts without torch: `fit` counts with the engine's own arithmetic.
-    "cli": {"launch", "client", "text", "checkpoint", "runner", "models", *BOTTOM},
+    # And `replay` runs the scheduler itself.
+    "cli": {"launch", "client", "text", "checkpoint", "runner", "models", "flight", "_core", *BOTTOM},
     "llm": {"engine", "runner", "models", "text", "checkpoint", "client", "launch", "_core", *BOTTOM},
     "__main__": {"cli"},
 }

@@ -30,6 +30,7 @@ COMMANDS = {
     "config": Command("config_explain", "config", "show each option's value and where it came from"),
     "translate": Command("translate", "translate", "turn a command of vllm serve or llama-server into ours"),
     "doctor": Command("doctor", "doctor", "check this machine, with a fix for each fault; pack a bug report"),
+    "replay": Command("replay", "replay", "run a crashed engine's last steps again and compare every decision"),
     "explain": Command("explain", "explain", "say what an error's number (HS-E###) means and what helps"),
     "collect-env": Command("collect_env", "collect_env", "print what a bug report needs to know"),
     "completion": Command("completion", "completion", "print the completion script of a shell"),

@@ -19,7 +19,7 @@ from typing import Any
 
 import zmq
 
-from .. import __version__, _core
+from .. import __version__, _core, flight
 from ..config import Config
 from ..errors import StartupError
 from ..heartbeat import STACKS_SIGNAL, EnginePhase, Heartbeat, max_watched_ids
@@ -75,6 +75,7 @@ def main(
         for what, num_bytes in facts.memory:
             log.info("memory: %8.2f GiB  %s", num_bytes / 2**30, what)
         core = make_core(config, executor, facts, num_clients)
+        core.record(heartbeat.recording, flight.NUM_STEPS)
         probation = Probation(heartbeat.try_out)
         inbox = Inbox(
             peers,

@@ -11,6 +11,7 @@ import msgspec
 from ..config import Config
 from ..heartbeat import Heartbeat, make, max_watched_ids
 from ..wire import StartupFailure, Status
+from . import evidence
 from .local import Child
 from .plan import ProcessSpec, stacks_path
 from .watchdog import Verdict, Watchdog, stacks_of
@@ -26,6 +27,7 @@ class WatchedEngine:
         self.heartbeat = Heartbeat(spec.arguments["heartbeat_fd"], max_watched_ids(config))
         self.watchdog = Watchdog(config.supervision, self.heartbeat)
         self.status = Status("starting", engine=spec.index)
+        self._recordings = config.supervision.flight_recorder_dir
         self._is_quiet = False  # and API servers were told
 
     @property
@@ -69,6 +71,17 @@ class WatchedEngine:
         if self._is_quiet:
             status = msgspec.structs.replace(status, phase="not_responding", message=self.watchdog.reason)
         return status
+
+    def keep_recording(self, why: str) -> str:
+        """The path of the file; empty if there is nothing to keep."""
+        return evidence.keep(self.heartbeat.recording, self._recordings, self.spec.index, why)
+
+    def with_recording(self, cause: StartupFailure) -> StartupFailure:
+        """Of its end, with where its last steps are."""
+        path = self.keep_recording(cause.what)
+        if not path:
+            return cause
+        return msgspec.structs.replace(cause, fix=f"{cause.fix}; hybrid-serve replay {path} runs its last steps")
 
     def why_hung(self, child: Child, directory: Path, exit_code: int) -> StartupFailure:
         """Logs where it hangs."""

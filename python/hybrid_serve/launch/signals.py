@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM for a loop that waits in a poll."""
+"""The supervisor's signals, for a loop that waits in a poll."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import socket
 
 
 class Signals:
-    """SIGINT and SIGTERM as bytes on a socket, so that one poll waits for them and for everything else."""
+    """Signals as bytes on a socket, so that one poll waits for them and for everything else."""
 
-    HANDLED = (signal.SIGINT, signal.SIGTERM)
+    RECORD = signal.SIGUSR2  # keep a flight recording
+    HANDLED = (signal.SIGINT, signal.SIGTERM, RECORD)
 
     def __init__(self) -> None:
         self.readable, self._written = socket.socketpair()

@@ -241,7 +241,10 @@ class Supervisor:
     # What ends, and starts again
 
     def _signalled(self, number: int) -> None:
-        if self.phase is Phase.SERVING:
+        if number == Signals.RECORD:
+            for engine in self.engines.values():
+                engine.keep_recording("asked for by signal")
+        elif self.phase is Phase.SERVING:
             self.phase = Phase.DRAINING
             self.reporter.draining(self.config.server.shutdown_timeout)
             self._tell("api", pack(Kind.SHUTDOWN, Empty()))
@@ -270,6 +273,8 @@ class Supervisor:
         if not (drained and code == 0):
             self._wait_for(lambda: identity in self._last_words, LAST_WORDS if code > 0 else 0)
             cause = self._last_words.pop(identity, None) or _death(child, code)
+            if identity in self.engines:
+                cause = self.engines[identity].with_recording(cause)
             if self.phase is Phase.STARTING:
                 self._fail(cause)
             elif drained:  # its streams are lost, the others' go on

@@ -77,12 +77,15 @@ def command(*args: str) -> list[str]:
 def serving(*args: str, env: dict[str, str] | None = None) -> Iterator[Server]:
     """Starts a server on a free port, waits until it is ready, stops it (SIGTERM, then SIGKILL) at the end."""
     port = free_port()
-    with tempfile.NamedTemporaryFile(prefix="hybrid-serve-test-", suffix=".log") as log:
+    with (
+        tempfile.NamedTemporaryFile(prefix="hybrid-serve-test-", suffix=".log") as log,
+        tempfile.TemporaryDirectory(prefix="hybrid-serve-test-") as recordings,
+    ):
         process = subprocess.Popen(
             command("serve", *args, "--port", str(port)),
             stdout=log,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **(env or {})},
+            env={**os.environ, "HYBRID_SERVE_FLIGHT_RECORDER_DIR": recordings, **(env or {})},
         )
         server = Server(process, port, log)
         try:
