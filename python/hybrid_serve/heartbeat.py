@@ -12,7 +12,7 @@ from collections.abc import Callable
 from enum import IntEnum
 from typing import NamedTuple
 
-from .config import Config
+from .config import MAX_NUM_SEQS, Config
 
 PULSE_SECONDS = 0.25
 STACKS_SIGNAL = signal.SIGUSR1  # asks an engine for its stacks
@@ -123,7 +123,7 @@ class Heartbeat:
 
 def max_watched_ids(config: Config) -> int:
     """All that run at once, in every batch in flight."""
-    return 4 * config.scheduler.max_num_seqs
+    return 4 * (config.scheduler.max_num_seqs or MAX_NUM_SEQS)
 
 
 def make(max_ids: int) -> int:

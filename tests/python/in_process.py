@@ -14,8 +14,8 @@ import numpy as np
 from hybrid_serve import _core
 from hybrid_serve.checkpoint.hub import resolve
 from hybrid_serve.config import Config, EngineConfig, ModelConfig
-from hybrid_serve.runner.graphs import PadSizes
 from hybrid_serve.runner.model_runner import ModelRunner
+from hybrid_serve.runner.pad_sizes import PadSizes
 from hybrid_serve.runner.step import Pending, StepResult
 
 

@@ -15,13 +15,13 @@ from .. import _kernels
 from ..checkpoint.failures import unsupported
 from ..checkpoint.tensors import Array
 from ..config import Config
+from . import sizes
 from .arena import ArenaViews, Batch, Layout, columns_of
 from .graphs import Graphs
 from .step import Compute, Sampled, StepResult, exact_shape, padded_shape
 
 STAGING_BYTES = 32 * 2**20  # per loading thread
 HEAD_SIZES = (64, 80, 96, 128, 256)  # by_head_dim in cuda/attention.cuh
-KEPT_FREE_BYTES = 2**29  # for graphs, library workspaces and what the driver takes as it goes
 
 
 class CudaDevice:
@@ -29,12 +29,12 @@ class CudaDevice:
     the first one picked in the device's own memory."""
 
     depth = 2
-    default_batched_tokens = 8192
 
     def __init__(self, config: Config) -> None:
         self.torch_device = torch.device("cuda", torch.cuda.current_device())
         _kernels.set_batch_invariant(config.engine.batch_invariant)
         self.captures = not config.engine.enforce_eager
+        self.machine = sizes.CUDA._replace(total_bytes=torch.cuda.get_device_properties(self.torch_device).total_memory)
         self._utilization = config.cache.gpu_memory_utilization
         self._local = threading.local()
 
@@ -55,10 +55,7 @@ class CudaDevice:
         """Within the share of the GPU that may be used (``--gpu-memory-utilization``)."""
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(self.torch_device)
-        return max(int(free - total * (1 - self._utilization)), 0)
-
-    def cache_budget(self, free_bytes: int) -> int | None:
-        return max(free_bytes - KEPT_FREE_BYTES, 0)
+        return int(free - total * (1 - self._utilization))
 
     def write(self, out: Tensor, values: Array) -> None:
         flat, target = values.reshape(-1), out.view(-1)

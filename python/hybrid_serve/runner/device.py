@@ -14,9 +14,9 @@ from .. import _kernels
 from ..checkpoint.tensors import Array
 from ..config import Config
 from ..errors import StartupError
-from . import memory
+from . import memory, sizes
 from .arena import ArenaViews, Batch, Layout
-from .limits import CPU_BATCHED_TOKENS
+from .sizes import Machine
 from .step import Compute, Done, Pending, StepResult, exact_shape
 
 log = logging.getLogger(__name__)
@@ -35,17 +35,15 @@ class Device(Protocol):
 
     torch_device: torch.device
     depth: int  # steps that may be under way at once
-    default_batched_tokens: int
-    captures: bool  # whether steps of padded batches are captured and replayed
+    machine: Machine  # what it adds to the arithmetic of memory
 
     def describe(self) -> str: ...
     def check_heads(self, head_dim: int, dtype: torch.dtype) -> None:
         """Raises StartupError (HS-E023) for heads that the device has no kernels for."""
         ...
 
-    def free_bytes(self) -> int: ...
-    def cache_budget(self, free_bytes: int) -> int | None:
-        """Bytes of the default KV cache; None: a size by what a server needs, see ``limits``."""
+    def free_bytes(self) -> int:
+        """What may be used; below 0 where others have taken more than was left to them."""
         ...
 
     def write(self, out: Tensor, values: Array) -> None:
@@ -60,8 +58,7 @@ class CpuDevice:
 
     torch_device = torch.device("cpu")
     depth = 1
-    default_batched_tokens = CPU_BATCHED_TOKENS
-    captures = False
+    machine = sizes.CPU
 
     def __init__(self, num_threads: int) -> None:
         """``num_threads``: of the kernels; 0: one per usable core."""
@@ -76,9 +73,6 @@ class CpuDevice:
     def free_bytes(self) -> int:
         """Memory that can be taken without swapping, within the limit of the control group if there is one."""
         return memory.free_bytes()
-
-    def cache_budget(self, free_bytes: int) -> int | None:
-        return None
 
     def write(self, out: Tensor, values: Array) -> None:
         # torch knows no read-only tensors and warns of them; numpy writes through a view of `out` instead.

@@ -14,7 +14,7 @@ import torch
 
 from hybrid_serve import _kernels
 from hybrid_serve.errors import StartupError
-from hybrid_serve.runner.graphs import PadSizes, pad_sizes
+from hybrid_serve.runner.pad_sizes import PadSizes, pad_sizes
 from in_process import Generator, load_runner
 from ragged import Ragged
 from references import VARIANTS, prompts_of, reference
