@@ -25,6 +25,7 @@ class EnginePhase(IntEnum):
     LOADING = 0
     IDLE = 1
     STEP = 2  # from a batch's start to the next look at the messages
+    CAPTURE = 3  # nothing to do: what later steps will need is made ready, a piece at a time
 
 
 class BatchHeader(NamedTuple):

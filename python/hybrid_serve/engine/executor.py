@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from typing_extensions import Buffer
 
 from ..config import MAX_NUM_SEQS, Config
+from ..runner.pad_sizes import PadSizes
 
 if TYPE_CHECKING:
     from .._core import Batch
@@ -78,6 +79,11 @@ class Executor(Protocol):
 
     def submit(self, batch: Batch) -> Pending: ...
 
+    def preparation(self) -> Callable[[], None] | None:
+        """A piece of work, well under a second, that makes later steps faster; to be done while nothing is under way.
+        None: there is none."""
+        ...
+
 
 class InlineExecutor:
     """Runs the steps in this process; knows one ModelRunner and no other process."""
@@ -85,9 +91,11 @@ class InlineExecutor:
     def __init__(self, config: Config, runner: ModelRunner) -> None:
         self._config, self._runner = config, runner
         self.depth = runner.device.depth
+        self._pad_sizes = PadSizes()
 
     def allocate(self) -> ExecutorFacts:
         plan, facts = self._runner.plan_memory(), self._runner.facts
+        self._pad_sizes = plan.pad_sizes
         if plan.notes:
             log.warning("fitted to the memory: %s", "; ".join(plan.notes))
         self._runner.allocate(plan.num_blocks)
@@ -105,10 +113,13 @@ class InlineExecutor:
         )
 
     def bind(self, arenas: Sequence[Buffer], layout: Layout) -> None:
-        self._runner.bind(arenas, layout)
+        self._runner.bind(arenas, layout, self._pad_sizes)
 
     def submit(self, batch: Batch) -> Pending:
         return self._runner.submit(batch)
+
+    def preparation(self) -> Callable[[], None] | None:
+        return self._runner.preparation()
 
 
 def load_inline(config: Config, report: Report) -> InlineExecutor:

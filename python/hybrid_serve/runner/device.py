@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -16,6 +16,7 @@ from ..config import Config
 from ..errors import StartupError
 from . import memory, sizes
 from .arena import ArenaViews, Batch, Layout
+from .pad_sizes import PadSizes
 from .sizes import Machine
 from .step import Compute, Done, Pending, StepResult, exact_shape
 
@@ -27,6 +28,10 @@ class Steps(Protocol):
 
     def submit(self, batch: Batch, compute: Compute) -> Pending:
         """``compute`` gets the columns on the device, and the shape they have there."""
+        ...
+
+    def preparation(self, compute: Compute) -> Callable[[], None] | None:
+        """A piece of work that makes later steps faster, for when none is under way; None: there is none."""
         ...
 
 
@@ -50,7 +55,7 @@ class Device(Protocol):
         """``values`` (bfloat16 as uint16) into ``out``, a tensor of this device. Returns when ``values`` may go."""
         ...
 
-    def steps(self, arenas: Sequence[Buffer], layout: Layout) -> Steps: ...
+    def steps(self, arenas: Sequence[Buffer], layout: Layout, pad_sizes: PadSizes) -> Steps: ...
 
 
 class CpuDevice:
@@ -79,7 +84,7 @@ class CpuDevice:
         target = out.view(torch.uint16) if out.dtype == torch.bfloat16 else out
         target.numpy()[...] = values
 
-    def steps(self, arenas: Sequence[Buffer], layout: Layout) -> CpuSteps:
+    def steps(self, arenas: Sequence[Buffer], layout: Layout, pad_sizes: PadSizes) -> CpuSteps:
         return CpuSteps([ArenaViews(arena, layout) for arena in arenas])
 
 
@@ -95,6 +100,9 @@ class CpuSteps:
         tokens, *logprobs = sampled
         # Copied, as the next step's tokens take the place of these.
         return Done(StepResult(tokens.numpy().copy(), *(None if one is None else one.numpy() for one in logprobs)))
+
+    def preparation(self, compute: Compute) -> None:
+        return None
 
 
 def open_device(config: Config) -> Device:

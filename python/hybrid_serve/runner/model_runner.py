@@ -19,10 +19,12 @@ from ..models.weights import DTYPES, DummyWeights, WeightReader, Weights, check_
 from .arena import NUM_DECODES, Batch, Layout
 from .device import Device, Steps, open_device
 from .limits import MemoryPlan, plan_memory
+from .pad_sizes import PadSizes
 from .sampler import sample
 from .sizes import ModelSizes
 from .step import Columns, Pending, Sampled, StepResult, StepShape
 
+NOT_PADDED = PadSizes()
 Report = Callable[[str, float], None]  # phase, share done
 
 
@@ -96,16 +98,21 @@ class ModelRunner:
         self.decoder.bind_cache(cache)
         self._cache = cache.view(num_blocks, -1)
 
-    def bind(self, arenas: Sequence[Buffer], layout: Layout) -> None:
-        """``arenas``: the buffers that the scheduler writes batches to; ``layout``: where their columns are."""
+    def bind(self, arenas: Sequence[Buffer], layout: Layout, pad_sizes: PadSizes = NOT_PADDED) -> None:
+        """``arenas``: the buffers that the scheduler writes batches to; ``layout``: where their columns are;
+        ``pad_sizes``: what it pads them to."""
         rows = layout["sample_rows"][2]
         self._picked = torch.zeros(rows, dtype=torch.int32, device=self.device.torch_device)
-        self._steps = self.device.steps(arenas, layout)
+        self._steps = self.device.steps(arenas, layout, pad_sizes)
 
     @torch.inference_mode()
     def submit(self, batch: Batch) -> Pending:
         """Starts one batch. Negative token ids, -(row + 1), stand for what row ``row`` of the previous step sampled."""
         return self._steps.submit(batch, self._compute)
+
+    def preparation(self) -> Callable[[], None] | None:
+        """A piece of work that makes later steps faster, for when none is under way; None: there is none."""
+        return self._steps.preparation(torch.inference_mode()(self._compute))
 
     def step(self, batch: Batch) -> StepResult:
         """Runs one batch to its end."""
