@@ -80,6 +80,9 @@ class NullExecutor:
         self.times.append((time.perf_counter(), batch.num_sampled))
         return Done(self._results[batch.num_sampled])
 
+    def preparation(self) -> None:
+        return None
+
 
 def load(config: Config, report: Callable[[str, float], None]) -> NullExecutor:
     """An ``executor.Load`` for the start-up."""

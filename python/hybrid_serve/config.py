@@ -79,8 +79,12 @@ class CacheConfig:
 class SchedulerConfig:
     """How requests share the steps."""
 
-    max_num_seqs: Annotated[int, Option("requests that run at once", common=True)] = 256
-    max_num_batched_tokens: Annotated[int, Option("token budget of a step; 0: by device", common=True)] = 0
+    max_num_seqs: Annotated[
+        int, Option("requests that run at once; auto: 256, or fewer where memory is short", "N|auto", common=True)
+    ] = 0
+    max_num_batched_tokens: Annotated[
+        int, Option("token budget of a step; auto: by device, less where memory is short", "N|auto", common=True)
+    ] = 0
     max_num_queued_reqs: Annotated[int, Option("requests that may wait before new ones get 503; 0: no limit")] = 1024
 
 
@@ -225,6 +229,7 @@ class Config:
         return hashlib.sha256(self.to_json()).hexdigest()[:16]
 
 
+MAX_NUM_SEQS = 256  # where nothing is said and memory allows it
 _INT32_MAX = 2**31 - 1  # counts and lengths are int32 in the core
 # Of every number: least and largest value. JSON, YAML and flags bring the type, this brings the sense.
 _RANGES: dict[str, tuple[float, float]] = {
@@ -233,7 +238,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "num_gpu_blocks_override": (0, _INT32_MAX),
     "kv_cache_memory_bytes": (0, 2**63 - 1),
     "gpu_memory_utilization": (0.05, 1),
-    "max_num_seqs": (1, _INT32_MAX),
+    "max_num_seqs": (0, _INT32_MAX),
     "max_num_batched_tokens": (0, _INT32_MAX),
     "max_num_queued_reqs": (0, _INT32_MAX),
     "cpu_threads": (0, 4096),

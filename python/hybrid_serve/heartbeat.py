@@ -13,7 +13,7 @@ from enum import IntEnum
 from typing import NamedTuple
 
 from . import flight
-from .config import Config
+from .config import MAX_NUM_SEQS, Config
 
 PULSE_SECONDS = 0.25
 STACKS_SIGNAL = signal.SIGUSR1  # asks an engine for its stacks
@@ -26,6 +26,7 @@ class EnginePhase(IntEnum):
     LOADING = 0
     IDLE = 1
     STEP = 2  # from a batch's start to the next look at the messages
+    CAPTURE = 3  # nothing to do: what later steps will need is made ready, a piece at a time
 
 
 class BatchHeader(NamedTuple):
@@ -128,7 +129,7 @@ class Heartbeat:
 
 def max_watched_ids(config: Config) -> int:
     """All that run at once, in every batch in flight."""
-    return 4 * config.scheduler.max_num_seqs
+    return 4 * (config.scheduler.max_num_seqs or MAX_NUM_SEQS)
 
 
 def make(max_ids: int) -> int:

@@ -176,7 +176,7 @@ class _Run:
         if self._stopped:
             core.abort(array("Q", self._stopped))
             self._stopped.clear()
-        self.stopping = wait
+        self.stopping = core.idle
 
     # Sink
 

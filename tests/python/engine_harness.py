@@ -63,7 +63,7 @@ class EngineThread:
             self.heartbeat,
             probation,
             longest_prompt=facts.max_model_len - 1,
-            max_num_seqs=self.config.scheduler.max_num_seqs,
+            max_num_seqs=self.config.scheduler.max_num_seqs or facts.max_num_seqs,
             max_num_queued_reqs=self.config.scheduler.max_num_queued_reqs,
         )
         watched = WatchedExecutor(self.executor, self.core, self.heartbeat)

@@ -88,10 +88,11 @@ class FakeExecutor:
         poison_length: int = MAX_MODEL_LEN + 1,
     ) -> None:
         self._slow_at, self._slow, self._poison_length = slow_at, slow, poison_length
-        self.depth, self._delay, self._crash_at, self._on_step = depth, delay, crash_at, on_step
+        self.depth, self._delay, self._crash_at, self.on_step = depth, delay, crash_at, on_step
         self._num_blocks, self._block_size = num_blocks, block_size
         self._cache = np.full((num_blocks, block_size), -1, np.int64)
         self._last = np.empty(0, np.int32)
+        self.preparations: list[Callable[[], None]] = []
         self._columns: list[dict[str, NDArray[Any]]] = []
 
     def allocate(self) -> ExecutorFacts:
@@ -110,12 +111,15 @@ class FakeExecutor:
     def submit(self, batch: Batch) -> FakePending:
         if batch.step == self._crash_at:
             raise RuntimeError(f"the fake model fails at step {batch.step}")
-        if self._on_step is not None:
-            self._on_step(batch)
+        if self.on_step is not None:
+            self.on_step(batch)
         if batch.step == self._slow_at:
             time.sleep(self._slow)
         ready_at = time.monotonic() + self._delay if self._delay else 0.0
         return FakePending(self._compute(batch), ready_at)
+
+    def preparation(self) -> Callable[[], None] | None:
+        return (lambda: self.preparations.pop()()) if self.preparations else None
 
     def _compute(self, batch: Batch) -> FakeResult:
         columns = self._columns[batch.arena]

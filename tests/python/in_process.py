@@ -14,8 +14,8 @@ import numpy as np
 from hybrid_serve import _core
 from hybrid_serve.checkpoint.hub import resolve
 from hybrid_serve.config import Config, EngineConfig, ModelConfig
-from hybrid_serve.runner.graphs import PadSizes
 from hybrid_serve.runner.model_runner import ModelRunner
+from hybrid_serve.runner.pad_sizes import PadSizes
 from hybrid_serve.runner.step import Pending, StepResult
 
 
@@ -56,7 +56,7 @@ class Generator:
         arenas = [mmap.mmap(-1, size) for _ in range(self.runner.device.depth + 1)]
         self.scheduler = _core.Scheduler(config, arenas)
         self.runner.allocate(self.num_blocks)
-        self.runner.bind(arenas, layout)
+        self.runner.bind(arenas, layout, self.pad_sizes)
         self._next_id = 0
 
     def generate(self, prompts: Sequence[Sequence[int]], *, n: int = 1, **params: Any) -> list[list[int]]:

@@ -6,28 +6,24 @@ The arithmetic is the engine's own (runner/limits.py): what this prints is what 
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from ..checkpoint import demo
 from ..checkpoint.checkpoint import open_checkpoint
 from ..checkpoint.hub import resolve_metadata
-from ..checkpoint.model_spec import ModelSpec
-from ..config import Config
+from ..config import MAX_NUM_SEQS, Config
 from ..errors import StartupError, box
-from ..models import family_of
-from ..models.names import expected_tensors
-from ..runner import limits, memory
+from ..runner import limits, memory, sizes
+from ..runner.sizes import Machine, ModelSizes
 from . import options
 from .collect_env import output_lines
 from .settings import settings
 from .usage import Parser, UsageError, dashed
 
-_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-_SHARE_FOR_CACHE = 0.9  # of what weights and activations leave
+_SHARE_FOR_CACHE = 0.9  # of what the model and its steps leave
 _SHORTEST_ROW = 1024  # tokens; the table of contexts ends there
 _GIB = 2**30
 
@@ -50,11 +46,11 @@ def fit(argv: list[str]) -> int:
     try:
         config = replace(config, model=demo.unless_named(config.model))
         resolved = resolve_metadata(config.model)
-        model = Model.of(config, open_checkpoint(resolved, with_tensors=False).spec)
+        model = ModelSizes.of(config, open_checkpoint(resolved, with_tensors=False).spec)
         plan: limits.MemoryPlan | None = None
         failure: StartupError | None = None
         try:
-            plan = _plan(config, model, free)
+            plan = limits.plan_memory(config, model, sizes.CPU, free)
         except StartupError as error:
             failure = error
         found = _facts(config, model, free, plan)
@@ -67,48 +63,7 @@ def fit(argv: list[str]) -> int:
     return 0
 
 
-@dataclass(frozen=True)
-class Model:
-    """The sizes that memory is counted by."""
-
-    spec: ModelSpec
-    dtype: str
-    max_model_len: int
-    num_parameters: int
-    weight_bytes: int
-    token_bytes: int  # of KV cache
-    activation_bytes: int  # of the largest step
-
-    @classmethod
-    def of(cls, config: Config, spec: ModelSpec) -> Model:
-        """Raises StartupError (HS-E024) for a context that the model does not have."""
-        dtype = spec.dtype if config.model.dtype == "auto" else config.model.dtype
-        item = _ITEM_BYTES[dtype]
-        count = sum(math.prod(shape) for _, shape in expected_tensors(spec, family_of(spec)))
-        length = limits.longest_context(spec, config.model.max_model_len)
-        token_bytes = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * item
-        scheduler = config.scheduler
-        step = scheduler.max_num_batched_tokens or max(limits.CPU_BATCHED_TOKENS, scheduler.max_num_seqs)
-        activations = limits.activation_bytes(spec, item, step, scheduler.max_num_seqs)
-        return cls(spec, dtype, length, count, count * item, token_bytes, activations)
-
-
-def _plan(config: Config, model: Model, free: int) -> limits.MemoryPlan:
-    """Raises StartupError (HS-E026), as a start would."""
-    limits.check_weights_fit(model.weight_bytes, free)
-    return limits.plan_memory(
-        config.cache,
-        weight_bytes=model.weight_bytes,
-        activation_bytes=model.activation_bytes,
-        block_bytes=config.cache.block_size * model.token_bytes,
-        max_model_len=model.max_model_len,
-        is_length_fixed=config.model.max_model_len > 0,
-        max_num_seqs=config.scheduler.max_num_seqs,
-        free_bytes=free - model.weight_bytes - model.activation_bytes,
-    )
-
-
-def _facts(config: Config, model: Model, free: int, plan: limits.MemoryPlan | None) -> dict[str, Any]:
+def _facts(config: Config, model: ModelSizes, free: int, plan: limits.MemoryPlan | None) -> dict[str, Any]:
     found: dict[str, Any] = {
         "model": config.model.model,
         "family": model.spec.family,
@@ -118,42 +73,44 @@ def _facts(config: Config, model: Model, free: int, plan: limits.MemoryPlan | No
         "weight_bytes": model.weight_bytes,
         "kv_bytes_per_token": model.token_bytes,
         "free_bytes": free,
-        "activation_bytes": model.activation_bytes,
         "free_after_weights_bytes": max(free - model.weight_bytes, 0),
         "start": None,
-        "choices": _choices(config, model, _for_cache(model, free)),
+        "choices": _choices(config, model, sizes.CPU, free),
         "gpus": [
-            {"name": name, "free_bytes": gpu_free, "choices": _choices(config, model, _for_cache(model, gpu_free))}
-            for name, gpu_free in gpus()
+            {"name": name, "free_bytes": gpu_free, "choices": _choices(config, model, sizes.CUDA, usable)}
+            for name, gpu_free, usable in gpus(config)
         ],
     }
     if plan is not None:
         num_tokens = plan.num_blocks * config.cache.block_size
         found["start"] = {
             "max_model_len": plan.max_model_len,
+            "max_num_seqs": plan.max_num_seqs,
+            "max_num_batched_tokens": plan.max_batched_tokens,
             "kv_cache_bytes": num_tokens * model.token_bytes,
             "requests_of_that_length": num_tokens // plan.max_model_len,
             "notes": list(plan.notes),
+            "memory": dict(plan.rows),
         }
     return found
 
 
-def _for_cache(model: Model, free: int) -> int:
-    return int(max(free - model.weight_bytes - model.activation_bytes, 0) * _SHARE_FOR_CACHE)
-
-
-def gpus() -> list[tuple[str, int]]:
-    """(name, free bytes) of each that is visible."""
+def gpus(config: Config) -> list[tuple[str, int, int]]:
+    """(name, free bytes, those of them that may be used) of each that is visible."""
     found = []
-    for line in output_lines(["nvidia-smi", "--query-gpu=name,memory.free", "--format=csv,noheader,nounits"]):
-        name, _, mib = line.rpartition(",")
-        if mib.strip().isdigit():
-            found.append((name, int(mib) * 2**20))
+    for line in output_lines(
+        ["nvidia-smi", "--query-gpu=name,memory.total,memory.free", "--format=csv,noheader,nounits"]
+    ):
+        name, *mib = line.rsplit(",", 2)
+        if len(mib) == 2 and all(word.strip().isdigit() for word in mib):
+            total, free = (int(word) * 2**20 for word in mib)
+            found.append((name, free, int(free - total * (1 - config.cache.gpu_memory_utilization))))
     return found
 
 
-def _choices(config: Config, model: Model, cache_bytes: int) -> list[dict[str, Any]]:
+def _choices(config: Config, model: ModelSizes, machine: Machine, free: int) -> list[dict[str, Any]]:
     """For the longest context and each half of it: how many requests of that length the memory holds, and the flags."""
+    cache_bytes = int(limits.room_for_cache(config, model, machine, free) * _SHARE_FOR_CACHE)
     rows, length = [], model.max_model_len
     while length >= min(_SHORTEST_ROW, model.max_model_len):
         blocks = -(-length // config.cache.block_size)
@@ -162,7 +119,7 @@ def _choices(config: Config, model: Model, cache_bytes: int) -> list[dict[str, A
             # Rounded up to whole MiB, so that what the flag says holds what the row says.
             mib = -(-count * one // 2**20)
             flags = f"--max-model-len {length} --kv-cache-memory-bytes {mib}MiB"
-            if count > config.scheduler.max_num_seqs:
+            if count > (config.scheduler.max_num_seqs or MAX_NUM_SEQS):
                 flags += f" --max-num-seqs {count}"
             rows.append({"context": length, "requests": count, "kv_cache_bytes": count * one, "flags": flags})
         length //= 2
@@ -173,8 +130,7 @@ def _text(found: dict[str, Any]) -> str:
     lines = [
         f"model    {found['family']}, {found['parameters'] / 1e9:.2f} B parameters, {found['dtype']}, "
         f"context {found['max_model_len']}",
-        f"weights  {_gib(found['weight_bytes'])}     activations {_gib(found['activation_bytes'])}     "
-        f"KV cache {found['kv_bytes_per_token'] / 1024:.1f} KiB a token",
+        f"weights  {_gib(found['weight_bytes'])}     KV cache {found['kv_bytes_per_token'] / 1024:.1f} KiB a token",
         f"memory   {_gib(found['free_bytes'])} free, {_gib(found['free_after_weights_bytes'])} after the weights",
     ]
     if start := found["start"]:
@@ -182,6 +138,7 @@ def _text(found: dict[str, Any]) -> str:
             f"start    context {start['max_model_len']} x {start['requests_of_that_length']} requests, "
             f"KV cache {_gib(start['kv_cache_bytes'])}"
         )
+        lines += [f"         {_gib(num_bytes):>10}  {what}" for what, num_bytes in start["memory"].items()]
         lines += [f"         {note}" for note in start["notes"]]
     if found["choices"]:
         lines.append("most that fits:")

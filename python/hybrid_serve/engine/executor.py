@@ -6,6 +6,7 @@ same two names, ``submit`` and ``Pending``.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -13,12 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import Buffer
 
-from ..config import Config
+from ..config import MAX_NUM_SEQS, Config
+from ..runner.pad_sizes import PadSizes
 
 if TYPE_CHECKING:
     from .._core import Batch
     from ..runner.model_runner import ModelRunner
 
+log = logging.getLogger(__name__)
 Layout = Mapping[str, tuple[int, str, int]]  # column -> (byte offset, numpy type, capacity)
 Report = Callable[[str, float], None]  # phase, share done
 Load = Callable[[Config, Report], "Executor"]
@@ -57,7 +60,8 @@ class ExecutorFacts(NamedTuple):
     device: str
     pad_sizes: tuple[tuple[int, ...], ...] = ((), (), ())  # decodes, mixed sequences, mixed tokens; see core/config.h
     memory: tuple[tuple[str, int], ...] = ()  # what takes how many bytes, for people
-    notes: tuple[str, ...] = ()  # on how the cache was sized, for people
+    notes: tuple[str, ...] = ()  # on what was fitted to the memory, for people
+    max_num_seqs: int = MAX_NUM_SEQS
 
 
 class Executor(Protocol):
@@ -75,6 +79,11 @@ class Executor(Protocol):
 
     def submit(self, batch: Batch) -> Pending: ...
 
+    def preparation(self) -> Callable[[], None] | None:
+        """A piece of work, well under a second, that makes later steps faster; to be done while nothing is under way.
+        None: there is none."""
+        ...
+
 
 class InlineExecutor:
     """Runs the steps in this process; knows one ModelRunner and no other process."""
@@ -82,27 +91,35 @@ class InlineExecutor:
     def __init__(self, config: Config, runner: ModelRunner) -> None:
         self._config, self._runner = config, runner
         self.depth = runner.device.depth
+        self._pad_sizes = PadSizes()
 
     def allocate(self) -> ExecutorFacts:
         plan, facts = self._runner.plan_memory(), self._runner.facts
+        self._pad_sizes = plan.pad_sizes
+        if plan.notes:
+            log.warning("fitted to the memory: %s", "; ".join(plan.notes))
         self._runner.allocate(plan.num_blocks)
         return ExecutorFacts(
             vocab_size=facts.vocab_size,
             max_model_len=plan.max_model_len,
             num_blocks=plan.num_blocks,
-            max_batched_tokens=facts.max_batched_tokens,
+            max_batched_tokens=plan.max_batched_tokens,
             dtype=facts.dtype,
             device=facts.device,
-            pad_sizes=facts.pad_sizes,
+            pad_sizes=plan.pad_sizes,
             memory=plan.rows,
             notes=plan.notes,
+            max_num_seqs=plan.max_num_seqs,
         )
 
     def bind(self, arenas: Sequence[Buffer], layout: Layout) -> None:
-        self._runner.bind(arenas, layout)
+        self._runner.bind(arenas, layout, self._pad_sizes)
 
     def submit(self, batch: Batch) -> Pending:
         return self._runner.submit(batch)
+
+    def preparation(self) -> Callable[[], None] | None:
+        return self._runner.preparation()
 
 
 def load_inline(config: Config, report: Report) -> InlineExecutor:

@@ -40,7 +40,11 @@ class EngineLoop:
         while not inbox.stopping:
             idle = not in_flight and core.idle
             outbox.send_stats(core, idle)
-            inbox.drain(core, wait=idle)
+            preparation = self.executor.preparation() if idle else None
+            inbox.drain(core, wait=idle and preparation is None)
+            if preparation is not None and core.idle and not inbox.stopping:
+                preparation()  # one piece: then whoever has come meanwhile is served
+                continue
             while len(in_flight) < depth and (batch := core.schedule(time.monotonic_ns() // 1000)) is not None:
                 in_flight.append((batch, self.executor.submit(batch)))
             if in_flight:

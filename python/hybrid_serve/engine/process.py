@@ -83,7 +83,7 @@ def main(
             heartbeat,
             probation,
             longest_prompt=min(facts.max_model_len, facts.num_blocks * config.cache.block_size) - 1,
-            max_num_seqs=config.scheduler.max_num_seqs,
+            max_num_seqs=facts.max_num_seqs,
             max_num_queued_reqs=config.scheduler.max_num_queued_reqs,
         )
         collect_garbage_rarely()
@@ -101,7 +101,7 @@ def make_core(config: Config, executor: Executor, facts: ExecutorFacts, num_clie
         core_config = _core.Config(
             num_blocks=facts.num_blocks,
             block_size=config.cache.block_size,
-            max_num_seqs=config.scheduler.max_num_seqs,
+            max_num_seqs=config.scheduler.max_num_seqs or facts.max_num_seqs,
             max_num_batched_tokens=facts.max_batched_tokens,
             max_model_len=facts.max_model_len,
             vocab_size=facts.vocab_size,

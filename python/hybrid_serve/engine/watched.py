@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from typing_extensions import Buffer
 
-from ..heartbeat import BatchHeader, Heartbeat
+from ..heartbeat import BatchHeader, EnginePhase, Heartbeat
 from .executor import Executor, ExecutorFacts, Layout, Pending
 
 if TYPE_CHECKING:
@@ -31,3 +31,13 @@ class WatchedExecutor:
         header = BatchHeader(*(getattr(batch, name) for name in BatchHeader._fields))
         self._heartbeat.enter_step(header, self._core.ids_in_flight())
         return self._executor.submit(batch)
+
+    def preparation(self) -> Callable[[], None] | None:
+        work = self._executor.preparation()
+
+        def watched() -> None:
+            self._heartbeat.enter(EnginePhase.CAPTURE)
+            if work is not None:
+                work()
+
+        return None if work is None else watched

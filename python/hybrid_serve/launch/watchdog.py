@@ -17,6 +17,9 @@ SECONDS_PER_TOKEN = 0.1  # of a step, on top of its limit: a long prompt on a sl
 STACKS_SECONDS = 0.5  # how long the stacks may take to be written
 
 
+_WHAT = {EnginePhase.STEP: "step", EnginePhase.IDLE: "wait for requests", EnginePhase.CAPTURE: "capture of a graph"}
+
+
 class Verdict(Enum):
     FINE = 1
     QUIET = 2  # no sign of life for half the time it has
@@ -53,7 +56,7 @@ class Watchdog:
         limit = self._step_limit + SECONDS_PER_TOKEN * batch.num_tokens
         busy = min(heartbeat.age(), awake)
         if busy > limit:
-            what = "step" if heartbeat.phase is EnginePhase.STEP else "wait for requests"
+            what = _WHAT[heartbeat.phase]
             self.reason = f"its {what} has taken {busy:.1f} s, the limit for {batch.num_tokens} tokens is {limit:.1f} s"
             return Verdict.HUNG
         return Verdict.FINE

@@ -5,7 +5,6 @@ Weights are packed one by one, so that beside the packed copy only one unpacked 
 
 from __future__ import annotations
 
-import math
 import threading
 import zlib
 from collections.abc import Callable
@@ -98,7 +97,3 @@ def check_tensors(spec: ModelSpec, family: Family, source: TensorSource) -> None
             raise corrupt(source.label, f"tensor {name!r} is missing")
         if info.shape != shape:
             raise corrupt(source.label, f"tensor {name!r} has shape {list(info.shape)}, the model needs {list(shape)}")
-
-
-def weight_bytes(spec: ModelSpec, family: Family, dtype: torch.dtype) -> int:
-    return sum(math.prod(shape) for _, shape in expected_tensors(spec, family)) * dtype.itemsize

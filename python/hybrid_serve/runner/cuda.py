@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -15,13 +15,23 @@ from .. import _kernels
 from ..checkpoint.failures import unsupported
 from ..checkpoint.tensors import Array
 from ..config import Config
-from .arena import ArenaViews, Batch, Layout, columns_of
-from .graphs import Graphs
-from .step import Compute, Sampled, StepResult, exact_shape, padded_shape
+from . import sizes
+from .arena import NUM_DECODES, ArenaViews, Batch, Layout, columns_of
+from .graphs import Graphs, Replay
+from .pad_sizes import PadSizes
+from .step import (
+    Columns,
+    Compute,
+    Sampled,
+    StepResult,
+    StepShape,
+    exact_shape,
+    likely_shapes,
+    padded_shape,
+)
 
 STAGING_BYTES = 32 * 2**20  # per loading thread
 HEAD_SIZES = (64, 80, 96, 128, 256)  # by_head_dim in cuda/attention.cuh
-KEPT_FREE_BYTES = 2**29  # for graphs, library workspaces and what the driver takes as it goes
 
 
 class CudaDevice:
@@ -29,12 +39,12 @@ class CudaDevice:
     the first one picked in the device's own memory."""
 
     depth = 2
-    default_batched_tokens = 8192
 
     def __init__(self, config: Config) -> None:
         self.torch_device = torch.device("cuda", torch.cuda.current_device())
         _kernels.set_batch_invariant(config.engine.batch_invariant)
         self.captures = not config.engine.enforce_eager
+        self.machine = sizes.CUDA._replace(total_bytes=torch.cuda.get_device_properties(self.torch_device).total_memory)
         self._utilization = config.cache.gpu_memory_utilization
         self._local = threading.local()
 
@@ -55,10 +65,7 @@ class CudaDevice:
         """Within the share of the GPU that may be used (``--gpu-memory-utilization``)."""
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(self.torch_device)
-        return max(int(free - total * (1 - self._utilization)), 0)
-
-    def cache_budget(self, free_bytes: int) -> int | None:
-        return max(free_bytes - KEPT_FREE_BYTES, 0)
+        return int(free - total * (1 - self._utilization))
 
     def write(self, out: Tensor, values: Array) -> None:
         flat, target = values.reshape(-1), out.view(-1)
@@ -78,15 +85,15 @@ class CudaDevice:
         memory: Tensor = self._local.staging
         return memory.view(dtype)
 
-    def steps(self, arenas: Sequence[Buffer], layout: Layout) -> CudaSteps:
+    def steps(self, arenas: Sequence[Buffer], layout: Layout, pad_sizes: PadSizes) -> CudaSteps:
         views = [ArenaViews(arena, layout) for arena in arenas]
-        return CudaSteps(self, views, layout)
+        return CudaSteps(self, views, layout, pad_sizes)
 
 
 class CudaSteps:
     """Batches to the device in one copy each, results back in another, all on one stream."""
 
-    def __init__(self, device: CudaDevice, views: Sequence[ArenaViews], layout: Layout) -> None:
+    def __init__(self, device: CudaDevice, views: Sequence[ArenaViews], layout: Layout, pad_sizes: PadSizes) -> None:
         self._views = views
         for view in views:
             _pin(view.memory)
@@ -94,7 +101,7 @@ class CudaSteps:
         self._memory = torch.zeros(views[0].memory.numel(), dtype=torch.uint8, device=device.torch_device)
         self._columns = columns_of(self._memory, layout)
         self._stream = torch.cuda.Stream(device.torch_device)  # type: ignore[no-untyped-call]
-        self._graphs = Graphs() if device.captures else None
+        self._graphs = Graphs(Capture(), likely_shapes(pad_sizes, layout)) if device.captures else None
         # One row for every arena: when an arena is written again, the results of its last batch have been read.
         self._tokens = torch.empty((len(views), layout["sample_rows"][2]), dtype=torch.int32, pin_memory=True)
         torch.cuda.synchronize(device.torch_device)  # weights and cache were made on another stream
@@ -108,6 +115,44 @@ class CudaSteps:
             else:
                 sampled = compute(self._columns, exact_shape(batch, views))
             return CudaPending(sampled, batch.num_sampled, self._tokens[batch.arena])
+
+    def preparation(self, compute: Compute) -> Callable[[], None] | None:
+        shape = self._graphs.next_ahead() if self._graphs is not None else None
+        return None if shape is None else lambda: self._capture_ahead(compute, shape)
+
+    def _capture_ahead(self, compute: Compute, shape: StepShape) -> None:
+        assert self._graphs is not None
+        with torch.cuda.stream(self._stream):
+            _write_nobodys_batch(self._columns, is_decode=shape.max_prompts == 0)
+            self._graphs.record_ahead(compute, self._columns, shape)
+            self._stream.synchronize()  # a request that comes now waits for this one piece
+
+
+class Capture:
+    """Records a step as a CUDA graph."""
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()  # one memory for all: they run one at a time
+
+    def __call__(self, compute: Compute, columns: Columns, shape: StepShape) -> tuple[Replay, Sampled]:
+        graph = torch.cuda.CUDAGraph()
+        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        try:
+            sampled = compute(columns, shape)
+        finally:
+            graph.capture_end()
+        return graph.replay, sampled
+
+
+def _write_nobodys_batch(columns: Columns, is_decode: bool) -> None:
+    """As the core pads (``BatchWriter::pad``), behind one token at position 0, so that every kernel has a row to work
+    on. It is stored nowhere, reads block 0, which belongs to nobody just now, and what it picks is not read."""
+    for name, column in columns.items():
+        column.fill_({"slots": -1, "num_logprobs": -1, "top_p": 1, "repetition_penalty": 1}.get(name, 0))
+    columns["header"][NUM_DECODES] = int(is_decode)
+    columns["seq_lens"][0] = 1
+    columns["query_start"][1:] = 1
+    columns["kv_start"][1:] = 1
 
 
 class CudaPending:

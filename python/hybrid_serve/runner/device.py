@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -14,9 +14,10 @@ from .. import _kernels
 from ..checkpoint.tensors import Array
 from ..config import Config
 from ..errors import StartupError
-from . import memory
+from . import memory, sizes
 from .arena import ArenaViews, Batch, Layout
-from .limits import CPU_BATCHED_TOKENS
+from .pad_sizes import PadSizes
+from .sizes import Machine
 from .step import Compute, Done, Pending, StepResult, exact_shape
 
 log = logging.getLogger(__name__)
@@ -29,30 +30,32 @@ class Steps(Protocol):
         """``compute`` gets the columns on the device, and the shape they have there."""
         ...
 
+    def preparation(self, compute: Compute) -> Callable[[], None] | None:
+        """A piece of work that makes later steps faster, for when none is under way; None: there is none."""
+        ...
+
 
 class Device(Protocol):
     """Where weights, cache and steps live."""
 
     torch_device: torch.device
     depth: int  # steps that may be under way at once
-    default_batched_tokens: int
-    captures: bool  # whether steps of padded batches are captured and replayed
+    machine: Machine  # what it adds to the arithmetic of memory
 
     def describe(self) -> str: ...
     def check_heads(self, head_dim: int, dtype: torch.dtype) -> None:
         """Raises StartupError (HS-E023) for heads that the device has no kernels for."""
         ...
 
-    def free_bytes(self) -> int: ...
-    def cache_budget(self, free_bytes: int) -> int | None:
-        """Bytes of the default KV cache; None: a size by what a server needs, see ``limits``."""
+    def free_bytes(self) -> int:
+        """What may be used; below 0 where others have taken more than was left to them."""
         ...
 
     def write(self, out: Tensor, values: Array) -> None:
         """``values`` (bfloat16 as uint16) into ``out``, a tensor of this device. Returns when ``values`` may go."""
         ...
 
-    def steps(self, arenas: Sequence[Buffer], layout: Layout) -> Steps: ...
+    def steps(self, arenas: Sequence[Buffer], layout: Layout, pad_sizes: PadSizes) -> Steps: ...
 
 
 class CpuDevice:
@@ -60,8 +63,7 @@ class CpuDevice:
 
     torch_device = torch.device("cpu")
     depth = 1
-    default_batched_tokens = CPU_BATCHED_TOKENS
-    captures = False
+    machine = sizes.CPU
 
     def __init__(self, num_threads: int) -> None:
         """``num_threads``: of the kernels; 0: one per usable core."""
@@ -77,15 +79,12 @@ class CpuDevice:
         """Memory that can be taken without swapping, within the limit of the control group if there is one."""
         return memory.free_bytes()
 
-    def cache_budget(self, free_bytes: int) -> int | None:
-        return None
-
     def write(self, out: Tensor, values: Array) -> None:
         # torch knows no read-only tensors and warns of them; numpy writes through a view of `out` instead.
         target = out.view(torch.uint16) if out.dtype == torch.bfloat16 else out
         target.numpy()[...] = values
 
-    def steps(self, arenas: Sequence[Buffer], layout: Layout) -> CpuSteps:
+    def steps(self, arenas: Sequence[Buffer], layout: Layout, pad_sizes: PadSizes) -> CpuSteps:
         return CpuSteps([ArenaViews(arena, layout) for arena in arenas])
 
 
@@ -101,6 +100,9 @@ class CpuSteps:
         tokens, *logprobs = sampled
         # Copied, as the next step's tokens take the place of these.
         return Done(StepResult(tokens.numpy().copy(), *(None if one is None else one.numpy() for one in logprobs)))
+
+    def preparation(self, compute: Compute) -> None:
+        return None
 
 
 def open_device(config: Config) -> Device:

@@ -1,68 +1,57 @@
-"""Graphs: steps captured as CUDA graphs, by shape; knows how to capture and replay, not what a step computes."""
+"""Graphs: which steps are recorded, and when; knows shapes, not what a step computes nor how it is recorded."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
-
-import torch
+from collections import deque
+from collections.abc import Callable, Iterable
 
 from .step import Columns, Compute, Sampled, StepShape
 
-
-class PadSizes(NamedTuple):
-    """What the core pads batches to, so that they are of few shapes; empty: it does not."""
-
-    decodes: tuple[int, ...] = ()
-    mixed_seqs: tuple[int, ...] = ()
-    mixed_tokens: tuple[int, ...] = ()
-
-
-DECODE_SIZES = (1, 2, 4, *range(8, 64, 8), *range(64, 257, 16), *range(288, 513, 32), 640, 768, 896, 1024)
-MIXED_SEQ_SIZES = (4, 16, 64, 256, 1024)
-# Padding costs a large model a few percent of a step; every size costs its capture once.
-MIXED_TOKEN_SIZES = (*range(16, 129, 16), *range(160, 513, 32), *range(576, 1025, 64), *range(1152, 2049, 128))
-
-
-def pad_sizes(max_num_seqs: int, max_num_batched_tokens: int) -> PadSizes:
-    return PadSizes(
-        _up_to(DECODE_SIZES, max_num_seqs),
-        _up_to(MIXED_SEQ_SIZES, max_num_seqs),
-        _up_to(MIXED_TOKEN_SIZES, max_num_batched_tokens),
-    )
-
-
-def _up_to(sizes: Sequence[int], limit: int) -> tuple[int, ...]:
-    """Those below ``limit``, and then ``limit`` itself, if it is not beyond the largest."""
-    return (*(size for size in sizes if size < limit), *([limit] if limit <= sizes[-1] else []))
+Replay = Callable[[], None]
+# Records what ``compute`` launches: gives what launches it again, and where the results then are.
+Record = Callable[[Compute, Columns, StepShape], tuple[Replay, Sampled]]
 
 
 class Graphs:
-    """A shape's first step runs kernel by kernel, the second one is captured, those after it are replayed: nobody waits
-    for shapes that never come back, and the first run lets the kernels take the scratch they need."""
+    """A shape's first step runs kernel by kernel, the second one is recorded, those after it are replayed: nobody waits
+    for shapes that never come back, and the first run lets the kernels take the scratch they need. While there is
+    nothing to do, shapes are recorded ahead: those that came once, then the likely ones."""
 
-    def __init__(self) -> None:
-        self._seen: set[StepShape] = set()
-        self._captured: dict[StepShape, tuple[torch.cuda.CUDAGraph, Sampled]] = {}
-        self._pool = torch.cuda.graph_pool_handle()  # one memory for all: they run one at a time
+    def __init__(self, record: Record, likely: Iterable[StepShape] = ()) -> None:
+        """``likely``: most likely first."""
+        self._record = record
+        self._seen: dict[StepShape, None] = {}  # not recorded yet, in the order of their first step
+        self._likely = deque(likely)
+        self._recorded: dict[StepShape, tuple[Replay, Sampled]] = {}
 
     def run(self, compute: Compute, columns: Columns, shape: StepShape) -> Sampled:
         """On the current stream, which must not be the default one."""
-        found = self._captured.get(shape)
+        found = self._recorded.get(shape)
         if found is None:
-            if shape not in self._seen or shape.num_copies > 0:
-                self._seen.add(shape)
+            if shape.num_copies > 0:  # rare, and of any number
                 return compute(columns, shape)
-            found = self._captured[shape] = self._capture(compute, columns, shape)
-        graph, sampled = found
-        graph.replay()
+            if shape not in self._seen:
+                self._seen[shape] = None
+                return compute(columns, shape)
+            found = self._add(compute, columns, shape)
+        replay, sampled = found
+        replay()
         return sampled
 
-    def _capture(self, compute: Compute, columns: Columns, shape: StepShape) -> tuple[torch.cuda.CUDAGraph, Sampled]:
-        graph = torch.cuda.CUDAGraph()
-        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-        try:
-            sampled = compute(columns, shape)
-        finally:
-            graph.capture_end()
-        return graph, sampled
+    def next_ahead(self) -> StepShape | None:
+        """What to record while there is nothing to do; None: nothing is left."""
+        if self._seen:
+            return next(iter(self._seen))
+        while self._likely and self._likely[0] in self._recorded:
+            self._likely.popleft()
+        return self._likely[0] if self._likely else None
+
+    def record_ahead(self, compute: Compute, columns: Columns, shape: StepShape) -> None:
+        """``columns``: of a batch that is nobody's, valid for any shape."""
+        compute(columns, shape)  # the kernels take their scratch, which they cannot while they are recorded
+        self._add(compute, columns, shape)
+
+    def _add(self, compute: Compute, columns: Columns, shape: StepShape) -> tuple[Replay, Sampled]:
+        found = self._recorded[shape] = self._record(compute, columns, shape)
+        self._seen.pop(shape, None)
+        return found

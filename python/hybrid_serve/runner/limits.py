@@ -1,5 +1,5 @@
-"""How long a context may be, how many KV blocks there are, and what else takes memory: arithmetic over what was asked
-for and what is free; nothing is tried out.
+"""What an engine may use of the memory there is: how long a context, how many requests at once, how large a step, how
+many KV blocks. Arithmetic over what was asked for and what is free; nothing is tried out, and no torch is needed.
 
 What the user set is kept or refused, never changed. What was left open is fitted to the machine, and the plan's
 ``notes`` say how.
@@ -7,20 +7,23 @@ What the user set is kept or refused, never changed. What was left open is fitte
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
 
-from ..checkpoint.model_spec import ModelSpec
-from ..config import CacheConfig
+from ..config import MAX_NUM_SEQS, Config
 from ..errors import StartupError
+from .pad_sizes import PadSizes
+from .sizes import Machine, ModelSizes, StepLimits
 
 MIB = 2**20
 DEFAULT_CACHE_BYTES = 256 * MIB
 DEFAULT_FULL_CONTEXTS = 4
-SHARE_OF_FREE = 0.4  # the default cache takes no more of the free memory than this
-# A step of this many tokens takes about 0.25 s on two cores with a model of 135M: that is how long a long prompt makes
-# a running stream wait. More would lengthen the wait and, measured, not add throughput.
-CPU_BATCHED_TOKENS = 512
+SHARE_OF_FREE = 0.4  # a default cache that does not take all takes no more of the free memory than this
+SHARE_OF_STEPS = 0.25  # nor do steps of which nothing is said, of what the weights leave
 SHORTEST_CONTEXT = 256  # a server with less than this is of no use; better to say so
+FEWEST_SEQS, FEWEST_TOKENS, FEWEST_CAPTURED = 8, 256, 64  # what is left open is not fitted below
+HIGHEST_UTILIZATION = 0.97
 
 
 @dataclass(frozen=True)
@@ -29,107 +32,208 @@ class MemoryPlan:
 
     num_blocks: int
     max_model_len: int
+    max_num_seqs: int
+    max_batched_tokens: int
+    pad_sizes: PadSizes
     rows: tuple[tuple[str, int], ...]
     notes: tuple[str, ...] = ()
 
 
-def activation_bytes(spec: ModelSpec, item_bytes: int, max_tokens: int, max_rows: int) -> int:
-    """Intermediate results of the largest step: ``max_tokens`` through a layer, ``max_rows`` of them to logits."""
-    heads, kv_heads, inner = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim, spec.intermediate_size
-    # Embedding, norm and both outputs; q, k and v; attention's result; gate, up and their product; the f32 residual.
-    per_token = item_bytes * (4 * spec.hidden_size + 2 * heads + 2 * kv_heads + 3 * inner) + 4 * spec.hidden_size
-    per_row = 4 * spec.vocab_size + (2 * item_bytes + 4) * spec.hidden_size
-    return max_tokens * per_token + max_rows * per_row
+class _DoesNotFit(Exception):
+    """``context``: tokens that the cache would hold; ``room``: bytes that it may take."""
+
+    def __init__(self, what: str, why: str, *, context: int = 0, room: int = 0) -> None:
+        self.what, self.why, self.context, self.room = what, why, context, room
 
 
-def longest_context(spec: ModelSpec, requested: int) -> int:
-    """Tokens of prompt and reply. Raises StartupError (HS-E024) if ``requested`` is more than the model can do."""
-    limit, reason = spec.max_position, "its positions end there"
-    if spec.rope.kind == "yarn":
-        limit = max(limit, int(spec.rope.original_max_position * spec.rope.factor))
-    if 0 < spec.sliding_window < limit:
-        # Up to the window's length, windowed attention is full attention, which is the one implemented.
-        limit, reason = spec.sliding_window, "its sliding window of attention is not implemented beyond that"
-    if requested > limit:
-        raise StartupError(
-            "HS-E024",
-            f"--max-model-len {requested} is more than the model can do",
-            f"this model takes up to {limit} tokens: {reason}",
-            f"--max-model-len {limit}, or leave it out",
+def plan_memory(config: Config, model: ModelSizes, machine: Machine, free_bytes: int) -> MemoryPlan:
+    """``free_bytes``: before anything of this engine is in it. Raises StartupError (HS-E026, exit code 12) with the
+    numbers, and with flags of which each would make it fit."""
+    try:
+        return _plan(config, model, machine, free_bytes)
+    except _DoesNotFit as failure:
+        fixes = _fixes(config, model, machine, free_bytes, failure)
+        otherwise = "a smaller model, or a machine with more memory"
+        raise StartupError("HS-E026", failure.what, failure.why, ", or ".join(fixes) or otherwise) from None
+
+
+def room_for_cache(config: Config, model: ModelSizes, machine: Machine, free_bytes: int) -> int:
+    """Bytes that a KV cache could take at most; 0 where not even the model fits."""
+    try:
+        _, room, _ = _fit_steps(config, model, machine, free_bytes)
+    except _DoesNotFit:
+        return 0
+    return room
+
+
+def _plan(config: Config, model: ModelSizes, machine: Machine, free_bytes: int) -> MemoryPlan:
+    block_size = config.cache.block_size
+    steps, room, notes = _fit_steps(config, model, machine, free_bytes)
+    num_blocks, cache_notes = _num_blocks(config, model, machine, steps, room)
+    notes += cache_notes
+    cache_bytes = num_blocks * block_size * model.token_bytes
+    max_model_len, blocks_a_context = model.max_model_len, -(-model.max_model_len // block_size)
+    if num_blocks < blocks_a_context:
+        max_model_len = num_blocks * block_size
+        if config.model.max_model_len or max_model_len < min(SHORTEST_CONTEXT, model.max_model_len):
+            raise _DoesNotFit(
+                f"the KV cache is too small for a context of {model.max_model_len} tokens",
+                f"that takes {_mib(blocks_a_context * block_size * model.token_bytes)}, the cache has "
+                f"{_mib(cache_bytes)}, the model and its steps {_mib(free_bytes - room)} of {_mib(free_bytes)}",
+                context=max_model_len,
+                room=room,
+            )
+        notes.append(f"context limited to {max_model_len} of {model.max_model_len} tokens, as many as the cache holds")
+    rows = (
+        ("weights", model.weight_bytes),
+        ("table of positions", model.rotary_bytes),
+        *steps.rows(model, machine, block_size),
+        (f"KV cache, {num_blocks} blocks of {block_size} tokens", cache_bytes),
+        ("left free", room - cache_bytes),
+    )
+    return MemoryPlan(
+        num_blocks,
+        max_model_len,
+        steps.max_num_seqs,
+        steps.max_batched_tokens,
+        steps.pad_sizes,
+        rows,
+        tuple(notes),
+    )
+
+
+def _fit_steps(
+    config: Config, model: ModelSizes, machine: Machine, free_bytes: int
+) -> tuple[StepLimits, int, list[str]]:
+    """The steps, what they leave to the cache, and what was fitted."""
+    left = free_bytes - model.weight_bytes - model.rotary_bytes
+    if left < 0:
+        takes = f"its weights take {_mib(model.weight_bytes)}"
+        raise _DoesNotFit("the model does not fit in memory", f"{takes}, {_mib(free_bytes)} are free")
+    wanted = _wanted_steps(config, machine)
+
+    def num_bytes(steps: StepLimits) -> int:
+        return steps.num_bytes(model, machine, config.cache.block_size)
+
+    steps = wanted
+    while num_bytes(steps) > SHARE_OF_STEPS * left and (smaller := list(_smaller(config, steps))):
+        steps = min(smaller, key=num_bytes)
+    if num_bytes(steps) > left:
+        raise _DoesNotFit(
+            f"steps of {steps.max_batched_tokens} tokens and {steps.max_num_seqs} requests do not fit in memory",
+            f"they take {_mib(num_bytes(steps))}, the model leaves {_mib(left)} of {_mib(free_bytes)}",
         )
-    return requested or limit
+    changes = [
+        f"{name} {now} instead of {before}"
+        for name, now, before in (
+            ("max_num_seqs", steps.max_num_seqs, wanted.max_num_seqs),
+            ("max_num_batched_tokens", steps.max_batched_tokens, wanted.max_batched_tokens),
+            ("graphs of up to", steps.largest_captured, wanted.largest_captured),
+        )
+        if now != before
+    ]
+    notes = [", ".join(changes) + f", as the model leaves {_mib(left)}"] if changes else []
+    return steps, left - num_bytes(steps), notes
 
 
-def plan_memory(
-    cache: CacheConfig,
-    *,
-    weight_bytes: int,
-    activation_bytes: int,
-    block_bytes: int,
-    max_model_len: int,
-    is_length_fixed: bool,
-    max_num_seqs: int,
-    free_bytes: int,
-    cache_budget: int | None = None,
-) -> MemoryPlan:
-    """``free_bytes``: after weights and activations. ``cache_budget``: bytes of a cache of which nothing is said; None:
-    a few contexts, within a share of what is free. ``is_length_fixed``: the user set ``max_model_len``. Raises
-    StartupError (HS-E026, exit code 12) with the numbers if the cache does not fit, or cannot hold one request of the
-    length asked for."""
-    blocks_a_context = -(-max_model_len // cache.block_size)
-    notes: list[str] = []
+def _wanted_steps(config: Config, machine: Machine) -> StepLimits:
+    scheduler = config.scheduler
+    seqs = scheduler.max_num_seqs or MAX_NUM_SEQS
+    tokens = scheduler.max_num_batched_tokens or max(machine.batched_tokens, seqs)
+    if not scheduler.max_num_seqs:
+        seqs = min(seqs, tokens)
+    return StepLimits(seqs, tokens, tokens if machine.captures and not config.engine.enforce_eager else 0)
+
+
+def _smaller(config: Config, steps: StepLimits) -> Iterator[StepLimits]:
+    """With one of the sizes that were left open halved."""
+    seqs, tokens, captured = steps.max_num_seqs // 2, steps.max_batched_tokens // 2, steps.largest_captured // 2
+    if not config.scheduler.max_num_seqs and seqs >= FEWEST_SEQS:
+        yield replace(steps, max_num_seqs=seqs)
+    if not config.scheduler.max_num_batched_tokens and tokens >= max(FEWEST_TOKENS, steps.max_num_seqs):
+        yield replace(steps, max_batched_tokens=tokens, max_captured_tokens=min(tokens, steps.max_captured_tokens))
+    if captured >= FEWEST_CAPTURED:
+        yield replace(steps, max_captured_tokens=captured)
+
+
+def _num_blocks(
+    config: Config, model: ModelSizes, machine: Machine, steps: StepLimits, room: int
+) -> tuple[int, list[str]]:
+    cache, notes = config.cache, list[str]()
+    block_bytes = cache.block_size * model.token_bytes
+    blocks_a_context = -(-model.max_model_len // cache.block_size)
     if cache.num_gpu_blocks_override > 0:
         num_blocks = cache.num_gpu_blocks_override
     elif cache.kv_cache_memory_bytes > 0:
         num_blocks = cache.kv_cache_memory_bytes // block_bytes
-    elif cache_budget is not None:
-        num_blocks = cache_budget // block_bytes
+    elif machine.takes_all:
+        num_blocks = room // block_bytes
     else:
         wanted = max(DEFAULT_FULL_CONTEXTS * blocks_a_context, DEFAULT_CACHE_BYTES // block_bytes)
-        affordable = int(free_bytes * SHARE_OF_FREE) // block_bytes
-        num_blocks = min(wanted, affordable, max_num_seqs * blocks_a_context)
-        if affordable < wanted:
-            notes.append(
-                f"KV cache limited to {_mib(num_blocks * block_bytes)}, {SHARE_OF_FREE:.0%} of the free memory"
-            )
-    if num_blocks * block_bytes > free_bytes:
-        raise _does_not_fit(
+        affordable = int(room * SHARE_OF_FREE) // block_bytes
+        num_blocks = min(wanted, affordable, steps.max_num_seqs * blocks_a_context)
+        if affordable < wanted and num_blocks == affordable:
+            share = f"{SHARE_OF_FREE:.0%} of the free memory"
+            notes.append(f"KV cache limited to {_mib(num_blocks * block_bytes)}, {share}")
+    if num_blocks * block_bytes > room:
+        raise _DoesNotFit(
             f"a KV cache of {_mib(num_blocks * block_bytes)} does not fit",
-            f"{num_blocks} blocks of {block_bytes} bytes; {_mib(free_bytes)} are free after the weights",
-            f"--kv-cache-memory-bytes {max(free_bytes // 2 // MIB, 1)}MiB, or a smaller --max-model-len",
+            f"{num_blocks} blocks of {block_bytes} bytes; {_mib(room)} are free beside the model and its steps",
+            room=room,
         )
-    rows = (
-        ("weights", weight_bytes),
-        ("activations", activation_bytes),
-        (f"KV cache, {num_blocks} blocks of {cache.block_size} tokens", num_blocks * block_bytes),
-        ("left free", free_bytes - num_blocks * block_bytes),
-    )
-    if num_blocks >= blocks_a_context:
-        return MemoryPlan(num_blocks, max_model_len, rows, tuple(notes))
-    fitting = num_blocks * cache.block_size
-    if is_length_fixed or fitting < min(SHORTEST_CONTEXT, max_model_len):
-        raise _does_not_fit(
-            f"the KV cache is too small for a context of {max_model_len} tokens",
-            f"that takes {_mib(blocks_a_context * block_bytes)}, the cache has {_mib(num_blocks * block_bytes)}",
-            f"--kv-cache-memory-bytes {-(-blocks_a_context * block_bytes // MIB)}MiB, or --max-model-len {fitting}",
-        )
-    notes.append(f"context limited to {fitting} of {max_model_len} tokens, as many as the KV cache holds")
-    return MemoryPlan(num_blocks, fitting, rows, tuple(notes))
+    return num_blocks, notes
 
 
-def check_weights_fit(weight_bytes: int, free_bytes: int) -> None:
-    """Raises StartupError (HS-E026, exit code 12) before anything is loaded."""
-    if weight_bytes > free_bytes:
-        raise _does_not_fit(
-            "the model does not fit in memory",
-            f"its weights take {_mib(weight_bytes)}, {_mib(free_bytes)} are free",
-            "--dtype bfloat16 if another one is set, a smaller model, or a machine with more memory",
-        )
+def _fixes(config: Config, model: ModelSizes, machine: Machine, free_bytes: int, failure: _DoesNotFit) -> list[str]:
+    """Up to two flags, each tried out on the plan."""
+    found: dict[str, str] = {}
+    for group, name, value, text in _candidates(config, model, machine, failure):
+        if name in found or len(found) == 2:
+            continue
+        changed = _with(config, group, **{name: value})
+        extra = int((value - config.cache.gpu_memory_utilization) * machine.total_bytes) if "utilization" in name else 0
+        try:
+            _plan(changed, ModelSizes.of(changed, model.spec), machine, free_bytes + extra)
+        except _DoesNotFit:
+            continue
+        found[name] = f"--{name.replace('_', '-')} {text}"
+    return list(found.values())
 
 
-def _does_not_fit(what: str, why: str, fix: str) -> StartupError:
-    return StartupError("HS-E026", what, why, fix)
+def _candidates(
+    config: Config, model: ModelSizes, machine: Machine, failure: _DoesNotFit
+) -> Iterator[tuple[str, str, Any, str]]:
+    """(group, option, value, as one writes it) of what may help, the least change of each option first."""
+    cache, scheduler = config.cache, config.scheduler
+    block_bytes = cache.block_size * model.token_bytes
+    for num_blocks in (-(-model.max_model_len // cache.block_size), failure.room // block_bytes):
+        mib = max(-(-num_blocks * block_bytes // MIB), 1)
+        if cache.num_gpu_blocks_override:  # the size is set by one of the two
+            yield "cache", "num_gpu_blocks_override", max(num_blocks, 1), str(max(num_blocks, 1))
+        else:
+            yield "cache", "kv_cache_memory_bytes", mib * MIB, f"{mib}MiB"
+            yield "cache", "kv_cache_memory_bytes", (mib - 1) * MIB, f"{mib - 1}MiB"
+    if failure.context > 1:
+        yield "model", "max_model_len", failure.context, str(failure.context)
+    if machine.total_bytes:
+        for percent in range(int(cache.gpu_memory_utilization * 100) + 1, int(HIGHEST_UTILIZATION * 100) + 1):
+            yield "cache", "gpu_memory_utilization", percent / 100, f"{percent / 100:.2f}"
+    steps = _wanted_steps(config, machine)
+    for shift in range(1, 24):
+        if (tokens := steps.max_batched_tokens >> shift) >= max(scheduler.max_num_seqs, 1):
+            yield "scheduler", "max_num_batched_tokens", tokens, str(tokens)
+        if seqs := steps.max_num_seqs >> shift:
+            yield "scheduler", "max_num_seqs", seqs, str(seqs)
+    for tokens in (model.max_model_len >> shift for shift in range(1, 24)):
+        if tokens >= SHORTEST_CONTEXT:
+            yield "model", "max_model_len", tokens, str(tokens)
+    if model.item_bytes > 2:
+        yield "model", "dtype", "bfloat16", "bfloat16"
+
+
+def _with(config: Config, group: str, **changes: Any) -> Config:
+    return replace(config, **{group: replace(getattr(config, group), **changes)})
 
 
 def _mib(num_bytes: int) -> str:
-    return f"{num_bytes / MIB:.0f} MiB"
+    return f"{num_bytes / MIB:.0f} MiB" if num_bytes >= 10 * MIB else f"{max(num_bytes, 0) / 1024:.0f} KiB"

@@ -11,19 +11,20 @@ from typing_extensions import Buffer
 from .. import ops
 from ..checkpoint.checkpoint import open_checkpoint
 from ..checkpoint.hub import ResolvedModel
-from ..checkpoint.model_spec import ModelSpec
 from ..config import Config
 from ..layers.batch import BatchView
 from ..models import family_of
 from ..models.decoder import Decoder, build_decoder
-from ..models.weights import DTYPES, DummyWeights, WeightReader, Weights, check_tensors, weight_bytes
+from ..models.weights import DTYPES, DummyWeights, WeightReader, Weights, check_tensors
 from .arena import NUM_DECODES, Batch, Layout
 from .device import Device, Steps, open_device
-from .graphs import PadSizes, pad_sizes
-from .limits import MemoryPlan, activation_bytes, check_weights_fit, longest_context, plan_memory
+from .limits import MemoryPlan, plan_memory
+from .pad_sizes import PadSizes
 from .sampler import sample
+from .sizes import ModelSizes
 from .step import Columns, Pending, Sampled, StepResult, StepShape
 
+NOT_PADDED = PadSizes()
 Report = Callable[[str, float], None]  # phase, share done
 
 
@@ -38,15 +39,14 @@ class ModelFacts:
     device: str
     block_bytes: int  # of one KV block, all layers
     weight_bytes: int
-    max_batched_tokens: int
-    pad_sizes: PadSizes
 
 
 class ModelRunner:
     """``load``, then ``plan_memory`` and ``allocate``, then ``bind``; from then on ``submit``."""
 
-    def __init__(self, config: Config, spec: ModelSpec, device: Device, decoder: Decoder, facts: ModelFacts) -> None:
-        self.config, self.spec, self.device, self.decoder, self.facts = config, spec, device, decoder, facts
+    def __init__(self, config: Config, sizes: ModelSizes, device: Device, decoder: Decoder, facts: ModelFacts) -> None:
+        self.config, self.spec, self.device, self.decoder, self.facts = config, sizes.spec, device, decoder, facts
+        self._sizes = sizes
         self._steps: Steps
         self._cache = torch.empty(0)
         self._picked = torch.empty(0)  # tokens of the last step, for the next one to refer to
@@ -58,55 +58,36 @@ class ModelRunner:
         is_dummy = config.model.load_format == "dummy"
         checkpoint = open_checkpoint(resolved, with_tensors=not is_dummy)
         spec, family = checkpoint.spec, family_of(checkpoint.spec)
-        max_model_len = longest_context(spec, config.model.max_model_len)
-        dtype_name = spec.dtype if config.model.dtype == "auto" else config.model.dtype
-        dtype = DTYPES[dtype_name]
+        sizes = ModelSizes.of(config, spec)
+        dtype = DTYPES[sizes.dtype]
         device.check_heads(spec.head_dim, dtype)
         if checkpoint.source is not None:
             check_tensors(spec, family, checkpoint.source)
-        num_bytes = weight_bytes(spec, family, dtype)
-        check_weights_fit(num_bytes, device.free_bytes())
+        plan_memory(config, sizes, device.machine, device.free_bytes())  # what cannot run is told before it is loaded
         weights: Weights = DummyWeights(config.model.seed, device.torch_device)
         if checkpoint.source is not None:
-            weights = WeightReader(checkpoint.source, dtype_name, device.torch_device, device.write)
-        decoder = build_decoder(spec, weights, dtype, max_model_len, lambda share: report("loading_weights", share))
+            weights = WeightReader(checkpoint.source, sizes.dtype, device.torch_device, device.write)
+        decoder = build_decoder(
+            spec, weights, dtype, sizes.max_model_len, lambda share: report("loading_weights", share)
+        )
         if checkpoint.source is not None:
             checkpoint.source.close()
-        token_bytes = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * dtype.itemsize
-        scheduler = config.scheduler
-        tokens = scheduler.max_num_batched_tokens or max(device.default_batched_tokens, scheduler.max_num_seqs)
         facts = ModelFacts(
             vocab_size=spec.vocab_size,
-            max_model_len=max_model_len,
+            max_model_len=sizes.max_model_len,
             eos_token_ids=spec.eos_token_ids,
-            dtype=dtype_name,
+            dtype=sizes.dtype,
             device=device.describe(),
-            block_bytes=config.cache.block_size * token_bytes,
-            weight_bytes=num_bytes,
-            max_batched_tokens=tokens,
-            pad_sizes=pad_sizes(scheduler.max_num_seqs, tokens) if device.captures else PadSizes(),
+            block_bytes=config.cache.block_size * sizes.token_bytes,
+            weight_bytes=sizes.weight_bytes,
         )
-        return ModelRunner(config, spec, device, decoder, facts)
+        return ModelRunner(config, sizes, device, decoder, facts)
 
     def plan_memory(self) -> MemoryPlan:
-        """Number of KV blocks and the longest context they allow. Raises StartupError (HS-E026, exit code 12)."""
-        facts, max_num_seqs = self.facts, self.config.scheduler.max_num_seqs
-        activations = activation_bytes(self.spec, DTYPES[facts.dtype].itemsize, facts.max_batched_tokens, max_num_seqs)
-        captured = max(facts.pad_sizes.mixed_tokens, default=0)
-        if captured:
-            activations += activation_bytes(self.spec, DTYPES[facts.dtype].itemsize, captured, max_num_seqs)
-        free_bytes = self.device.free_bytes()
-        return plan_memory(
-            self.config.cache,
-            weight_bytes=facts.weight_bytes,
-            activation_bytes=activations,
-            block_bytes=facts.block_bytes,
-            max_model_len=facts.max_model_len,
-            is_length_fixed=self.config.model.max_model_len > 0,
-            max_num_seqs=max_num_seqs,
-            free_bytes=free_bytes - activations,
-            cache_budget=self.device.cache_budget(free_bytes - activations),
-        )
+        """What of the memory goes where, now that the model is in it. Raises StartupError (HS-E026, exit code 12)."""
+        sizes = self._sizes
+        free_bytes = self.device.free_bytes() + sizes.weight_bytes + sizes.rotary_bytes
+        return plan_memory(self.config, sizes, self.device.machine, free_bytes)
 
     def allocate(self, num_blocks: int) -> None:
         """The KV cache: one piece, [block][layer][K|V][kv_head][token][dim], a block's bytes side by side."""
@@ -117,16 +98,21 @@ class ModelRunner:
         self.decoder.bind_cache(cache)
         self._cache = cache.view(num_blocks, -1)
 
-    def bind(self, arenas: Sequence[Buffer], layout: Layout) -> None:
-        """``arenas``: the buffers that the scheduler writes batches to; ``layout``: where their columns are."""
+    def bind(self, arenas: Sequence[Buffer], layout: Layout, pad_sizes: PadSizes = NOT_PADDED) -> None:
+        """``arenas``: the buffers that the scheduler writes batches to; ``layout``: where their columns are;
+        ``pad_sizes``: what it pads them to."""
         rows = layout["sample_rows"][2]
         self._picked = torch.zeros(rows, dtype=torch.int32, device=self.device.torch_device)
-        self._steps = self.device.steps(arenas, layout)
+        self._steps = self.device.steps(arenas, layout, pad_sizes)
 
     @torch.inference_mode()
     def submit(self, batch: Batch) -> Pending:
         """Starts one batch. Negative token ids, -(row + 1), stand for what row ``row`` of the previous step sampled."""
         return self._steps.submit(batch, self._compute)
+
+    def preparation(self) -> Callable[[], None] | None:
+        """A piece of work that makes later steps faster, for when none is under way; None: there is none."""
+        return self._steps.preparation(torch.inference_mode()(self._compute))
 
     def step(self, batch: Batch) -> StepResult:
         """Runs one batch to its end."""

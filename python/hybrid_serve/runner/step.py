@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .arena import ArenaViews, Batch
+from .arena import ArenaViews, Batch, Layout
+from .pad_sizes import PadSizes
 
 Columns = Mapping[str, Tensor]
 
@@ -87,18 +88,25 @@ def exact_shape(batch: Batch, views: ArenaViews) -> StepShape:
 def padded_shape(batch: Batch, views: ArenaViews) -> StepShape:
     """Of the batch as the core padded it: few shapes for many batches. Ragged columns count with their capacity."""
     decodes_only = batch.num_decodes == batch.num_seqs
-    return StepShape(
-        batch.padded_tokens,
-        batch.padded_seqs,
-        batch.padded_seqs,
-        batch.padded_seqs,
-        0 if decodes_only else batch.padded_seqs,
-        1 if decodes_only else batch.padded_tokens,
-        _logprobs_width(batch, views),
-        views.arrays["kv_blocks"].size,
-        views.arrays["adjust_ids"].size,
-        batch.num_copies,
-    )
+    entries = views.arrays["kv_blocks"].size, views.arrays["adjust_ids"].size
+    shape = _shape_of_size(batch.padded_tokens, batch.padded_seqs, decodes_only, *entries)
+    return shape._replace(logprobs_width=_logprobs_width(batch, views), num_copies=batch.num_copies)
+
+
+def likely_shapes(sizes: PadSizes, layout: Layout) -> list[StepShape]:
+    """What ``padded_shape`` gives for batches of these sizes, the most likely first: decodes, then pieces of prompts
+    beside few sequences. Without log-probabilities, which few ask for."""
+    entries = layout["kv_blocks"][2], layout["adjust_ids"][2]
+    shapes = [_shape_of_size(size, size, True, *entries) for size in sizes.decodes]
+    for fewer, seqs in zip((0, *sizes.mixed_seqs), sizes.mixed_seqs, strict=False):
+        # So many sequences mean more than ``fewer``, of which each has a token.
+        shapes += [_shape_of_size(tokens, seqs, False, *entries) for tokens in sizes.mixed_tokens if tokens > fewer]
+    return shapes
+
+
+def _shape_of_size(tokens: int, seqs: int, decodes_only: bool, num_blocks: int, num_adjustments: int) -> StepShape:
+    prompts, query_len = (0, 1) if decodes_only else (seqs, tokens)
+    return StepShape(tokens, seqs, seqs, seqs, prompts, query_len, 0, num_blocks, num_adjustments, 0)
 
 
 def _logprobs_width(batch: Batch, views: ArenaViews) -> int:

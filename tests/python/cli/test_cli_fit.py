@@ -65,6 +65,15 @@ def test_what_cannot_start_is_the_box_of_the_start(model: Path, capsys: pytest.C
     assert "does not fit" in capsys.readouterr().err
 
 
+def test_where_the_memory_would_go_is_listed(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """P3: the rows are of all the memory that is free."""
+    start = fitted(capsys, str(model), "--memory", "20MiB")["start"]
+    assert sum(start["memory"].values()) == 20 * 2**20
+    assert (start["max_num_seqs"], start["max_num_batched_tokens"]) == (256, 512)
+    assert main(["fit", str(model), "--memory", "20MiB"]) == 0
+    assert "left free" in capsys.readouterr().out
+
+
 def test_a_context_is_limited_and_said_so(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = fitted(capsys, str(model), "--kv-cache-memory-bytes", "140KiB")
     assert found["start"]["max_model_len"] == 272
@@ -102,7 +111,7 @@ def test_each_gpu_has_a_verdict(
 ) -> None:
     """P3."""
     program = tmp_path / "nvidia-smi"
-    program.write_text('#!/bin/sh\necho "H100, 4096"\necho "Tiny, 0"\n')
+    program.write_text('#!/bin/sh\necho "H100, 8192, 4096"\necho "Tiny, 8192, 0"\n')
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert main(["fit", str(model)]) == 0

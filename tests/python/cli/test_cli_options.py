@@ -108,11 +108,11 @@ def test_a_wrong_value_is_one_clear_line(argv: list[str], message: str) -> None:
 def test_every_wrong_value_is_named_at_its_own_place(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("block_size: 8\n")
-    lines = refusal(["--port=-1", "--config", str(file)], {"HYBRID_SERVE_MAX_NUM_SEQS": "0"}).splitlines()
+    lines = refusal(["--port=-1", "--config", str(file)], {"HYBRID_SERVE_MAX_NUM_SEQS": "-2"}).splitlines()
     assert sorted(lines) == [
         "--port is -1, must be 0 to 65535",
         f"{file}:1: block_size is 8, must be 16, 32 or 64",
-        "HYBRID_SERVE_MAX_NUM_SEQS is 0, must be 1 to 2147483647",
+        "HYBRID_SERVE_MAX_NUM_SEQS is -2, must be 0 to 2147483647",
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from engine_harness import EngineThread, collect, ids, params, tokens_of, until
 from fake_executor import FakeExecutor, expected
 from hybrid_serve.client import EngineRejected
 from hybrid_serve.config import SchedulerConfig
+from hybrid_serve.heartbeat import EnginePhase
 from hybrid_serve.wire import FinishReason
 
 
@@ -259,3 +261,28 @@ def test_an_idle_engine_sleeps(tmp_path: Path) -> None:
         time.sleep(0.3)
         assert time.process_time() - before < 0.05
         assert not engine.error
+
+
+def test_while_there_is_nothing_to_do_the_executor_prepares_and_stops_at_once_for_a_request(tmp_path: Path) -> None:
+    """P5: a piece at a time, in a phase of its own; with all of it done the engine sleeps."""
+    executor, phases, done_before = FakeExecutor(), list[EnginePhase](), list[int]()
+    is_served = threading.Event()
+    executor.on_step = lambda batch: done_before.append(len(phases))
+
+    async def main(engine: EngineThread) -> None:
+        def piece() -> None:
+            phases.append(engine.heartbeat.phase)
+            is_served.wait(0.02)
+
+        async with engine.client() as client:
+            executor.preparations = [piece] * 500
+            await until(lambda: len(phases) > 1)
+            assert tokens_of(await collect(client, [1, 2, 3], max_tokens=5, seed=5)) == expected([1, 2, 3], 5, 5)
+            is_served.set()
+            await until(lambda: not executor.preparations and engine.heartbeat.phase is EnginePhase.IDLE)
+
+    with EngineThread(tmp_path, executor) as engine:
+        run(main(engine))
+    assert phases == [EnginePhase.CAPTURE] * 500
+    assert len(done_before) == 5
+    assert 1 < done_before[0] == done_before[-1] < 500  # nothing is prepared while a request runs

@@ -14,7 +14,7 @@ import torch
 
 from hybrid_serve import _kernels
 from hybrid_serve.errors import StartupError
-from hybrid_serve.runner.graphs import PadSizes, pad_sizes
+from hybrid_serve.runner.pad_sizes import PadSizes, pad_sizes
 from in_process import Generator, load_runner
 from ragged import Ragged
 from references import VARIANTS, prompts_of, reference
@@ -72,6 +72,31 @@ def test_captured_overlapped_and_padded_steps_give_the_tokens_of_plain_ones(tmp_
         captured = generator(folder, dtype)
         assert captured.generate(prompts, **params) == plain
         assert captured.generate(prompts, **params) == plain  # by now most steps are replayed
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_steps_that_were_captured_while_idle_give_the_tokens_of_plain_ones(tmp_path: Path, dtype: str) -> None:
+    """P5: all of them before the first request, and again those of new shapes between two calls."""
+    folder = make_tiny_model(tmp_path, "qwen3", **WIDE)
+    prompts = prompts_of([3, 40, 7, 90, 12, 200, 5])
+    captured, plain = generator(folder, dtype), generator(folder, dtype, padded=False, enforce_eager=True)
+    before = prepare(captured)
+    assert before > 30
+    sampled: dict[str, Any] = {"temperature": 0.9, "top_k": 40, "top_p": 0.95, "seed": 7, "max_tokens": 40}
+    for params in ({"max_tokens": 40}, sampled, {**sampled, "num_logprobs": 3}, {**sampled, "n": 3}):
+        expected = plain.generate(prompts, **params)
+        assert captured.generate(prompts, **params) == expected
+        assert (prepare(captured) > 0) == ("num_logprobs" in params)  # nothing else is of a shape that was not likely
+        assert captured.generate(prompts, **params) == expected
+
+
+def prepare(generator: Generator) -> int:
+    """Everything that an idle engine would; how many pieces it was."""
+    count = 0
+    while (work := generator.runner.preparation()) is not None:
+        work()
+        count += 1
+    return count
 
 
 def test_tokens_equal_those_of_the_cpu_in_float32(tmp_path: Path) -> None:

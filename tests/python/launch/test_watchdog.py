@@ -62,6 +62,14 @@ def test_a_step_has_its_own_limit_which_grows_with_its_tokens() -> None:
     assert watched.verdict_after(1, has_pulse=True) is Verdict.HUNG
 
 
+def test_a_capture_that_hangs_is_called_one() -> None:  # P2
+    watched = Watched()
+    watched.engine.enter(EnginePhase.CAPTURE)
+    assert watched.verdict_after(59, has_pulse=True) is Verdict.FINE
+    assert watched.verdict_after(2, has_pulse=True) is Verdict.HUNG
+    assert "its capture of a graph has taken" in watched.watchdog.reason
+
+
 def test_a_model_may_load_as_long_as_it_likes() -> None:
     assert Watched().verdict_after(3600, has_pulse=False) is Verdict.FINE
 

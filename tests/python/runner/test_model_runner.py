@@ -12,6 +12,7 @@ import torch
 
 from hybrid_serve.checkpoint.hub import resolve
 from hybrid_serve.config import CacheConfig, Config, EngineConfig, ModelConfig
+from hybrid_serve.engine.executor import InlineExecutor
 from hybrid_serve.errors import StartupError
 from hybrid_serve.runner.arena import NUM_DECODES, ArenaViews
 from hybrid_serve.runner.device import open_device
@@ -185,6 +186,30 @@ def test_the_plan_follows_the_configuration(tmp_path: Path) -> None:
     assert (runner.plan_memory().num_blocks, runner.plan_memory().max_model_len) == (7, 100)
     runner.allocate(7)
     assert runner.decoder.layers[1].attention.v_cache.shape == (7, 2, 16, 16)
+
+
+def test_what_cannot_fit_is_refused_before_anything_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """P3."""
+    monkeypatch.setattr("hybrid_serve.runner.memory.free_bytes", lambda: 10**6)
+    config = Config(model=ModelConfig(model=str(make_tiny_model(tmp_path)), max_model_len=512))
+    seen: list[str] = []
+    with pytest.raises(StartupError) as caught:
+        ModelRunner.load(config, resolve(config.model), lambda phase, share: seen.append(phase))
+    assert (caught.value.failure.code, caught.value.failure.exit_code, seen) == ("HS-E026", 12, [])
+
+
+def test_what_was_fitted_to_the_memory_is_one_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """P3, S50."""
+    runner = load_runner(make_tiny_model(tmp_path))
+    monkeypatch.setattr(runner.device, "free_bytes", lambda: 1_200_000)
+    facts = InlineExecutor(runner.config, runner).allocate()
+    assert facts.max_num_seqs < 256
+    assert facts.max_model_len < 512
+    (warning,) = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert f"max_num_seqs {facts.max_num_seqs} instead of 256" in warning.message
+    assert f"context limited to {facts.max_model_len} of 512" in warning.message
 
 
 def test_a_device_that_is_not_there_is_a_startup_error(tmp_path: Path) -> None:

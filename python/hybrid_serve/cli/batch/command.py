@@ -19,7 +19,7 @@ from itertools import islice
 
 from ... import logging as log_lines
 from ...checkpoint import demo
-from ...config import Config, ServerConfig
+from ...config import MAX_NUM_SEQS, Config, ServerConfig
 from ...errors import StartupError, box
 from ...wire import Status
 from .. import options
@@ -115,7 +115,7 @@ def _private(config: Config, origins: Mapping[str, str]) -> Config:
 
 def _enough(config: Config) -> int:
     """As many requests as run at once, and as many that wait to follow them."""
-    running, waiting = config.scheduler.max_num_seqs, config.scheduler.max_num_queued_reqs
+    running, waiting = config.scheduler.max_num_seqs or MAX_NUM_SEQS, config.scheduler.max_num_queued_reqs
     return running + min(running, waiting or running)
 
 
