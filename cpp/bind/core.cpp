@@ -298,12 +298,20 @@ void bind_results(py::module_& m) {
     return
         [items](const PyOutputs& o) { return o.column(o.outputs->*items, static_cast<size_t>(o.outputs->num_rows)); };
   };
+  const auto all = [](auto Outputs::* items) {
+    return [items](const PyOutputs& o) { return o.column(o.outputs->*items, (o.outputs->*items).size()); };
+  };
   py::class_<PyOutputs>(m, "Outputs")
       .def_property_readonly("step", [](const PyOutputs& o) { return o.outputs->step; })
       .def_property_readonly("num_rows", [](const PyOutputs& o) { return o.outputs->num_rows; })
-      .def_property_readonly(
-          "client_start",
-          [](const PyOutputs& o) { return o.column(o.outputs->client_start, o.outputs->client_start.size()); })
+      .def_property_readonly("num_tokens", [](const PyOutputs& o) { return o.outputs->num_tokens; })
+      .def_property_readonly("num_seqs", [](const PyOutputs& o) { return o.outputs->num_seqs; })
+      .def_property_readonly("scheduled", [](const PyOutputs& o) { return o.outputs->scheduled; })
+      .def_property_readonly("event_start", all(&Outputs::event_start))
+      .def_property_readonly("event_ids", all(&Outputs::event_ids))
+      .def_property_readonly("event_values", all(&Outputs::event_values))
+      .def_property_readonly("event_kinds", all(&Outputs::event_kinds))
+      .def_property_readonly("client_start", all(&Outputs::client_start))
       .def_property_readonly("ids", column(&Outputs::ids))
       .def_property_readonly("tokens", column(&Outputs::tokens))
       .def_property_readonly("finish", column(&Outputs::finish))

@@ -71,6 +71,8 @@ int64_t Scheduler::abort(std::span<const RequestId> ids) {
 // An admitted request, with its prefix found.
 void Scheduler::start(Request& request) {
   if (recorder_) record_admission(request);
+  const bool waited = request.arrival < blocked_before_;
+  note(StepEvent::admitted, request, request.num_computed, waited ? blocked_by_ : WaitedFor::nothing);
   if (request.num_preemptions == 0) {
     request.cached_tokens = request.num_computed;
     request.scheduled_at = now_;
@@ -99,6 +101,7 @@ const Outputs& Scheduler::commit(int64_t step, std::span<const Token> tokens) {
   emitted_.clear();
   for (const Row& row : batch.rows) settle(row, tokens);
   write_outputs(step);
+  write_events(batch);
   return outputs_;
 }
 
@@ -180,6 +183,25 @@ void Scheduler::write_outputs(int64_t step) {
   }
   std::shift_right(start.begin(), start.end(), 1);
   start.front() = 0;
+}
+
+void Scheduler::write_events(const InFlight& batch) {
+  outputs_.num_tokens = batch.num_tokens;
+  outputs_.num_seqs = std::ssize(batch.rows);
+  outputs_.scheduled = batch.scheduled;
+  outputs_.event_ids.clear();
+  outputs_.event_values.clear();
+  outputs_.event_kinds.clear();
+  for (int64_t client = 0; client < config_.num_clients; ++client) {
+    outputs_.event_start[static_cast<size_t>(client)] = static_cast<int32_t>(outputs_.event_ids.size());
+    for (const EventRow& event : batch.events) {
+      if (event.client != client) continue;
+      outputs_.event_ids.push_back(event.id);
+      outputs_.event_values.push_back(static_cast<int32_t>(event.value));
+      outputs_.event_kinds.push_back(event.kind);
+    }
+  }
+  outputs_.event_start.back() = static_cast<int32_t>(outputs_.event_ids.size());
 }
 
 std::vector<RequestId> Scheduler::ids_in_flight() const {

@@ -20,7 +20,10 @@ const Batch* Scheduler::schedule(int64_t now) {
   adjustments_left_ = config_.max_adjustments;
   short_of_blocks_ = false;
   continue_running();
-  if (!short_of_blocks_) admit_waiting();
+  if (short_of_blocks_)
+    block(WaitedFor::blocks);
+  else
+    admit_waiting();
   invariant(!plan_.empty() || num_in_flight_ > 0 || idle(), "S6: nothing is in flight and nothing can run");
   return plan_.empty() ? nullptr : write_batch();
 }
@@ -55,6 +58,7 @@ bool Scheduler::make_room(Request& request, int64_t num_new) {
 // in flight may still write its blocks: batches run in order, so whoever gets them next writes after that.
 void Scheduler::preempt(Request& request) {
   if (recorder_) recorder_->event(Event::preempt, request.id);
+  note(StepEvent::preempted, request, request.num_computed);
   kv_.release(request);
   running_.pop_back();
   request.move_to(Request::State::waiting);
@@ -68,8 +72,9 @@ void Scheduler::preempt(Request& request) {
 void Scheduler::admit_waiting() {
   while (!waiting_.empty() && tokens_left_ > 0 && std::ssize(running_) < config_.max_num_seqs) {
     Request& head = waiting_.head();
-    if (!head.ready() || head.adjustments.size() > adjustments_left_) return;
-    if (!kv_.admit(head, std::ssize(running_))) return;
+    if (!head.ready()) return;
+    if (head.adjustments.size() > adjustments_left_) return block(WaitedFor::adjustments);
+    if (!kv_.admit(head, std::ssize(running_))) return block(WaitedFor::blocks);
     waiting_.remove(head);
     head.move_to(Request::State::running);
     running_.insert(std::ranges::upper_bound(running_, &head, ServedBefore{}), &head);
@@ -79,9 +84,22 @@ void Scheduler::admit_waiting() {
     // Not even with one token missing: what it shares, this very step may fill.
     plan(head, num_new, false);
   }
+  block(tokens_left_ > 0 ? WaitedFor::sequences : WaitedFor::tokens);
+}
+
+void Scheduler::block(WaitedFor what) {
+  if (waiting_.empty()) return;
+  blocked_by_ = what;
+  blocked_before_ = next_arrival_;
+}
+
+void Scheduler::note(StepEvent event, const Request& request, int64_t value, WaitedFor waited_for) {
+  const auto kind = static_cast<uint8_t>(static_cast<int>(event) | static_cast<int>(waited_for) << 4);
+  events_.push_back({request.client, request.id, value, kind});
 }
 
 void Scheduler::plan(Request& request, int64_t num_new, bool is_decode) {
+  if (!is_decode) note(StepEvent::chunk, request, num_new);
   tokens_left_ -= num_new;
   if (num_new == request.num_missing()) adjustments_left_ -= request.adjustments.size();
   plan_.push_back({&request, num_new, is_decode});
@@ -108,7 +126,11 @@ const Batch* Scheduler::write_batch() {
     }
   }
   const Batch& batch = writer_.finish(copies_);
+  in_flight.num_tokens = batch.num_tokens;
   in_flight.num_sampled = batch.num_sampled;
+  in_flight.scheduled = now_;
+  in_flight.events.swap(events_);
+  events_.clear();
   if (recorder_) record_step(batch);
   ++next_step_;
   ++num_in_flight_;

@@ -68,9 +68,16 @@ class Scheduler {
     int64_t num_preemptions;  // when it was scheduled: tells whether the blocks are still those it wrote
     int32_t sampled_row;      // -1: none
   };
+  struct EventRow {
+    int32_t client;
+    RequestId id;
+    int64_t value;
+    uint8_t kind;  // see Outputs
+  };
   struct InFlight {
-    int64_t num_sampled = 0;
+    int64_t num_tokens = 0, num_sampled = 0, scheduled = 0;
     std::vector<Row> rows;
+    std::vector<EventRow> events;
   };
   struct Emitted {
     int32_t client;
@@ -86,6 +93,8 @@ class Scheduler {
   bool make_room(Request& request, int64_t num_new);
   void preempt(Request& request);
   void admit_waiting();
+  void block(WaitedFor what);
+  void note(StepEvent event, const Request& request, int64_t value, WaitedFor waited_for = WaitedFor::nothing);
   void plan(Request& request, int64_t num_new, bool is_decode);
   const Batch* write_batch();
 
@@ -98,6 +107,7 @@ class Scheduler {
   void leave_leader(Request& request);
   void remove(Request& request);
   void write_outputs(int64_t step);
+  void write_events(const InFlight& batch);
   InFlight& batch_of(int64_t step) { return in_flight_[static_cast<size_t>(step % config_.depth)]; }
 
   // recording.cpp
@@ -125,6 +135,10 @@ class Scheduler {
   int64_t tokens_left_ = 0, adjustments_left_ = 0;
   bool short_of_blocks_ = false;
   int64_t now_ = 0;
+  std::vector<EventRow> events_;  // since the last batch
+  // Why the last time somebody was left waiting; those who came before `blocked_before_` were there.
+  WaitedFor blocked_by_ = WaitedFor::nothing;
+  int64_t blocked_before_ = 0;
 
   BatchWriter writer_;
   std::vector<InFlight> in_flight_;  // of step s: entry s % depth

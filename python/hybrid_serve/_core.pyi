@@ -70,6 +70,9 @@ class Outputs:
     Valid until the next commit. Each column is a read-only memoryview."""
 
     step: int
+    num_tokens: int  # of the batch
+    num_seqs: int
+    scheduled: int  # ``now`` of its schedule()
     num_rows: int
     client_start: memoryview  # i32 [num_clients + 1]
     ids: memoryview  # u64
@@ -78,6 +81,10 @@ class Outputs:
     cached_tokens: memoryview  # i32: prompt tokens found in the cache, on a request's first row; -1 after
     rows: memoryview  # i32: the sampled row of the batch it came from (index into the executor's logprobs)
     num_preemptions: memoryview  # i32: of the choice so far
+    event_start: memoryview  # i32 [num_clients + 1], of the rows of the events; see cpp/core/outputs.h
+    event_ids: memoryview  # u64
+    event_values: memoryview  # i32
+    event_kinds: memoryview  # u8: wire.StepEvent | wire.WaitedFor << 4
     scheduled_at: memoryview  # i64: ``now`` of the step that first ran it, on a request's first row; -1 after
 
 class Stats:

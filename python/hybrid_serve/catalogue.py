@@ -314,6 +314,13 @@ _ANSWERS = (
         "Wait until one of them ends, or raise the key's limit in the key file.",
     ),
     _http(
+        123,
+        404,
+        "request_not_found",
+        "No request of that id, of this key, is among the last ones that this API server has served.",
+        "The id is in the response's header x-request-id; each of several API servers knows its own requests.",
+    ),
+    _http(
         150,
         500,
         "internal_error",

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 COUNTS_SLOT_BYTES = 2**20  # of the memory where API servers share their counts; pages that nobody writes cost nothing
 MAX_FRAME_BYTES = 64 * 2**20
 API_INDEX_SHIFT = 48
@@ -50,6 +50,24 @@ class FinishReason(IntEnum):
     STOP = 1
     LENGTH = 2
     ABORT = 3
+
+
+class StepEvent(IntEnum):
+    """What a step did to a choice besides picking a token; numbers as in cpp/common/types.h."""
+
+    ADMITTED = 1  # value: prompt tokens found in the cache
+    CHUNK = 2  # value: its tokens, of the prompt or computed once more
+    PREEMPTED = 3  # value: tokens whose KV is lost
+
+
+class WaitedFor(IntEnum):
+    """Why a choice was not admitted before; numbers as in cpp/common/types.h."""
+
+    NOTHING = 0
+    BLOCKS = 1
+    TOKENS = 2  # of a step's budget
+    SEQUENCES = 3
+    ADJUSTMENTS = 4
 
 
 class Empty(msgspec.Struct, array_like=True):
@@ -110,12 +128,17 @@ class StepHeader(msgspec.Struct, array_like=True, frozen=True):
     """What one step gave the requests of one API server, as columns of ``rows`` entries in this order, then:
     ids u64, tokens i32, finish u8, cached_tokens i32 (-1: said before), num_preemptions i32 (so far),
     scheduled_at i64 (when the choice first ran, by the clock of ``now``; -1: said before), if ``logprob_width`` > 0:
-    logprobs f32 [rows, width], logprob_ids i32 [rows, width] (sampled first; -1: not asked), ranks i32 [rows]."""
+    logprobs f32 [rows, width], logprob_ids i32 [rows, width] (sampled first; -1: not asked), ranks i32 [rows]; if
+    ``events`` > 0, of so many entries: ids u64, values i32, kinds u8 (StepEvent | WaitedFor << 4)."""
 
     step: int
     rows: int
     logprob_width: int
     now: int = 0  # microseconds of the engine's clock when this was sent
+    events: int = 0
+    scheduled: int = 0  # when the step began, by the same clock
+    num_tokens: int = 0  # of the whole batch
+    num_seqs: int = 0
 
 
 class Reject(msgspec.Struct, array_like=True, frozen=True):

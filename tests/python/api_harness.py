@@ -107,6 +107,6 @@ def routes(api: Api) -> list[tuple[str, str]]:
     """(method, path) of everything that the application answers."""
     found = []
     for route in api.app.routes:
-        path = str(getattr(route, "path", "")).replace("{id:path}", "demo")
+        path = str(getattr(route, "path", "")).replace("{id:path}", "demo").replace("{id}", "demo")
         found += [(method, path) for method in sorted(getattr(route, "methods", None) or ()) if method != "HEAD"]
     return found

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from hybrid_serve.client import ChoiceOutput, EngineDead, EngineRejected, TokenLogprobs
+from hybrid_serve.client import ChoiceEvent, ChoiceOutput, EngineDead, EngineRejected, TokenLogprobs
 from hybrid_serve.wire import EngineFacts, EngineStats, FinishReason, SamplingParams, Status
 
 FACTS = EngineFacts(49152, 256, 16, 100, "float32", "cpu")
@@ -40,6 +40,7 @@ class FakeStream:
         self._engine, self._call = engine, call
         self._open = set(range(call.n))
         self.engine = engine.ranks[0] if call.rank is None else call.rank
+        self.events = engine.events()
 
     async def __aenter__(self) -> FakeStream:
         self._call.entered = True
@@ -122,6 +123,7 @@ class FakeEngine:
     dies_after: int | None = None
     calls: list[Call] = field(default_factory=list)
     queue_limits: list[int] = field(default_factory=list)
+    events: Callable[[], list[ChoiceEvent]] = list  # of each stream
     gates: dict[int, asyncio.Event] = field(default_factory=dict)  # before the step at that position
 
     @property

@@ -30,6 +30,18 @@ class ChoiceOutput:
     prefill_seconds: float = -1.0  # since the choice first ran; only with its first output
 
 
+class ChoiceEvent(NamedTuple):
+    """What a step did to one choice; a timeline is made of them."""
+
+    choice: int
+    at: float  # of this process's monotonic clock
+    what: str  # wire.StepEvent; or first_token, finished
+    value: int = 0  # tokens, see wire.StepEvent
+    waited_for: str = "nothing"  # wire.WaitedFor
+    num_tokens: int = 0  # of the step's batch
+    num_seqs: int = 0
+
+
 class EngineRejected(Exception):
     """The engine refused the request: the client's fault (4xx) or the moment's (503)."""
 
@@ -51,6 +63,11 @@ class Stream(Protocol):
     @property
     def engine(self) -> int:
         """The index of the engine that has it; known from the entering of the block on, another one after a death."""
+        ...
+
+    @property
+    def events(self) -> Sequence[ChoiceEvent]:
+        """What steps did to it, in order; of a request that is thrown out again and again, the first ones."""
         ...
 
     async def __aenter__(self) -> Stream: ...

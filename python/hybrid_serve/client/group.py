@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterable, Sequence
+from time import monotonic
 from typing import Any
 
 import msgspec
@@ -28,7 +29,7 @@ from . import EngineDead, EngineRejected
 from .dealers import Dealers
 from .link import Link
 from .router import Router
-from .steps import outputs_of_step
+from .steps import event_in_step, events_of_step, outputs_of_step
 from .streams import ZmqStream
 
 _QUARANTINED = "The engine died twice while it worked on this request; it is not tried again."
@@ -209,14 +210,23 @@ class EngineGroup:
 
     def _take_step(self, link: Link, frames: list[bytes]) -> None:
         streams, touched = link.streams, dict[ZmqStream, None]()
-        for id, output in outputs_of_step(unpack(frames[1], StepHeader), frames[2:]):
+        header, now = unpack(frames[1], StepHeader), monotonic()
+        outputs = outputs_of_step(header, frames[2:])
+        for id, event in events_of_step(header, frames[2:], now):
+            stream = streams.get(id)
+            if stream is not None:
+                stream.happened(event._replace(choice=id - stream.first_id))
+        for id, output in outputs:
             stream = streams.get(id)
             if stream is None:
                 continue  # aborted while this was on its way
             output.choice = id - stream.first_id
             stream.put(output)
+            if output.prefill_seconds >= 0:
+                stream.happened(event_in_step(header, output.choice, now, "first_token"))
             touched[stream] = None
             if output.finish:
+                stream.happened(event_in_step(header, output.choice, now, "finished"))
                 link.remove(stream, [id])
                 self._forget_if_over(stream)
         for stream in touched:

@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterator
 import msgspec
 
 from ..wire import AddRequest
-from . import ChoiceOutput
+from . import ChoiceEvent, ChoiceOutput
+
+MOST_EVENTS = 500  # of one stream
 
 
 class ZmqStream:
@@ -30,6 +32,7 @@ class ZmqStream:
         "_request",
         "_waiter",
         "engine",
+        "events",
     )
 
     def __init__(
@@ -46,6 +49,7 @@ class ZmqStream:
         self._live = set(range(request.n))  # choices
         self._received = [array("i") for _ in range(request.n)]
         self._outputs: list[ChoiceOutput] = []
+        self.events: list[ChoiceEvent] = []
         self._error: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
 
@@ -119,6 +123,10 @@ class ZmqStream:
                 is_suspect=id in suspects,
             )
             yield request, self._prompt + received.tobytes()
+
+    def happened(self, event: ChoiceEvent) -> None:
+        if len(self.events) < MOST_EVENTS:
+            self.events.append(event)
 
     def put(self, output: ChoiceOutput) -> None:
         """Wakes nobody: a step may bring several outputs."""

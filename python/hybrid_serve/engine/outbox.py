@@ -30,14 +30,15 @@ class Outbox:
 
     def send(self, outputs: Outputs, result: StepResult) -> None:
         """Everything in ``outputs`` and ``result`` is read before this returns."""
-        starts, now = outputs.client_start.tolist(), time.monotonic_ns() // 1000
+        starts, events, now = outputs.client_start.tolist(), outputs.event_start.tolist(), time.monotonic_ns() // 1000
         if self._probation.is_busy:
             self._probation.stepped(outputs.ids)
         for client, live in enumerate(self._peers.live):
             start, end = starts[client], starts[client + 1]
-            if start == end:
+            first, last = events[client], events[client + 1]
+            if start == end and first == last:
                 continue
-            header, columns = step_columns(outputs, result, start, end, now)
+            header, columns = step_columns(outputs, result, start, end, now, (first, last))
             self._peers.send(client, pack(Kind.STEP, header, *columns))
             ended = bytes(columns[2])
             if ended.count(0) != len(ended):
@@ -73,9 +74,10 @@ class Outbox:
 
 
 def step_columns(
-    outputs: Outputs, result: StepResult, start: int, end: int, now: int = 0
+    outputs: Outputs, result: StepResult, start: int, end: int, now: int = 0, events: tuple[int, int] = (0, 0)
 ) -> tuple[StepHeader, list[Any]]:
-    """Rows [start, end) as a STEP message has them, without a copy where none is needed. ``now``: see StepHeader."""
+    """Rows [start, end) as a STEP message has them, without a copy where none is needed, and as many of the events.
+    ``now``: see StepHeader."""
     columns: list[Any] = [
         outputs.ids[start:end],
         outputs.tokens[start:end],
@@ -88,7 +90,20 @@ def step_columns(
     if result.logprobs is not None:
         width, extra = _logprobs(result, np.asarray(outputs.rows[start:end]))
         columns += extra
-    return StepHeader(outputs.step, end - start, width, now), columns
+    first, last = events
+    if first < last:
+        columns += [outputs.event_ids[first:last], outputs.event_values[first:last], outputs.event_kinds[first:last]]
+    header = StepHeader(
+        outputs.step,
+        end - start,
+        width,
+        now,
+        last - first,
+        outputs.scheduled,
+        outputs.num_tokens,
+        outputs.num_seqs,
+    )
+    return header, columns
 
 
 def _logprobs(result: StepResult, rows: NDArray[np.int32]) -> tuple[int, list[NDArray[Any]]]:

@@ -132,6 +132,11 @@ def _routes(context: ServerContext) -> list[Route]:
     async def get_model(request: Request) -> Response:
         return _json(models.get_model(context, request.path_params["id"]))
 
+    async def get_timeline(request: Request) -> Response:
+        key = request.scope["state"].get("key")
+        page = context.timelines.find(key, request.path_params["id"])
+        return Response(page, media_type="application/json")
+
     async def describe(_: Request) -> Response:
         return _json(openapi(POST_ROUTES))
 
@@ -165,6 +170,7 @@ def _routes(context: ServerContext) -> list[Route]:
         get("/version", Access.INFER, version),
         get("/metrics", Access.METRICS, metrics),
         get("/openapi.json", Access.INFER, describe),
+        get("/v1/requests/{id}/timeline", Access.INFER, get_timeline),
         get("/v1/models", Access.INFER, list_models),
         get("/v1/models/{id:path}", Access.INFER, get_model),
     ]

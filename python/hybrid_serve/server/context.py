@@ -24,6 +24,7 @@ from .headers import RANK_HEADER
 from .keys import key_ring
 from .lifecycle import Lifecycle
 from .metrics import Metrics
+from .timeline import Timelines
 
 # Above this many characters work on a text leaves the event loop (some 5 ms of tokenising).
 _INLINE_CHARS = 16_384
@@ -59,6 +60,7 @@ class ServerContext:
         prefix, cache = self.config.server.metrics_prefix, self.config.cache
         self.exposition = Exposition(self.metrics, self.client, self.lifecycle, cache, prefix, self.model_names[0])
         self.tracing: Tracing | None = None
+        self.timelines = Timelines(self.config.server.api_server_count)
         self.fingerprint = f"fp_{self.config.digest()[:12]}"
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="text")
         seed = self.config.model.seed

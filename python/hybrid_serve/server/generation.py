@@ -9,7 +9,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from time import monotonic
 
-from ..client import ChoiceOutput, EngineDead, EngineRejected, Stream, TokenLogprobs
+from ..client import ChoiceEvent, ChoiceOutput, EngineDead, EngineRejected, Stream, TokenLogprobs
 from ..text.detokenizer import Detokenizer
 from ..wire import FinishReason, SamplingParams
 from .answers import FinishName, PromptTokensDetails, Usage
@@ -89,6 +89,7 @@ class Generation:
     def __post_init__(self) -> None:
         tokenizer = self.context.text.tokenizer
         self.eos_token_ids = tokenizer.special.eos_token_ids
+        self._streams: list[tuple[int, Stream]] = []  # with their first choice
         first = self.context.client.engines[0].index  # a request that reaches none counts as the first one's
         self.choices = [
             Choice(i, self.prompts[i // self.n], Detokenizer(tokenizer, self.params, self.eos_token_ids), first)
@@ -158,6 +159,7 @@ class Generation:
             rank=self.rank,
         )
         async with opened as stream:
+            self._streams.append((first, stream))
             self._begun(prompt_index, stream)
             async for outputs in stream:
                 yield first, stream, outputs
@@ -205,6 +207,13 @@ class Generation:
     def _cached_tokens(self) -> int:
         # The choices of one prompt share its blocks: it was looked up once.
         return sum(choice.cached_tokens for choice in self.choices[:: self.n])
+
+    def events(self) -> list[ChoiceEvent]:
+        """What the engine's steps did to it so far, in order."""
+        found = [
+            event._replace(choice=first + event.choice) for first, stream in self._streams for event in stream.events
+        ]
+        return sorted(found, key=lambda event: event.at)
 
     def server_timing(self) -> str | None:
         """The header of that name, P10."""

@@ -11,11 +11,13 @@ from .. import __version__
 from .answers import Alive, ErrorBody, ModelCard, ModelList, Ready, Version
 from .endpoints.admin import ConfigChanges, LiveConfig
 from .errors import CATALOGUE
+from .timeline import Timeline
 
 _REF = "#/components/schemas/{name}"
 _GET_ROUTES: tuple[tuple[str, str, type[msgspec.Struct] | None], ...] = (
     ("/v1/models", "Names of the served model", ModelList),
     ("/v1/models/{id}", "One of these names", ModelCard),
+    ("/v1/requests/{id}/timeline", "Where the time of a request went, by the id of its x-request-id", Timeline),
     ("/live", "The process answers", Alive),
     ("/ready", "200 if a request would be taken now, else 503", Ready),
     ("/health", "The same as /ready", Ready),

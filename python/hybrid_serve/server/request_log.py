@@ -20,6 +20,7 @@ class RequestLog:
         self._generation, self._exchange = generation, exchange
         self._server = generation.context.config.server
         self._texts = [""] * len(generation.choices)
+        generation.context.timelines.began(exchange.key_name, exchange.request_id, generation)
 
     def saw(self, deltas: Sequence[Delta]) -> None:
         if self._server.log_requests == "full":
@@ -31,6 +32,7 @@ class RequestLog:
     def ended(self) -> None:
         generation = self._generation
         usage, key = generation.usage(), self._exchange.key_name
+        generation.context.timelines.ended(key, self._exchange.request_id, generation)
         if key is not None:
             metrics = generation.context.metrics
             metrics.key_used(key, "prompt_tokens", usage.prompt_tokens)
