@@ -111,7 +111,7 @@ def measure_steps(num_sequences: int, num_steps: int, record: bool) -> dict[str,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         )
         watched = WatchedExecutor(executor, core, heartbeat)
-        loop = EngineLoop(core, watched, StopWith(inbox, client), Outbox(peers, probation))
+        loop = EngineLoop(core, watched, StopWith(inbox, client), Outbox(peers, probation, watched.gaps))
         collect_garbage_rarely()
         loop.run()
         output, _ = client.communicate()

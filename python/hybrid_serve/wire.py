@@ -23,6 +23,8 @@ ALL_ENGINES = -1  # instead of the index of one
 # Of EngineStats.step_token_counts; as in cpp/core/stats.h.
 STEP_TOKEN_BOUNDS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
+STEP_GAP_BOUNDS = (0, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 50000)  # microseconds
+
 
 class Kind:
     """First frame of a message."""
@@ -165,6 +167,8 @@ class EngineStats(msgspec.Struct, array_like=True, frozen=True):
     steps: int = 0
     step_tokens: int = 0
     step_token_counts: tuple[int, ...] = ()  # steps of at most STEP_TOKEN_BOUNDS[i] tokens; the last: of more
+    step_gap_us: int = 0  # that the device had nothing to do between two steps, although there was work
+    step_gap_counts: tuple[int, ...] = ()  # gaps of at most STEP_GAP_BOUNDS[i]; the last: longer ones
 
 
 class Hello(msgspec.Struct, array_like=True, frozen=True):

@@ -67,7 +67,7 @@ class EngineThread:
             max_num_queued_reqs=self.config.scheduler.max_num_queued_reqs,
         )
         watched = WatchedExecutor(self.executor, self.core, self.heartbeat)
-        self.loop = EngineLoop(self.core, watched, self.inbox, Outbox(self.peers, probation))
+        self.loop = EngineLoop(self.core, watched, self.inbox, Outbox(self.peers, probation, watched.gaps))
         self.error: BaseException | None = None
         self.thread = threading.Thread(target=self._run, daemon=True)
 

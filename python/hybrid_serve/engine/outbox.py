@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from ..wire import EngineStats, Kind, StepHeader, pack
 from .executor import StepResult
+from .gaps import Gaps
 from .peers import Peers
 from .probation import Probation
 
@@ -23,8 +24,10 @@ STATS_INTERVAL = 0.25  # seconds; also how soon an API server that went away is 
 class Outbox:
     """Cuts the columns of a step by API server and sends them; knows no request, makes no object per token."""
 
-    def __init__(self, peers: Peers, probation: Probation, clock: Callable[[], float] = time.monotonic) -> None:
-        self._peers, self._probation, self._clock = peers, probation, clock
+    def __init__(
+        self, peers: Peers, probation: Probation, gaps: Gaps, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._peers, self._probation, self._gaps, self._clock = peers, probation, gaps, clock
         self._next_stats = 0.0
         self._said: tuple[int, int] | None = None  # (steps, joins) at the last statistics of an idle engine
 
@@ -69,6 +72,8 @@ class Outbox:
             steps=stats.steps,
             step_tokens=stats.step_tokens,
             step_token_counts=tuple(stats.step_token_counts),
+            step_gap_us=round(self._gaps.total_us),
+            step_gap_counts=tuple(self._gaps.counts),
         )
         self._peers.send_to_all(pack(Kind.STATS, message))
 

@@ -90,7 +90,7 @@ def main(
         heartbeat.enter(EnginePhase.IDLE)
         progress.ready(engine_facts(config, facts), facts.notes)
         watched = WatchedExecutor(executor, core, heartbeat)
-        EngineLoop(core, watched, inbox, Outbox(peers, probation)).run()
+        EngineLoop(core, watched, inbox, Outbox(peers, probation, watched.gaps)).run()
     finally:
         context.destroy(linger=0)
 

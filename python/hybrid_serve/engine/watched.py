@@ -1,17 +1,29 @@
-"""WatchedExecutor: says in the heartbeat which step is begun, for whoever has to find out what an engine died of."""
+"""WatchedExecutor: says in the heartbeat which step is begun, for whoever has to find out what an engine died of, and
+measures what passes between steps."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from typing_extensions import Buffer
 
 from ..heartbeat import BatchHeader, EnginePhase, Heartbeat
-from .executor import Executor, ExecutorFacts, Layout, Pending
+from .executor import Executor, ExecutorFacts, Layout, Pending, StepResult
+from .gaps import Gaps
 
 if TYPE_CHECKING:
     from .._core import Batch, Scheduler
+
+
+class WatchedPending(NamedTuple):
+    pending: Pending
+    gaps: Gaps
+
+    def result(self) -> StepResult:
+        value = self.pending.result()
+        self.gaps.over()
+        return value
 
 
 class WatchedExecutor:
@@ -20,6 +32,7 @@ class WatchedExecutor:
     def __init__(self, executor: Executor, core: Scheduler, heartbeat: Heartbeat) -> None:
         self._executor, self._core, self._heartbeat = executor, core, heartbeat
         self.depth = executor.depth
+        self.gaps = Gaps()
 
     def allocate(self) -> ExecutorFacts:
         return self._executor.allocate()
@@ -30,9 +43,12 @@ class WatchedExecutor:
     def submit(self, batch: Batch) -> Pending:
         header = BatchHeader(*(getattr(batch, name) for name in BatchHeader._fields))
         self._heartbeat.enter_step(header, self._core.ids_in_flight())
-        return self._executor.submit(batch)
+        self.gaps.begun()
+        return WatchedPending(self._executor.submit(batch), self.gaps)
 
     def preparation(self) -> Callable[[], None] | None:
+        """Asked for whenever there is nothing else to do."""
+        self.gaps.rested()
         work = self._executor.preparation()
 
         def watched() -> None:

@@ -23,7 +23,7 @@ from prometheus_client.registry import Collector
 from .. import __version__
 from ..client import EngineClient
 from ..config import CacheConfig
-from ..wire import STEP_TOKEN_BOUNDS, EngineStats, Status
+from ..wire import STEP_GAP_BOUNDS, STEP_TOKEN_BOUNDS, EngineStats, Status
 from .lifecycle import Lifecycle
 from .metrics import REQUEST_HISTOGRAMS, Flat, Histogram, Metrics, RequestCounts
 
@@ -99,12 +99,8 @@ class Exposition(Collector):
         text = "1; the labels are the configuration of the cache."
         rows = [(tuple(info.values()), 1) for info in infos]
         yield gauges(f"{self._prefix}cache_config_info", text, tuple(infos[0]), rows)
-        steps = HistogramMetricFamily(f"{self._prefix}iteration_tokens_total", "Tokens of a step.", labels=_ENGINE)
-        bounds = [*map(str, map(float, STEP_TOKEN_BOUNDS)), "+Inf"]
-        for each in engines:
-            counts = each.stats.step_token_counts or (0,) * (len(STEP_TOKEN_BOUNDS) + 1)
-            steps.add_metric(each.labels, list(zip(bounds, accumulate(counts), strict=True)), each.stats.step_tokens)
-        yield steps
+        tokens = [(each.labels, each.stats.step_token_counts, each.stats.step_tokens) for each in engines]
+        yield step_histogram(f"{self._prefix}iteration_tokens_total", "Tokens of a step.", STEP_TOKEN_BOUNDS, tokens)
 
     def _cache_info(self, engine: OfEngine) -> dict[str, str]:
         facts = engine.status.facts
@@ -180,6 +176,9 @@ class Exposition(Collector):
         yield counters(f"{OURS}engine_restarts", "Restarts of the engine.", _ENGINE, restarts)
         yield counters(f"{OURS}requests_replayed", "Requests that outlived an engine.", _ENGINE, replayed)
         yield counters(f"{OURS}requests_quarantined", "Requests that killed it twice.", _ENGINE, quarantined)
+        text = "Microseconds that the device waited for the host between steps; of one that runs ahead the least."
+        gaps = [(each.labels, each.stats.step_gap_counts, each.stats.step_gap_us) for each in engines]
+        yield step_histogram(f"{OURS}step_gap_us", text, STEP_GAP_BOUNDS, gaps)
         text = "Requests that API servers work on."
         yield gauges(f"{OURS}open_requests", text, _MODEL, [((self._model,), metrics.num_open)])
         text = "Seconds that a phase of the engine's start took."
@@ -222,4 +221,15 @@ def histograms(name: str, text: str, labels: Sequence[str], rows: Iterable[tuple
     family = HistogramMetricFamily(name, text, labels=labels)
     for values, histogram in rows:
         family.add_metric(values, histogram.buckets(), histogram.total)
+    return family
+
+
+def step_histogram(
+    name: str, text: str, bounds: Sequence[int], rows: Iterable[tuple[Sequence[str], Sequence[int], float]]
+) -> Metric:
+    """Of what an engine counts by step; ``rows``: labels, counts by bound, sum."""
+    family = HistogramMetricFamily(name, text, labels=_ENGINE)
+    names = [*map(str, map(float, bounds)), "+Inf"]
+    for values, counts, total in rows:
+        family.add_metric(values, list(zip(names, accumulate(counts or (0,) * len(names)), strict=True)), total)
     return family

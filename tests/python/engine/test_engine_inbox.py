@@ -164,5 +164,7 @@ def test_statistics_come_on_joining_and_on_becoming_idle_and_not_in_every_step(t
         assert kinds.count(Kind.STEP) == 300
         last = unpack(messages[-1][1], EngineStats)
         assert (last.steps, last.step_tokens, last.kv_blocks_used) == (300, 300, 0)
+        assert sum(last.step_gap_counts) == 299, "gaps between the steps"
+        assert last.step_gap_us > 0
         assert kinds.count(Kind.STATS) <= 10  # 4 a second, and this took far less than 2
         peer.close()

@@ -19,7 +19,7 @@ from hybrid_serve.wire import STEP_TOKEN_BOUNDS, EngineStats
 
 MakeApi = Callable[..., Api]
 ROOT = Path(__file__).parents[3]
-STATS = EngineStats(2, 3, 25, 100, 7, 40, 30, 9, 99, (1, 2, *[0] * 10, 3, 2, 0, 1))
+STATS = EngineStats(2, 3, 25, 100, 7, 40, 30, 9, 99, (1, 2, *[0] * 10, 3, 2, 0, 1), 800, (1, 2, 3, *[0] * 9, 2))
 
 # What vLLM 0.33 exports without special features, and the older names that dashboards still query.
 _NAMES = """
@@ -129,6 +129,9 @@ def test_the_engines_own_numbers_come_from_its_last_word(used: tuple[Api, Any]) 
     assert value(found, name, "_bucket", le="2.0") == 3
     assert value(found, name, "_bucket", le=f"{STEP_TOKEN_BOUNDS[-1]:.1f}") == 8
     assert (value(found, name, "_count"), value(found, name, "_sum")) == (9, 99)
+    name = "hybrid:step_gap_us"
+    assert value(found, name, "_bucket", le="20.0") == 6
+    assert (value(found, name, "_count"), value(found, name, "_sum")) == (8, 800)
     info = found["vllm:cache_config_info"].samples[0].labels
     assert (info["block_size"], info["num_gpu_blocks"], info["enable_prefix_caching"]) == ("16", "100", "True")
 
