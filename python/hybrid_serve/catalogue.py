@@ -148,6 +148,14 @@ _STARTS = (
         "An http:// or https:// address, and: pip install 'hybrid-serve[otel]'.",
     ),
     _start(
+        46,
+        14,
+        "The key file of the engines' network cannot be used",
+        "--data-parallel-key-file names a file that is not there, that other users may read, or that holds no key "
+        "pair; or the head has another key.",
+        "hybrid-serve keys FILE makes one, chmod 600 FILE closes it; head and headless engines need the same.",
+    ),
+    _start(
         50,
         10,
         "The model has no tokenizer",
@@ -202,6 +210,14 @@ _STARTS = (
         "The engine hung",
         "It gave no sign of life for --engine-heartbeat-timeout, or a step took more than --engine-iteration-timeout.",
         "The stacks in the log show where. If it was only slow, raise the limit that the message names.",
+    ),
+    _start(
+        204,
+        20,
+        "Headless engines have no head",
+        "The head did not take them, said nothing for --engine-heartbeat-timeout, or gave them up for their silence.",
+        "Start the head first, with the same model and options and --data-parallel-size above their ranks; look at its "
+        "log, and at the network between --data-parallel-address and --data-parallel-rpc-port.",
     ),
 )
 

@@ -103,14 +103,51 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """Several engines, each with the whole model."""
+    """Several engines, each with the whole model, on one machine or on several."""
 
     data_parallel_size: Annotated[
         int, Option("engines that share the requests, each with the whole model", "N", short="-dp", common=True)
     ] = 1
+    data_parallel_size_local: Annotated[
+        int, Option("those of them on this machine; -1: all, with --headless or --data-parallel-rank one", "N")
+    ] = -1
+    data_parallel_start_rank: Annotated[int, Option("rank of this machine's first engine", "N")] = 0
+    data_parallel_rank: Annotated[
+        int, Option("this server is the engine of that rank alone, and something else balances; -1: no", "N")
+    ] = -1
+    data_parallel_address: Annotated[str, Option("address of the head: where it listens for headless engines")] = (
+        "127.0.0.1"
+    )
+    data_parallel_rpc_port: Annotated[int, Option("port of the head for headless engines")] = 29550
+    data_parallel_key_file: Annotated[
+        str, Option("key that head and headless engines share; hybrid-serve keys makes one", "FILE")
+    ] = ""
+    data_parallel_hybrid_lb: Annotated[
+        bool, Option("API servers use the engines of their own machine only; something else balances over machines")
+    ] = False
+    data_parallel_external_lb: Annotated[
+        bool, Option("each engine has an API server of its own, and something else balances; needs the rank")
+    ] = False
     data_parallel_prefix_affinity: Annotated[
         bool, Option("give prompts with the same beginning to the same engine, unless it has much more to do")
     ] = False
+    headless: Annotated[bool, Option("engines without API servers, which join a head on another machine")] = False
+
+    @property
+    def local_ranks(self) -> range:
+        """Of the engines on this machine."""
+        if self.data_parallel_rank >= 0:
+            return range(self.data_parallel_rank, self.data_parallel_rank + 1)
+        rest = 1 if self.headless else self.data_parallel_size
+        count = self.data_parallel_size_local if self.data_parallel_size_local >= 0 else rest
+        return range(self.data_parallel_start_rank, self.data_parallel_start_rank + count)
+
+    @property
+    def remote_ranks(self) -> tuple[int, ...]:
+        """Of the engines that join this head from other machines."""
+        if self.headless or self.data_parallel_hybrid_lb or self.data_parallel_rank >= 0:
+            return ()
+        return tuple(rank for rank in range(self.data_parallel_size) if rank not in self.local_ranks)
 
 
 @dataclass(frozen=True)
@@ -228,6 +265,11 @@ class Config:
         """Equal in two processes exactly if they were started with the same configuration."""
         return hashlib.sha256(self.to_json()).hexdigest()[:16]
 
+    def engine_digest(self) -> str:
+        """Equal on two machines exactly if their engines were."""
+        groups = (self.model, self.cache, self.scheduler, self.engine)
+        return hashlib.sha256(msgspec.json.encode(groups)).hexdigest()[:16]
+
 
 MAX_NUM_SEQS = 256  # where nothing is said and memory allows it
 _INT32_MAX = 2**31 - 1  # counts and lengths are int32 in the core
@@ -243,6 +285,10 @@ _RANGES: dict[str, tuple[float, float]] = {
     "max_num_queued_reqs": (0, _INT32_MAX),
     "cpu_threads": (0, 4096),
     "data_parallel_size": (1, 128),
+    "data_parallel_size_local": (-1, 128),
+    "data_parallel_start_rank": (0, 127),
+    "data_parallel_rank": (-1, 127),
+    "data_parallel_rpc_port": (1, 65535),
     "port": (0, 65535),
     "api_server_count": (1, 4096),
     "ssl_cert_reqs": (0, 2),
@@ -273,7 +319,7 @@ def problems(config: Config) -> list[tuple[str, str]]:
             texts = value if isinstance(value, tuple) else (value,)
             if any(isinstance(text, str) and name != "chat_template" and not text.isprintable() for text in texts):
                 found.append((name, "has a control character or a line break in it"))
-    return found + _model_and_cache_problems(config) + _server_problems(config.server)
+    return found + _model_and_cache_problems(config) + _parallel_problems(config) + _server_problems(config.server)
 
 
 def _model_and_cache_problems(config: Config) -> list[tuple[str, str]]:
@@ -285,6 +331,38 @@ def _model_and_cache_problems(config: Config) -> list[tuple[str, str]]:
     if config.cache.num_gpu_blocks_override and config.cache.kv_cache_memory_bytes:
         found.append(("num_gpu_blocks_override", "and kv_cache_memory_bytes both set the size of the cache, give one"))
     return found
+
+
+def _parallel_problems(config: Config) -> list[tuple[str, str]]:
+    """Combinations of the modes that make no sense; ``ParallelConfig`` says what each mode is."""
+    parallel, ranks = config.parallel, config.parallel.local_ranks
+    is_external, is_hybrid = parallel.data_parallel_rank >= 0, parallel.data_parallel_hybrid_lb
+    size, headless = parallel.data_parallel_size, parallel.headless
+    is_outside = bool(ranks) and ranks[-1] >= size and not (headless and size == 1)  # headless need not know the size
+    cases = {
+        ("data_parallel_rank", "is needed with data_parallel_external_lb: it says whose server this is"): (
+            parallel.data_parallel_external_lb and not is_external
+        ),
+        ("data_parallel_rank", "is for a server with one engine: no hybrid_lb, no size_local above 1"): (
+            is_external and (is_hybrid or parallel.data_parallel_size_local > 1)
+        ),
+        ("headless", "engines have no API server that data_parallel_rank or hybrid_lb could be about"): (
+            headless and (is_external or is_hybrid)
+        ),
+        ("headless", f"means no API servers, api_server_count is {config.server.api_server_count}"): (
+            headless and config.server.api_server_count > 1
+        ),
+        ("data_parallel_size_local", "is 0: there would be no engine"): not ranks and (headless or is_hybrid),
+        ("data_parallel_size", f"is {size}, but this machine has ranks {list(ranks)}"): is_outside,
+        ("headless", "or data_parallel_hybrid_lb is needed with data_parallel_start_rank: a head begins with 0"): (
+            parallel.data_parallel_start_rank > 0 and not (headless or is_hybrid or is_external)
+        ),
+        ("data_parallel_key_file", "is needed for engines on several machines: hybrid-serve keys FILE makes it"): (
+            bool(headless or parallel.remote_ranks) and not parallel.data_parallel_key_file
+        ),
+        ("data_parallel_address", "is empty, use 127.0.0.1 for this machine only"): not parallel.data_parallel_address,
+    }
+    return [problem for problem, is_there in cases.items() if is_there]
 
 
 def _server_problems(server: ServerConfig) -> list[tuple[str, str]]:

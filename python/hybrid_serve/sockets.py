@@ -6,33 +6,65 @@ from typing import Any
 
 import zmq
 
+from .curve import DOMAIN, Gate, Keys
 from .wire import MAX_FRAME_BYTES
 
 RECONNECT_MS = 20  # a peer that is just starting is found this soon
+RECONNECT_MAX_MS = 1000  # over a network, after several tries
+HANDSHAKE_MS = 5000
+HEARTBEAT_MS = 2000  # over a network: a peer whose machine is gone says nothing more
 
 
-def bind_router(context: zmq.Context[Any], address: str) -> zmq.Socket[bytes]:
-    """A ROUTER that refuses frames above MAX_FRAME_BYTES and raises EHOSTUNREACH for a peer that is gone."""
+def bind_router(context: zmq.Context[Any], address: str, gate: Gate | None = None) -> zmq.Socket[bytes]:
+    """A ROUTER that refuses frames above MAX_FRAME_BYTES and raises EHOSTUNREACH for a peer that is gone. ``gate``: of
+    the context; nothing is bound to an address of a network without."""
     socket: zmq.Socket[bytes] = context.socket(zmq.ROUTER)
-    _set_common(socket)
+    _set_common(socket, address, gate.keys if gate is not None else None)
+    if gate is not None:
+        socket.setsockopt(zmq.CURVE_SERVER, 1)
+        socket.setsockopt(zmq.ZAP_DOMAIN, DOMAIN)
+        socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
     socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
     # A process that takes another's place may connect before the other's connection is seen to be gone.
     socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
-    socket.bind(address)
+    try:
+        socket.bind(address)
+    except zmq.ZMQError:
+        socket.close()
+        raise
     return socket
 
 
-def connect_dealer(context: zmq.Context[Any], address: str, identity: bytes) -> zmq.Socket[bytes]:
+def connect_dealer(
+    context: zmq.Context[Any], address: str, identity: bytes, keys: Keys | None = None
+) -> zmq.Socket[bytes]:
     """A DEALER that the ROUTER at ``address`` knows as ``identity``; that end may still be to come."""
     socket: zmq.Socket[bytes] = context.socket(zmq.DEALER)
-    _set_common(socket)
+    _set_common(socket, address, keys)
+    if keys is not None:
+        socket.setsockopt(zmq.CURVE_SERVERKEY, keys.public.encode())
+        socket.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MAX_MS)
     socket.setsockopt(zmq.IDENTITY, identity)
     socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
     socket.connect(address)
     return socket
 
 
-def _set_common(socket: zmq.Socket[bytes]) -> None:
+def tcp_address(host: str, port: int | str) -> str:
+    host = host.strip("[]")
+    return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
+
+
+def _set_common(socket: zmq.Socket[bytes], address: str, keys: Keys | None) -> None:
+    if address.startswith("tcp:") and keys is None:
+        socket.close()
+        raise ValueError(f"{address} is open to a network and needs keys")
+    if keys is not None:
+        socket.setsockopt(zmq.CURVE_PUBLICKEY, keys.public.encode())
+        socket.setsockopt(zmq.CURVE_SECRETKEY, keys.secret.encode())
+        socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
+        socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
+        socket.setsockopt(zmq.IPV6, int("[" in address))
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
     # What waits to be sent is bounded by the requests that run; a limit here would lose or block one of their messages.

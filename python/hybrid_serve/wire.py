@@ -43,6 +43,10 @@ class Kind:
     STATUS = b"\x22"  # Status
     FAILED = b"\x23"  # StartupFailure
     SHUTDOWN = b"\x24"  # Empty; to an API server: finish what runs, and when it comes a second time: end now
+    # node of headless engines <-> its head
+    WELCOME = b"\x25"  # Welcome: the answer to a node's HELLO; FAILED: it is refused
+    PULSE = b"\x26"  # Empty; both ways, a few times in the time that a silence may last
+    LEAVE = b"\x27"  # Empty: the node ends
 
 
 class FinishReason(IntEnum):
@@ -172,12 +176,19 @@ class EngineStats(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Hello(msgspec.Struct, array_like=True, frozen=True):
-    role: str  # "engine" or "api"
+    role: str  # "engine", "api" or "node"
     index: int
     pid: int
     protocol: int
     version: str
     config_digest: str
+    count: int = 1  # engines of a node, whose index is the first one's
+
+
+class Welcome(msgspec.Struct, array_like=True, frozen=True):
+    """What a node's engines must know of their head."""
+
+    num_api_servers: int
 
 
 class EngineFacts(msgspec.Struct, array_like=True, frozen=True):
@@ -193,7 +204,8 @@ class EngineFacts(msgspec.Struct, array_like=True, frozen=True):
 
 class Status(msgspec.Struct, array_like=True, frozen=True):
     """Engine -> supervisor -> API servers. ``phase``: starting, loading_weights, allocating, ready, not_responding,
-    restarting, draining, dead. What follows ``facts`` is the supervisor's to say."""
+    restarting, draining, dead; away: on another machine, from which nothing is heard. What follows ``facts`` is the
+    supervisor's to say."""
 
     phase: str
     progress: float = 0.0  # of the phase, 0 to 1
@@ -204,6 +216,7 @@ class Status(msgspec.Struct, array_like=True, frozen=True):
     suspects: bytes = b""  # u64: the requests that ran when it died
     culprits: bytes = b""  # u64: the one of them, all its choices, that ran on trial then
     engine: int = 0  # whose it is
+    address: str = ""  # of its data socket; empty: the one that was planned
 
 
 class StartupFailure(msgspec.Struct, array_like=True, frozen=True):

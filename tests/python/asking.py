@@ -109,3 +109,17 @@ def mixed(dice: random.Random, index: int) -> Mixed:
     if index % 4 == 2:
         params["stop_token_ids"] = (expected(prompt, seed, length)[length // 2],)
     return Mixed(prompt, n, params)
+
+
+class Engine(NamedTuple):
+    """What an API server knows of one."""
+
+    phase: str
+    restarts: int
+    running: int  # as it says itself
+    open: int  # choices of that API server
+
+
+def engines(server: ServerProcess) -> list[Engine]:
+    lines = read_all(server.ask("engines"))
+    return [Engine(phase, *map(int, numbers)) for phase, *numbers in map(str.split, lines)]

@@ -22,10 +22,11 @@ import sys
 sys.path[:] = {path!r}
 from hybrid_serve.config import Config, ModelConfig, ParallelConfig, SchedulerConfig, ServerConfig, SupervisionConfig
 from hybrid_serve.errors import StartupError, box
-from hybrid_serve.launch.supervisor import serve
+from hybrid_serve.launch import headless, supervisor
 config = Config(model=ModelConfig(model={model!r}, **{model_options!r}), server=ServerConfig(**{server!r}),
                 supervision=SupervisionConfig(**{supervision!r}), scheduler=SchedulerConfig(**{scheduler!r}),
                 parallel=ParallelConfig(**{parallel!r}))
+serve = headless.serve if config.parallel.headless else supervisor.serve
 try:
     raise SystemExit(serve(config, load={load!r}, api_entry={api_entry!r}))
 except StartupError as error:
@@ -159,12 +160,13 @@ class ServerProcess:
         assert connection.recv(1, socket.MSG_PEEK)
         return connection
 
-    def check_nothing_is_left(self, seconds: float = 5.0) -> None:
-        """No process, no file: the promise after any end (F-06, F-08)."""
+    def check_nothing_is_left(self, seconds: float = 5.0, *, may_leave_files: bool = False) -> None:
+        """No process, no file: the promise after any end (F-06, F-08). Where the kernel ended the last process, its
+        files are for the next run to remove."""
 
         def is_clean() -> bool:
             left = [process for process in self.family if _is_alive(process)]
-            return not left and not list(self.run_directory.glob("hybrid-serve-*"))
+            return not left and (may_leave_files or not list(self.run_directory.glob("hybrid-serve-*")))
 
         self.wait(is_clean, seconds)
 

@@ -10,8 +10,8 @@ import pytest
 
 from hybrid_serve import config as config_module
 from hybrid_serve.cli.options import parse
-from hybrid_serve.cli.settings import NOT_SUPPORTED, Setting, settings
-from hybrid_serve.config import Config, ModelConfig, ServerConfig, is_loopback, problems, validate
+from hybrid_serve.cli.settings import ENV_PREFIX, NOT_SUPPORTED, Setting, settings
+from hybrid_serve.config import Config, ModelConfig, ParallelConfig, ServerConfig, is_loopback, problems, validate
 
 SETTINGS = settings()
 EVERY_SETTING = pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.name)
@@ -20,12 +20,30 @@ EVERY_SETTING = pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting:
 SPECIAL = {
     "block_size": "32",
     "data_parallel_size": "2",
+    "data_parallel_size_local": "1",
+    "data_parallel_start_rank": "1",
+    "data_parallel_rank": "1",
     "gpu_memory_utilization": "0.5",
     "host": "::1",
     "root_path": "/llm",
     "metrics_prefix": "mine:",
     "ssl_cert_reqs": "2",
 }
+
+# Options that mean something only beside others.
+BESIDE = {
+    "data_parallel_start_rank": {
+        "data_parallel_hybrid_lb": "true", "data_parallel_size": "2", "data_parallel_size_local": "1"
+    },
+    "data_parallel_rank": {"data_parallel_size": "2"},
+    "data_parallel_external_lb": {"data_parallel_rank": "0"},
+    "headless": {"data_parallel_key_file": "keys"},
+}  # fmt: skip
+
+
+def beside(setting: Setting) -> dict[str, str]:
+    """Variables without which the option makes no sense."""
+    return {ENV_PREFIX + name.upper(): text for name, text in BESIDE.get(setting.name, {}).items()}
 
 
 def example(setting: Setting) -> str:
@@ -57,7 +75,7 @@ def test_defaults_are_valid_and_survive_json() -> None:
 @EVERY_SETTING
 def test_every_field_survives_json_and_changes_the_digest(setting: Setting) -> None:
     changed = parse(
-        [f"{setting.flag}={example(setting)}"] if setting.type is not bool else [flag_for(setting)], {}
+        [f"{setting.flag}={example(setting)}"] if setting.type is not bool else [flag_for(setting)], beside(setting)
     ).config
     assert Config.from_json(changed.to_json()) == changed
     assert changed.digest() != Config().digest()
@@ -79,25 +97,25 @@ def test_every_field_has_help_and_is_named_once(setting: Setting) -> None:
 def test_a_flag_reaches_every_field_with_dashes_or_underscores(setting: Setting) -> None:
     words = [flag_for(setting)] if setting.type is bool else [setting.flag, example(setting)]
     for flag in (words[0], "--" + words[0][2:].replace("-", "_")):
-        options = parse([flag, *words[1:]], {})
+        options = parse([flag, *words[1:]], beside(setting))
         assert effective(options.config, setting) == expected(setting) != setting.default
-        assert options.origins == {setting.name: setting.flag}
+        assert options.origins[setting.name] == setting.flag
 
 
 @EVERY_SETTING
 def test_a_variable_reaches_every_field(setting: Setting) -> None:
-    options = parse([], {setting.variable: example(setting)})
+    options = parse([], beside(setting) | {setting.variable: example(setting)})
     assert effective(options.config, setting) == expected(setting) != setting.default
-    assert options.origins == {setting.name: setting.variable}
+    assert options.origins[setting.name] == setting.variable
 
 
 @EVERY_SETTING
 def test_the_file_reaches_every_field(setting: Setting, tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text(f"# a comment\n{setting.name}: {example(setting)!r}\n")
-    options = parse(["--config", str(file)], {})
+    options = parse(["--config", str(file)], beside(setting))
     assert effective(options.config, setting) == expected(setting) != setting.default
-    assert options.origins == {setting.name: f"{file}:2"}
+    assert options.origins[setting.name] == f"{file}:2"
 
 
 @EVERY_SETTING
@@ -106,13 +124,14 @@ def test_a_flag_beats_the_environment_and_that_the_file(setting: Setting, tmp_pa
     file = tmp_path / "c.yaml"
     file.write_text(f"{setting.name}: {example(setting)!r}\n")
     default = setting.shown(setting.default) or "/other"
-    by_variable = parse(["--config", str(file)], {setting.variable: "other" if setting.option.secret else default})
-    assert by_variable.origins == {setting.name: setting.variable}
+    variables = beside(setting) | {setting.variable: "other" if setting.option.secret else default}
+    by_variable = parse(["--config", str(file)], variables)
+    assert by_variable.origins[setting.name] == setting.variable
     assert effective(by_variable.config, setting) != expected(setting)
     words = [flag_for(setting)] if setting.type is bool else [setting.flag, example(setting)]
-    by_flag = parse([*words, "--config", str(file)], {setting.variable: "nonsense"})
+    by_flag = parse([*words, "--config", str(file)], beside(setting) | {setting.variable: "nonsense"})
     assert effective(by_flag.config, setting) == expected(setting)
-    assert by_flag.origins == {setting.name: setting.flag}
+    assert by_flag.origins[setting.name] == setting.flag
 
 
 def test_every_number_has_a_range() -> None:
@@ -184,6 +203,59 @@ def test_validate_names_every_problem() -> None:
 def test_two_sizes_of_the_cache_are_a_contradiction() -> None:
     cache = replace(Config().cache, kv_cache_memory_bytes=2**20, num_gpu_blocks_override=8)
     assert "num_gpu_blocks_override" in dict(problems(replace(Config(), cache=cache)))
+
+
+@pytest.mark.parametrize(
+    ("options", "field", "words"),
+    [
+        ({"data_parallel_external_lb": True}, "data_parallel_rank", "data_parallel_external_lb"),
+        ({"data_parallel_rank": 1}, "data_parallel_size", "ranks [1]"),
+        ({"data_parallel_rank": 0, "data_parallel_hybrid_lb": True}, "data_parallel_rank", "hybrid_lb"),
+        ({"data_parallel_rank": 0, "data_parallel_size_local": 2}, "data_parallel_rank", "one engine"),
+        ({"headless": True}, "data_parallel_key_file", "hybrid-serve keys"),
+        ({"headless": True, "data_parallel_key_file": "x", "data_parallel_rank": 0}, "headless", "no API server"),
+        ({"headless": True, "data_parallel_key_file": "x", "data_parallel_hybrid_lb": True}, "headless", "no API"),
+        ({"headless": True, "data_parallel_size_local": 0}, "data_parallel_size_local", "no engine"),
+        ({"headless": True, "data_parallel_size": 2, "data_parallel_start_rank": 2}, "data_parallel_size", "[2]"),
+        ({"data_parallel_size": 2, "data_parallel_size_local": 3}, "data_parallel_size", "ranks [0, 1, 2]"),
+        ({"data_parallel_size": 2, "data_parallel_size_local": 1}, "data_parallel_key_file", "several machines"),
+        ({"data_parallel_size": 2, "data_parallel_start_rank": 1}, "headless", "data_parallel_start_rank"),
+        ({"data_parallel_address": ""}, "data_parallel_address", "127.0.0.1"),
+    ],
+)
+def test_modes_of_several_engines_that_contradict_each_other_are_refused(
+    options: dict[str, Any], field: str, words: str
+) -> None:
+    """S12: exit code 2, with the numbers."""
+    found = dict(problems(Config(parallel=ParallelConfig(**options))))
+    assert words in found[field], found
+
+
+@pytest.mark.parametrize(
+    ("options", "local", "remote"),
+    [
+        ({}, [0], []),
+        ({"data_parallel_size": 3}, [0, 1, 2], []),
+        ({"data_parallel_size": 4, "data_parallel_size_local": 2}, [0, 1], [2, 3]),
+        ({"data_parallel_size": 2, "data_parallel_size_local": 0}, [], [0, 1]),
+        ({"headless": True, "data_parallel_start_rank": 2, "data_parallel_size_local": 2}, [2, 3], []),
+        ({"headless": True, "data_parallel_size": 4, "data_parallel_start_rank": 3}, [3], []),
+        (
+            {"data_parallel_hybrid_lb": True, "data_parallel_size": 4, "data_parallel_size_local": 2}
+            | {"data_parallel_start_rank": 2},
+            [2, 3],
+            [],
+        ),
+        ({"data_parallel_rank": 3, "data_parallel_size": 4, "data_parallel_external_lb": True}, [3], []),
+    ],
+)
+def test_each_mode_says_which_engines_are_here_and_which_will_join(
+    options: dict[str, Any], local: list[int], remote: list[int]
+) -> None:
+    """S9, S12."""
+    parallel = ParallelConfig(data_parallel_key_file="x", **options)
+    assert problems(Config(parallel=parallel)) == []
+    assert (list(parallel.local_ranks), list(parallel.remote_ranks)) == (local, remote)
 
 
 def test_the_configuration_is_frozen() -> None:

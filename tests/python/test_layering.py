@@ -35,17 +35,18 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": {"layers", "ops", "checkpoint", "config", "errors"},
     # The sampler fills columns of its own, so there is nothing for ops.py to allocate.
     "runner": {"models", "layers", "ops", "_kernels", "checkpoint", "config", "errors", "logging"},
-    "sockets": BOTTOM,
+    "curve": BOTTOM,
+    "sockets": {"curve", *BOTTOM},
     "flight": set(),
     "heartbeat": {"config", "flight"},
-    "engine": {"_core", "runner", "sockets", "heartbeat", "flight", "checkpoint", *BOTTOM},
-    "client": {"sockets", *BOTTOM},
+    "engine": {"_core", "runner", "sockets", "curve", "heartbeat", "flight", "checkpoint", *BOTTOM},
+    "client": {"sockets", "curve", *BOTTOM},
     "text": {"checkpoint", *BOTTOM},
     "server": {"client", "text", "checkpoint", *BOTTOM},
-    "launch": {"checkpoint", "sockets", "heartbeat", "flight", *BOTTOM},
+    "launch": {"checkpoint", "sockets", "curve", "heartbeat", "flight", *BOTTOM},
     # Of runner and models the parts without torch: `fit` counts with the engine's own arithmetic.
     # And `replay` runs the scheduler itself.
-    "cli": {"launch", "client", "text", "checkpoint", "runner", "models", "flight", "_core", *BOTTOM},
+    "cli": {"launch", "client", "text", "checkpoint", "runner", "models", "curve", "flight", "_core", *BOTTOM},
     "llm": {"engine", "runner", "models", "text", "checkpoint", "client", "launch", "_core", *BOTTOM},
     "__main__": {"cli"},
 }
@@ -58,7 +59,7 @@ ONLY_IN: dict[str, set[str]] = {
     "transformers": {"text"},  # imports torch, hence only for a model that has no tokenizer.json
     "starlette": {"server"},
     "uvicorn": {"server"},
-    "zmq": {"sockets", "client", "engine", "launch"},
+    "zmq": {"sockets", "curve", "client", "engine", "launch"},
     "pickle": set(),  # no object serialiser anywhere
     "marshal": set(),
     "shelve": set(),
@@ -72,6 +73,7 @@ LIGHT: dict[str, set[str]] = {
     "hybrid_serve.cli.options": {"torch", "numpy", "zmq", "starlette"},
     "hybrid_serve.cli.fit": {"torch", "zmq", "starlette"},
     "hybrid_serve.cli.doctor": {"torch", "numpy", "zmq", "starlette"},
+    "hybrid_serve.cli.keys": {"torch", "zmq", "starlette"},
     "hybrid_serve.cli.ps": {"torch", "numpy", "zmq", "starlette"},
     "hybrid_serve.cli.batch.command": {"torch", "zmq", "starlette"},
     "hybrid_serve.cli.bench.serve": {"torch", "zmq", "starlette"},

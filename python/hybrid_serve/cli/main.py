@@ -29,6 +29,7 @@ COMMANDS = {
     "ps": Command("ps", "ps", "list the servers of this user"),
     "config": Command("config_explain", "config", "show each option's value and where it came from"),
     "translate": Command("translate", "translate", "turn a command of vllm serve or llama-server into ours"),
+    "keys": Command("keys", "keys", "make the key that engines on several machines share"),
     "doctor": Command("doctor", "doctor", "check this machine, with a fix for each fault; pack a bug report"),
     "replay": Command("replay", "replay", "run a crashed engine's last steps again and compare every decision"),
     "explain": Command("explain", "explain", "say what an error's number (HS-E###) means and what helps"),

@@ -8,6 +8,7 @@ import ssl
 import time
 import urllib.error
 import urllib.request
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -56,12 +57,14 @@ def _facts(process: psutil.Process) -> dict[str, Any]:
     family = [process, *process.children(recursive=True)]
     words = process.cmdline()
     has_tls = any(word.startswith("--ssl") for word in words)
-    listening = [one.laddr for one in process.net_connections("inet") if one.status == "LISTEN"]
+    # The first that it opened is the one for clients; a head has another one for engines.
+    connections = sorted(process.net_connections("inet"), key=lambda one: one.fd)
+    listening = [one.laddr for one in connections if one.status == "LISTEN"]
     url = _url("https" if has_tls else "http", *listening[0]) if listening else None
     return {
         "pid": process.pid,
         "url": url,
-        "state": _state(url),
+        "state": "headless" if "--headless" in words else _state(url),
         "seconds": time.time() - process.create_time(),
         "resident_bytes": sum(_resident(one) for one in family),
         # Keys given as flags are in there; they are in the system's own ps as well, but not by us.
@@ -88,7 +91,7 @@ def _state(url: str | None) -> str:
             return f"{body['state']} {body.get('progress', 0):.0%}"
         except (ValueError, KeyError):
             return f"HTTP {error.code}"
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, HTTPException):
         return "no answer"
 
 

@@ -27,9 +27,9 @@ def serve(argv: list[str]) -> int:
         log.info("%s", chosen.summary())
         for line in options.stray_variables(os.environ):
             log.warning("%s", line)
-        from ..launch import supervisor
+        from ..launch import headless, supervisor
 
-        return supervisor.serve(config)
+        return headless.serve(config) if config.parallel.headless else supervisor.serve(config)
     except StartupError as error:
         if chosen.config.server.log_format == "json":
             log.error("%s", error, extra={"fields": {"code": error.failure.code, "fix": error.failure.fix}})

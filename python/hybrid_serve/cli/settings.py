@@ -16,15 +16,13 @@ ENV_PREFIX = "HYBRID_SERVE_"
 # Flags of `vllm serve` that we know and do not have. One that config.py gains leaves this table (a test sees to it).
 _VLLM_ONLY = """
     async-scheduling chat-template-content-format collect-detailed-traces compilation-config cpu-offload-gb
-    cudagraph-capture-sizes custom-histogram-buckets data-parallel-address data-parallel-backend
-    data-parallel-external-lb data-parallel-hybrid-lb data-parallel-rank data-parallel-rpc-port
-    data-parallel-size-local data-parallel-start-rank default-chat-template-kwargs disable-fastapi-docs
-    disable-log-stats disable-uvicorn-access-log distributed-executor-backend enable-auto-tool-choice
-    enable-chunked-prefill enable-force-include-usage enable-log-outputs enable-log-requests enable-lora
-    enable-offline-docs enable-per-request-metrics enable-prompt-tokens-details enable-server-load-tracking
-    enable-sleep-mode generation-config headless hf-overrides hf-token kv-cache-dtype kv-cache-metrics
-    kv-events-config kv-offloading-size kv-transfer-config limit-mm-per-prompt log-config-file logging-config
-    logprobs-mode long-prefill-token-threshold lora-modules master-addr master-port max-cpu-loras
+    cudagraph-capture-sizes custom-histogram-buckets data-parallel-backend default-chat-template-kwargs
+    disable-fastapi-docs disable-log-stats disable-uvicorn-access-log distributed-executor-backend
+    enable-auto-tool-choice enable-chunked-prefill enable-force-include-usage enable-log-outputs enable-log-requests
+    enable-lora enable-offline-docs enable-per-request-metrics enable-prompt-tokens-details
+    enable-server-load-tracking enable-sleep-mode generation-config hf-overrides hf-token kv-cache-dtype
+    kv-cache-metrics kv-events-config kv-offloading-size kv-transfer-config limit-mm-per-prompt log-config-file
+    logging-config logprobs-mode long-prefill-token-threshold lora-modules master-addr master-port max-cpu-loras
     max-cudagraph-capture-size max-lora-rank max-loras max-num-queued-tokens nnodes node-rank
     override-generation-config pipeline-parallel-size pp prefix-caching-hash-algo profiler-config quantization
     reasoning-parser reasoning-parser-plugin response-role return-tokens-as-token-ids scheduling-policy

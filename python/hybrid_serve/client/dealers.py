@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 import zmq
 
+from ..curve import Keys
 from ..sockets import connect_dealer, readable
 
 log = logging.getLogger(__name__)
@@ -21,8 +22,9 @@ class Dealers:
     """One API server's DEALERs, all under its identity. Knows no kind of message: each socket has a ``take``, which may
     raise ValueError for what is none. No task, no thread, no lock."""
 
-    def __init__(self, identity: bytes) -> None:
-        self._identity = identity
+    def __init__(self, identity: bytes, keys: Keys | None = None) -> None:
+        """``keys``: for addresses of other machines."""
+        self._identity, self._keys = identity, keys
         self._takers: dict[zmq.Socket[bytes], Take] = {}
 
     def start(self) -> None:
@@ -32,7 +34,8 @@ class Dealers:
 
     def open(self, address: str, take: Take) -> zmq.Socket[bytes]:
         """The other end may still be to come."""
-        socket = connect_dealer(self._context, address, self._identity)
+        keys = self._keys if address.startswith("tcp:") else None
+        socket = connect_dealer(self._context, address, self._identity, keys)
         self._takers[socket] = take
         self._loop.add_reader(socket, self._receive, socket)
         self._loop.call_soon(self._receive, socket)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from .. import __version__
 from ..config import Config
+from ..curve import read_key_file
 from ..wire import (
     PROTOCOL_VERSION,
     AddRequest,
@@ -48,16 +50,19 @@ class ZmqEngineClient:
         on_shutdown: Callable[[bool], None] | None = None,
         on_status: Callable[[Status], None] | None = None,
     ) -> None:
-        """``data_addresses``: (index, address) of each engine; ``launch``: how many API servers of this index ran
-        before."""
+        """``data_addresses``: (index, address) of each engine, no address for one whose status will bring it;
+        ``launch``: how many API servers of this index ran before. Raises StartupError for a bad key file."""
         self.on_shutdown, self.on_status = on_shutdown, on_status
         self._config, self._index = config, api_index
         self._control_address = control_address
         self._num_shutdowns = 0
         self._next_id = first_request_id(api_index, launch)
-        self._dealers = Dealers(api_identity(api_index))
-        router = Router(config.parallel.data_parallel_prefix_affinity, api_index)
-        self.group = EngineGroup(api_index, data_addresses, self._dealers, router)
+        parallel = config.parallel
+        keys = read_key_file(Path(parallel.data_parallel_key_file)) if parallel.remote_ranks else None
+        self._dealers = Dealers(api_identity(api_index), keys)
+        router = Router(parallel.data_parallel_prefix_affinity, api_index)
+        count = config.server.api_server_count
+        self.group = EngineGroup(api_index, count, data_addresses, self._dealers, router)
 
     # EngineClient
 

@@ -44,11 +44,18 @@ class EngineGroup:
     replayed, given up)``: how many requests went either way when that engine was lost.
     """
 
-    def __init__(self, api_index: int, addresses: Sequence[tuple[int, str]], dealers: Dealers, router: Router) -> None:
+    def __init__(
+        self,
+        api_index: int,
+        num_api_servers: int,
+        addresses: Sequence[tuple[int, str]],
+        dealers: Dealers,
+        router: Router,
+    ) -> None:
         """``addresses``: (index, address) of each engine."""
         self._api_index, self._dealers, self._router = api_index, dealers, router
         self.on_replay: Callable[[int, int, int], None] | None = None
-        self.links = [Link(index, address) for index, address in addresses]
+        self.links = [Link(index, address, num_api_servers) for index, address in addresses]
         self._by_index = {link.index: link for link in self.links}
         self._link_of: dict[ZmqStream, Link] = {}
         self._max_num_queued_reqs: int | None = None  # where it was changed
@@ -138,7 +145,10 @@ class EngineGroup:
             if status.engine == ALL_ENGINES:
                 link.status = msgspec.structs.replace(link.status, restarts=before.restarts)
             is_gone = status.phase in _GONE and before.phase not in _GONE
-            if link.status.restarts != before.restarts or is_gone:
+            is_elsewhere = bool(status.address) and (status.address != link.address or link.socket is None)
+            if is_elsewhere:
+                link.address = status.address
+            if link.status.restarts != before.restarts or is_gone or is_elsewhere:
                 lost.append(link)
         self._sum_up()
         for link in lost:
@@ -182,6 +192,8 @@ class EngineGroup:
             self.on_replay(link.index, self.num_replayed - before[0], self.num_quarantined - before[1])
 
     def _connect(self, link: Link) -> None:
+        if not link.address or link.status.phase == "away":
+            return
         link.socket = self._dealers.open(link.address, lambda frames: self._take(link, frames))
         self._send(link, pack(Kind.JOIN, Join(self._api_index)))
         self._send_limit(link)

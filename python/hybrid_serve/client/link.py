@@ -15,8 +15,8 @@ class Link:
     """The socket to the process that is there now, the streams that wait for it, what was said of it last, and from
     these its load. Knows no other engine."""
 
-    def __init__(self, index: int, address: str) -> None:
-        self.index, self.address = index, address
+    def __init__(self, index: int, address: str, num_api_servers: int) -> None:
+        self.index, self.address, self._num_api_servers = index, address, num_api_servers
         self.socket: zmq.Socket[bytes] | None = None
         self.streams: dict[int, ZmqStream] = {}  # by choice id; only choices that run
         self.status = Status("starting", engine=index)
@@ -39,11 +39,15 @@ class Link:
     @property
     def load(self) -> float:
         """Work that is ahead of a new request, in requests. Our own are known to the last one, those of other API
-        servers as of the engine's last word; a cache that fills up makes waiting dearer."""
+        servers as of the engine's last word, or as many as ours if that is more: in a burst the words of two engines
+        are of different moments, and whoever spoke last would look busy to everybody. A cache that fills up makes
+        waiting dearer."""
         stats = self.stats
         usage = stats.kv_blocks_used / stats.kv_blocks_total if stats.kv_blocks_total else 0.0
         crowd = WAITING_WEIGHT * stats.num_waiting * max(0.0, usage - 0.5)
-        return len(self.streams) + self._num_elsewhere + self._unstarted_tokens / PROMPT_TOKENS_A_REQUEST + crowd
+        own = len(self.streams)
+        open_requests = max(own * self._num_api_servers, own + self._num_elsewhere)
+        return open_requests + self._unstarted_tokens / PROMPT_TOKENS_A_REQUEST + crowd
 
     def add(self, stream: ZmqStream, ids: range, num_tokens: int) -> None:
         """The engine is asked for these choices of the stream, behind so many tokens."""

@@ -15,12 +15,15 @@ import threading
 import time
 from dataclasses import replace
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import zmq
 
 from .. import __version__, _core, flight
 from ..config import Config
+from ..curve import Gate, read_key_file
 from ..errors import StartupError
 from ..heartbeat import STACKS_SIGNAL, EnginePhase, Heartbeat, max_watched_ids
 from ..sockets import bind_router, connect_dealer
@@ -49,8 +52,10 @@ def main(
     heartbeat_fd: int,
     stacks_path: str,
     cpu_threads: int,
+    key_file: str,
 ) -> None:
-    """Returns when the supervisor says stop. ``load``: "module:function", an ``executor.Load``. Raises StartupError."""
+    """Returns when the supervisor says stop. ``load``: "module:function", an ``executor.Load``. ``key_file``: where
+    ``data_address`` is of a network, whose port the system picks. Raises StartupError."""
     die_with_parent()
     dump_stacks_on_signal(stacks_path)
     heartbeat = Heartbeat(heartbeat_fd, max_watched_ids(config))
@@ -66,8 +71,10 @@ def main(
         )
         config = replace(config, engine=replace(config.engine, cpu_threads=cpu_threads))
         # Bound before the model is loaded: API servers connect meanwhile, and what they send waits.
-        peers = Peers(bind_router(context, data_address), num_clients)
-        progress = Progress(control)
+        gate = Gate(context, read_key_file(Path(key_file))) if key_file else None
+        data = bind_router(context, data_address, gate)
+        peers = Peers(data, num_clients)
+        progress = Progress(control, data.getsockopt_string(zmq.LAST_ENDPOINT) if gate is not None else "")
         module, _, function = load.partition(":")
         executor: Executor = getattr(import_module(module), function)(config, progress)
         progress("allocating", 0.0)
@@ -138,8 +145,8 @@ def engine_facts(config: Config, facts: ExecutorFacts) -> EngineFacts:
 class Progress:
     """Start-up phases as STATUS frames; knows the clock and the supervisor's socket only."""
 
-    def __init__(self, control: zmq.Socket[bytes]) -> None:
-        self._control = control
+    def __init__(self, control: zmq.Socket[bytes], address: str = "") -> None:
+        self._control, self._address = control, address
         self._phase, self._began, self._next = "", 0.0, 0.0
 
     def __call__(self, phase: str, share: float) -> None:
@@ -155,7 +162,7 @@ class Progress:
         self._send(Status("ready", 1.0, "; ".join(notes), seconds, facts))
 
     def _send(self, status: Status) -> None:
-        self._control.send_multipart(pack(Kind.STATUS, status))
+        self._control.send_multipart(pack(Kind.STATUS, msgspec.structs.replace(status, address=self._address)))
 
 
 def dump_stacks_on_signal(path: str) -> None:

@@ -34,11 +34,6 @@ class WatchedEngine:
     def is_ready(self) -> bool:
         return self.status.phase == "ready"
 
-    @property
-    def is_left_out(self) -> bool:
-        """It died too often."""
-        return self.status.phase == "dead"
-
     def said(self, status: Status) -> Status:
         """The same with what the supervisor adds."""
         old = self.status
@@ -92,9 +87,9 @@ class WatchedEngine:
         return StartupFailure("HS-E203", what, reason, fix, exit_code)
 
 
-def make_heartbeats(config: Config, count: int) -> list[int]:
-    """File descriptors of their memory, to be closed with ``close_all``."""
-    return [make(max_watched_ids(config)) for _ in range(count)]
+def make_heartbeats(config: Config) -> list[int]:
+    """File descriptors of memory for each engine of this machine, to be closed with ``close_all``."""
+    return [make(max_watched_ids(config)) for _ in config.parallel.local_ranks]
 
 
 def close_all(fds: list[int]) -> None:

@@ -12,6 +12,7 @@ import sys
 import msgspec
 
 from ..config import Config
+from ..wire import StartupFailure
 from .plan import ProcessSpec
 
 # The child looks for modules where its parent does, wherever it is run; -c and not -m, which would put the current
@@ -75,3 +76,17 @@ def _read(life: socket.socket, size: int) -> bytes:
             raise EOFError("the parent is gone")
         data += part
     return bytes(data)
+
+
+def death(child: Child, code: int, exit_code: int) -> StartupFailure:
+    """What to say of a child that ended without a word."""
+    what = f"{child.spec.name} (pid {child.process.pid}) died"
+    if code >= 0:
+        why, fix = f"it ended with exit code {code}, although nobody asked it to", "look at the log above"
+    else:
+        name = signal.Signals(-code).name
+        why, fix = f"it was killed by {name}", "the log above may have its stack"
+        if -code == signal.SIGKILL:
+            why += ", by somebody, or by the system for lack of memory"
+            fix = "if it was memory: a smaller --kv-cache-memory-bytes or --max-num-seqs"
+    return StartupFailure("HS-E202", what, why, fix, exit_code)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
 from ..config import Config
+from ..sockets import tcp_address
 
 ENGINE_ENTRY = "hybrid_serve.engine.process:main"
 API_ENTRY = "hybrid_serve.server.process:main"
@@ -32,22 +33,38 @@ class ProcessSpec(msgspec.Struct, frozen=True, kw_only=True):
         return f"{self.role} {self.index}"
 
 
+class Front(NamedTuple):
+    """What API servers inherit."""
+
+    listen_fd: int  # the bound socket
+    counts_fd: int  # memory of COUNTS_SLOT_BYTES for each of them
+
+
+class Joined(NamedTuple):
+    """What headless engines are told by the head that they join."""
+
+    host: str  # the address of this machine that the head can reach
+    num_api_servers: int
+
+
 def plan(
     config: Config,
     directory: Path,
-    listen_fd: int,
+    place: Front | Joined,
     heartbeat_fds: Sequence[int],
     *,
-    counts_fd: int,
     load: str = LOAD_INLINE,
     api_entry: str = API_ENTRY,
 ) -> list[ProcessSpec]:
-    """The children of one server, the slowest to start first. ``directory``: of this run, for their sockets.
-    ``listen_fd``: the bound socket; ``heartbeat_fds``: see ``heartbeat.make``, one for each engine; ``counts_fd``:
-    memory of COUNTS_SLOT_BYTES for each API server.
-    ``load``: what the engine computes with, an ``engine.executor.Load``."""
-    control = control_address(directory)
-    addresses = [(index, f"ipc://{directory}/engine-{index}") for index in range(len(heartbeat_fds))]
+    """The children of one server, the slowest to start first: engines, and where this is the ``place`` for them API
+    servers. ``directory``: of this run, for their sockets; ``heartbeat_fds``: see ``heartbeat.make``, one for each
+    engine. ``load``: what the engine computes with, an ``engine.executor.Load``."""
+    control, parallel = control_address(directory), config.parallel
+    ranks, is_joined = parallel.local_ranks, isinstance(place, Joined)
+    addresses = {rank: f"ipc://{directory}/engine-{rank}" for rank in ranks}
+    num_clients = config.server.api_server_count
+    if isinstance(place, Joined):
+        addresses, num_clients = dict.fromkeys(ranks, tcp_address(place.host, "*")), place.num_api_servers
     engines = [
         ProcessSpec(
             role="engine",
@@ -55,19 +72,23 @@ def plan(
             entry=ENGINE_ENTRY,
             arguments={
                 "index": index,
-                "num_clients": config.server.api_server_count,
+                "num_clients": num_clients,
                 "control_address": control,
-                "data_address": address,
+                "data_address": addresses[index],
+                "key_file": parallel.data_parallel_key_file if is_joined else "",
                 "load": load,
                 "heartbeat_fd": heartbeat_fd,
                 "stacks_path": str(stacks_path(directory, index)),
                 "cpu_threads": threads_of_each(config, len(addresses), usable_cores()),
             },
-            environment=device_of(place, len(addresses), os.environ),
+            environment=device_of(index - ranks[0], len(ranks), os.environ),
             inherited_fds=(heartbeat_fd,),
         )
-        for place, ((index, address), heartbeat_fd) in enumerate(zip(addresses, heartbeat_fds, strict=True))
+        for index, heartbeat_fd in zip(ranks, heartbeat_fds, strict=True)
     ]
+    if isinstance(place, Joined):
+        return engines
+    addresses |= dict.fromkeys(parallel.remote_ranks, "")  # their status will bring it
     servers = [
         ProcessSpec(
             role="api",
@@ -75,13 +96,12 @@ def plan(
             entry=api_entry,
             arguments={
                 "api_index": index,
-                "listen_fd": listen_fd,
-                "counts_fd": counts_fd,
+                **place._asdict(),
                 "control_address": control,
-                "data_addresses": [[index, address] for index, address in addresses],
+                "data_addresses": [[rank, address] for rank, address in sorted(addresses.items())],
                 "launch": 0,
             },
-            inherited_fds=(listen_fd, counts_fd),
+            inherited_fds=(*place,),
         )
         for index in range(config.server.api_server_count)
     ]

@@ -19,7 +19,10 @@ log = logging.getLogger(__name__)
 class Reporter(Protocol):
     """What the supervisor tells while it starts and stops a server; in this order."""
 
-    def bound(self, url: str) -> None: ...
+    def bound(self, url: str) -> None:
+        """Where clients reach it; of headless engines, where their head is."""
+        ...
+
     def status(self, status: Status) -> None:
         """The engine's, as it comes."""
         ...
@@ -40,7 +43,8 @@ class PlainReporter:
 
     def bound(self, url: str) -> None:
         self._url = url
-        self._phase_line(1, "config", f"ok, {url} is bound")
+        text = f"ok, the head is asked at {url}" if self._config.parallel.headless else f"ok, {url} is bound"
+        self._phase_line(1, "config", text)
 
     def status(self, status: Status) -> None:
         if self._engine < 0:
@@ -55,7 +59,7 @@ class PlainReporter:
             self._facts = facts = status.facts
             tokens = facts.num_blocks * facts.block_size
             requests = f"{tokens // facts.max_model_len} requests of {facts.max_model_len}"
-            count = self._config.parallel.data_parallel_size
+            count = len(self._config.parallel.local_ranks)
             each = f", in each of {count} engines" if count > 1 else ""
             text = f"KV cache of {tokens} tokens = {requests}, {facts.dtype}, {facts.device}{each}"
             self._phase_line(3, "memory", text)
@@ -64,8 +68,11 @@ class PlainReporter:
         self._phase = status.phase
 
     def ready(self) -> None:
-        server = self._config.server
+        server, ranks = self._config.server, self._config.parallel.local_ranks
         self._phase_line(4, "server", "ok")
+        if self._config.parallel.headless:
+            self._print(f"ready in {self._seconds(self._began)}, as engines {list(ranks)} of the head at {self._url}.")
+            return
         names = self._config.model.served_model_name or (self._config.model.model,)
         access = "with an API key" if server.asks_for_keys else "no key needed"
         self._print(f"  API      {self._url}/v1   model name: {', '.join(names)}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,9 +32,10 @@ from ..wire import (
 )
 from . import listener
 from .engines import WatchedEngine, close_all, make_heartbeats
-from .handshake import refusal
-from .local import Child, start
-from .plan import ProcessSpec, again, control_address, plan
+from .handshake import device_refusal, refusal
+from .local import Child, death, start
+from .nodes import Alone, Neighbours, Nodes
+from .plan import Front, ProcessSpec, again, control_address, plan
 from .report import PlainReporter, Reporter
 from .restarts import WINDOW, Restarts
 from .run_directory import RunDirectory
@@ -46,6 +46,7 @@ log = logging.getLogger(__name__)
 
 ENGINE_FAILED = 20
 LAST_WORDS = 0.3  # seconds a dead child's report may still be on its way
+LOOK_SECONDS = 1.0  # at most, between two looks at engines and other machines
 GRACE = 2.0  # seconds beyond the time a child was given to end by itself
 DRAIN_GRACE = 5.0  # the same for a drain, whose last streams are cut and then still say so
 
@@ -70,14 +71,16 @@ def serve(config: Config, reporter: Reporter | None = None, **plan_options: Any)
         shared_counts(config.server.api_server_count) as counts,
     ):
         reporter.bound(listener.url(http, "https" if config.server.ssl_certfile else "http"))
-        heartbeat_fds = make_heartbeats(config, config.parallel.data_parallel_size)
-        specs = plan(config, directory, http.fileno(), heartbeat_fds, counts_fd=counts, **plan_options)
-        supervisor = Supervisor(config, directory, specs, reporter)
+        heartbeat_fds = make_heartbeats(config)
+        nodes = Nodes(config) if config.parallel.remote_ranks else Alone()
+        specs = plan(config, directory, Front(http.fileno(), counts), heartbeat_fds, **plan_options)
+        supervisor = Supervisor(config, directory, specs, reporter, nodes)
         try:
             return supervisor.run()
         finally:
             supervisor.close()
             close_all(heartbeat_fds)
+            nodes.close()
 
 
 @contextmanager
@@ -96,8 +99,17 @@ class Supervisor:
     out an engine with which that happens too often, ends all when nothing is left that could serve, or in order when a
     signal asks for it. Knows no request. Never outlived by a child."""
 
-    def __init__(self, config: Config, directory: Path, specs: list[ProcessSpec], reporter: Reporter) -> None:
+    def __init__(
+        self,
+        config: Config,
+        directory: Path,
+        specs: list[ProcessSpec],
+        reporter: Reporter,
+        neighbours: Neighbours,
+    ) -> None:
+        """``neighbours``: other machines with engines of this server, or the one that these engines are for."""
         self.config, self.directory, self.specs, self.reporter = config, directory, specs, reporter
+        self._neighbours = neighbours
         self.phase = Phase.STARTING
         self.failure: StartupFailure | None = None  # the first one: the others follow from it
         self.exit_code = 0
@@ -116,6 +128,9 @@ class Supervisor:
         self._poller.register(self._control, zmq.POLLIN)
         self._signals = Signals()
         self._poller.register(self._signals.readable, zmq.POLLIN)
+        neighbours.on_status, neighbours.on_end = self._take_news, self._told_to_end
+        if neighbours.socket is not None:
+            self._poller.register(neighbours.socket, zmq.POLLIN)
 
     def run(self) -> int:
         """Returns the exit code when no child is left. Raises StartupError if that was not wanted."""
@@ -124,6 +139,7 @@ class Supervisor:
         while self.children or self._due:
             events = dict(self._poller.poll(self._milliseconds_left()))
             self._take_messages()
+            self._neighbours.take_messages()
             for number in self._signals.take():
                 self._signalled(number)
             for fd in [fd for fd in events if fd in self.children]:
@@ -194,25 +210,40 @@ class Supervisor:
         log.debug("%s %d says hello, pid %d", hello.role, hello.index, hello.pid)
         self._greeted.add(identity)
         if hello.role == "api":
-            for engine in self.engines.values():
-                self._send(identity, pack(Kind.STATUS, engine.status))
+            for status in self._statuses():
+                self._send(identity, pack(Kind.STATUS, status))
             if self.phase is Phase.DRAINING:  # it was started before, and could not be told
                 self._send(identity, pack(Kind.SHUTDOWN, Empty()))
         self._check_ready()
 
     def _take_status(self, engine: WatchedEngine, status: Status) -> None:
         status = engine.said(status)
-        self._tell("api", pack(Kind.STATUS, status))
+        self._publish(status)
         if self.phase is Phase.STARTING:
             self.reporter.status(status)
-            self._check_devices()
+            if (failure := device_refusal([engine.status.facts for engine in self.engines.values()])) is not None:
+                self._fail(failure)
             self._check_ready()
         elif status.phase == "ready":
             log.info("%s serves again, restart %d", engine.spec.name, status.restarts)
 
+    def _take_news(self, status: Status) -> None:
+        """Of an engine on another machine."""
+        self._tell("api", pack(Kind.STATUS, status))
+        self._check_ready()
+
+    def _statuses(self) -> list[Status]:
+        """Of all engines, wherever they are."""
+        return [*(engine.status for engine in self.engines.values()), *self._neighbours.statuses]
+
+    def _publish(self, status: Status) -> None:
+        """News of an engine of this machine."""
+        self._tell("api", pack(Kind.STATUS, status))
+        self._neighbours.publish(status)
+
     def _check_ready(self) -> None:
         everyone = {_identity(spec) for spec in self.specs}
-        is_ready = all(engine.is_ready for engine in self.engines.values())
+        is_ready = all(status.phase == "ready" for status in self._statuses())
         if self.phase is Phase.STARTING and is_ready and self._greeted == everyone:
             self.phase = Phase.SERVING
             self.reporter.ready()
@@ -222,7 +253,7 @@ class Supervisor:
         devices = [engine.status.facts.device for engine in self.engines.values() if engine.status.facts]
         if len({device.split()[0] for device in devices}) > 1:
             why, fix = f"they run on {', '.join(devices)}", "--data-parallel-size of the number of GPUs at most"
-            self._fail(StartupFailure("HS-E025", "the engines do not have the same kind of device", why, fix, 12))
+            self._fail(StartupFailure("HS-E025", "the engines do not have the same kind of device", why, fix, 2))
 
     def _tell(self, role: str, message: list[Any]) -> None:
         for child in self._running(role):
@@ -272,7 +303,7 @@ class Supervisor:
         drained = self.phase is Phase.DRAINING and child.spec.role == "api"
         if not (drained and code == 0):
             self._wait_for(lambda: identity in self._last_words, LAST_WORDS if code > 0 else 0)
-            cause = self._last_words.pop(identity, None) or _death(child, code)
+            cause = self._last_words.pop(identity, None) or death(child, code, ENGINE_FAILED)
             if identity in self.engines:
                 cause = self.engines[identity].with_recording(cause)
             if self.phase is Phase.STARTING:
@@ -290,25 +321,29 @@ class Supervisor:
         if pause is None:
             often = f", after {restarts.recent} restarts within {WINDOW:g} s" if restarts.recent else ""
             cause = msgspec.structs.replace(cause, what=cause.what + often)
-            if engine is None or all(other is engine or other.is_left_out for other in self.engines.values()):
+            others = [status for status in self._statuses() if status.engine != spec.index]
+            if engine is None or all(status.phase in ("dead", "away") for status in others):
                 self._fail(cause)
                 return
             log.error("%s: %s; it is left out, the other engines go on", cause.what, cause.why)
-            self._tell("api", pack(Kind.STATUS, engine.died("dead", cause.what, restarts.total)))
+            self._publish(engine.died("dead", cause.what, restarts.total))
             return
         when = f"in {pause:g} s" if pause else "now"
         log.error("%s: %s; it is started again %s", cause.what, cause.why, when)
         self._due.append((now + pause, again(spec)))
         if engine is not None:
-            self._tell("api", pack(Kind.STATUS, engine.died("restarting", cause.what, restarts.total)))
+            self._publish(engine.died("restarting", cause.what, restarts.total))
 
     def _watch_engines(self) -> None:
         now = time.monotonic()
         if now < self._next_look:
             return
+        self._next_look = now + LOOK_SECONDS
+        if self.phase is not Phase.STOPPING:
+            self._neighbours.look()
         running = {_identity(child.spec): child for child in self._running("engine")}
         for identity, engine in self.engines.items():
-            self._next_look = now + engine.watchdog.interval
+            self._next_look = min(self._next_look, now + engine.watchdog.interval)
             verdict = engine.watchdog.look()
             is_ending = identity not in running or identity in self._last_words
             if self.phase not in (Phase.SERVING, Phase.DRAINING) or is_ending:
@@ -318,21 +353,32 @@ class Supervisor:
                 self._last_words[identity] = engine.why_hung(child, self.directory, ENGINE_FAILED)
                 child.kill()
             elif (status := engine.quiet(verdict)) is not None:
-                self._tell("api", pack(Kind.STATUS, status))
+                self._publish(status)
+
+    def _told_to_end(self, failure: StartupFailure | None) -> None:
+        """By the head that these engines are for."""
+        if failure is not None:
+            self._fail(failure)
+        elif self.phase is not Phase.STOPPING:
+            self._end_engines()
 
     def _stop(self) -> None:
         self.phase = Phase.STOPPING
         self._due.clear()
+        self._neighbours.leave()
 
     def _stop_when_drained(self) -> None:
         """Nobody is left to serve: the engines can go."""
         if self.phase is Phase.DRAINING and not self._running("api"):
-            self._stop()
-            self._tell("engine", pack(Kind.SHUTDOWN, Empty()))
-            for child in self._running("engine"):
-                if not self.engines[_identity(child.spec)].is_ready:  # it loads, and listens to nobody
-                    child.kill()
-            self._end_in(GRACE)
+            self._end_engines()
+
+    def _end_engines(self) -> None:
+        self._stop()
+        self._tell("engine", pack(Kind.SHUTDOWN, Empty()))
+        for child in self._running("engine"):
+            if not self.engines[_identity(child.spec)].is_ready:  # it loads, and listens to nobody
+                child.kill()
+        self._end_in(GRACE)
 
     def _fail(self, failure: StartupFailure) -> None:
         """Ends the server. Only the first failure is reported: the others are its consequences."""
@@ -375,17 +421,3 @@ class Supervisor:
 
 def _identity(spec: ProcessSpec) -> bytes:
     return (engine_identity if spec.role == "engine" else api_identity)(spec.index)
-
-
-def _death(child: Child, code: int) -> StartupFailure:
-    """What to say of a child that ended without a word."""
-    what = f"{child.spec.name} (pid {child.process.pid}) died"
-    if code >= 0:
-        why, fix = f"it ended with exit code {code}, although nobody asked it to", "look at the log above"
-    else:
-        name = signal.Signals(-code).name
-        why, fix = f"it was killed by {name}", "the log above may have its stack"
-        if -code == signal.SIGKILL:
-            why += ", by somebody, or by the system for lack of memory"
-            fix = "if it was memory: a smaller --kv-cache-memory-bytes or --max-num-seqs"
-    return StartupFailure("HS-E202", what, why, fix, ENGINE_FAILED)

@@ -70,10 +70,10 @@ def stream(first_id: int, n: int = 1) -> ZmqStream:
 
 
 def test_the_load_of_an_engine_is_ours_to_the_last_request_and_that_of_others_as_it_said() -> None:
-    link = Link(0, "inproc://nowhere")
+    link = Link(0, "inproc://nowhere", 2)
     one = stream(10, n=2)
     link.add(one, range(10, 12), 1024)
-    assert link.load == 2 + 2  # two choices, and a prompt as long as two requests are dear
+    assert link.load == 2 + 2 + 2  # two choices, as many of the other API server, and a prompt as dear as two more
     link.take_stats(EngineStats(num_running=5, num_waiting=1))
     assert link.load == 4 + 4  # two of the six are ours
     link.started(one)

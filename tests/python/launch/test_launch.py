@@ -11,11 +11,11 @@ import msgspec
 import pytest
 
 from hybrid_serve import __version__
-from hybrid_serve.config import Config, EngineConfig, ModelConfig, ServerConfig
+from hybrid_serve.config import Config, EngineConfig, ModelConfig, ParallelConfig, ServerConfig
 from hybrid_serve.errors import StartupError
 from hybrid_serve.launch import listener
 from hybrid_serve.launch.handshake import refusal
-from hybrid_serve.launch.plan import ProcessSpec, device_of, plan, threads_of_each
+from hybrid_serve.launch.plan import Front, ProcessSpec, device_of, plan, threads_of_each
 from hybrid_serve.launch.report import PlainReporter
 from hybrid_serve.launch.run_directory import LONGEST_SOCKET_PATH, RunDirectory
 from hybrid_serve.wire import PROTOCOL_VERSION, EngineFacts, Hello, Status, api_identity, engine_identity
@@ -24,7 +24,7 @@ RUN = Path("/run/x")
 
 
 def test_a_server_is_an_engine_and_an_api_server_which_agree_on_addresses() -> None:
-    engine, api = plan(Config(), RUN, 5, [6], counts_fd=7)
+    engine, api = plan(Config(), RUN, Front(5, 7), [6])
     assert (engine.name, api.name) == ("engine 0", "api 0")
     assert engine.entry == "hybrid_serve.engine.process:main"
     assert api.entry == "hybrid_serve.server.process:main"
@@ -34,7 +34,7 @@ def test_a_server_is_an_engine_and_an_api_server_which_agree_on_addresses() -> N
 
 
 def test_several_api_servers_share_the_socket_and_the_engine_knows_how_many() -> None:
-    engine, *servers = plan(Config(server=ServerConfig(api_server_count=3)), RUN, 5, [6], counts_fd=7)
+    engine, *servers = plan(Config(server=ServerConfig(api_server_count=3)), RUN, Front(5, 7), [6])
     assert engine.arguments["num_clients"] == 3
     assert [spec.arguments["api_index"] for spec in servers] == [0, 1, 2]
     assert {spec.arguments["listen_fd"] for spec in servers} == {5}
@@ -44,8 +44,8 @@ def test_several_engines_share_the_cores_and_have_a_gpu_each(monkeypatch: pytest
     """S12: every API server talks to every engine."""
     monkeypatch.setattr("hybrid_serve.launch.plan.usable_cores", lambda: 7)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-5,6")
-    config = Config(server=ServerConfig(api_server_count=2))
-    first, second, third, *servers = plan(config, RUN, 5, [6, 7, 8], counts_fd=9)
+    config = Config(parallel=ParallelConfig(data_parallel_size=3), server=ServerConfig(api_server_count=2))
+    first, second, third, *servers = plan(config, RUN, Front(5, 9), [6, 7, 8])
     assert [spec.name for spec in (first, second, third)] == ["engine 0", "engine 1", "engine 2"]
     assert [spec.inherited_fds for spec in (first, second, third)] == [(6,), (7,), (8,)]
     addresses = [[index, f"ipc:///run/x/engine-{index}"] for index in range(3)]
@@ -73,7 +73,7 @@ def test_threads_that_were_asked_for_are_those_of_each_engine() -> None:
 
 
 def test_a_spec_survives_the_way_to_its_process() -> None:
-    for spec in plan(Config(), RUN, 5, [6], counts_fd=7):
+    for spec in plan(Config(), RUN, Front(5, 7), [6]):
         assert msgspec.json.decode(msgspec.json.encode(spec), type=ProcessSpec) == spec
 
 
@@ -96,7 +96,7 @@ def test_a_child_of_another_version_configuration_or_plan_is_refused(
     message: Hello, identity: bytes, names: list[str]
 ) -> None:
     """F-51: with both versions."""
-    specs = plan(Config(), RUN, 5, [6], counts_fd=7)
+    specs = plan(Config(), RUN, Front(5, 7), [6])
     failure = refusal(message, identity, specs, "digest")
     assert failure is not None
     assert all(name in failure.why for name in names)

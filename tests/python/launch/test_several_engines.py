@@ -7,29 +7,15 @@ import random
 import signal
 import socket
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import psutil
 
-from asking import OFTEN, ask, mixed, num_replayed, reply, status
+from asking import OFTEN, ask, engines, mixed, num_replayed, reply, status
 from fake_executor import expected
-from server_process import ServerProcess, read_all
+from server_process import ServerProcess
 
 TWO: dict[str, Any] = {"data_parallel_size": 2}
-
-
-class Engine(NamedTuple):
-    """What an API server knows of one."""
-
-    phase: str
-    restarts: int
-    running: int  # as it says itself
-    open: int  # choices of that API server
-
-
-def engines(server: ServerProcess) -> list[Engine]:
-    lines = read_all(server.ask("engines"))
-    return [Engine(phase, *map(int, numbers)) for phase, *numbers in map(str.split, lines)]
 
 
 def test_a_burst_is_shared_equally(tmp_path: Path) -> None:
