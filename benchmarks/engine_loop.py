@@ -137,7 +137,7 @@ class StopWith:
 
 
 async def run_client(control: str, data: str, num_sequences: int, num_steps: int) -> None:
-    client = ZmqEngineClient(CONFIG, 0, control, [data])
+    client = ZmqEngineClient(CONFIG, 0, control, [(0, data)])
     client.start()
     params = SamplingParams(max_tokens=num_steps, seed=1)
 
