@@ -20,6 +20,7 @@ from ..checkpoint.hub import resolve
 from ..client.engine_client import ZmqEngineClient
 from ..config import Config
 from ..text.loading import load_chat_template, load_tokenizer, locate_tokenizer
+from .accept import FairAcceptor
 from .app import create_app
 from .connection import SPARE_CONNECTIONS, BoundedProtocol
 from .context import ServerContext, TextModel
@@ -40,26 +41,40 @@ OWN_FILES = 64 + SPARE_CONNECTIONS  # sockets to the engine, the log, model file
 class HttpServer(uvicorn.Server):
     """uvicorn on a socket that is bound already; signals are the supervisor's."""
 
+    def __init__(self, config: uvicorn.Config, shared: SharedCounts | None = None) -> None:
+        """``shared``: with the API servers that have the same socket, if there are others."""
+        super().__init__(config)
+        self.shared = shared
+        self.servers: list[asyncio.Server] = []
+
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """uvicorn's own would leave a TLS handshake a minute to take the server's time."""
         await self.lifespan.startup()
-        loop, config = asyncio.get_running_loop(), self.config
+        loop, config, shared = asyncio.get_running_loop(), self.config, self.shared
         make = functools.partial(BoundedProtocol, config, self.server_state, self.lifespan.state)
         seconds = _HANDSHAKE_SECONDS if config.ssl else None
-        self.servers = [
-            await loop.create_server(
+        for each in sockets or ():
+            if shared is not None:
+                acceptor = FairAcceptor(each, make, shared, self._num_connections, config.ssl, seconds)
+                self.servers.append(cast(asyncio.Server, acceptor))
+                continue
+            server = await loop.create_server(
                 make, sock=each, ssl=config.ssl, backlog=config.backlog, ssl_handshake_timeout=seconds
             )
-            for each in sockets or ()
-        ]
+            self.servers.append(server)
         self.started = True
+
+    def _num_connections(self) -> int:
+        return len(self.server_state.connections)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
 
 
-def http_server(context: ServerContext, certificate: Certificate | None = None) -> HttpServer:
+def http_server(
+    context: ServerContext, certificate: Certificate | None = None, shared: SharedCounts | None = None
+) -> HttpServer:
     server = context.config.server
     config = uvicorn.Config(
         create_app(context),
@@ -76,7 +91,7 @@ def http_server(context: ServerContext, certificate: Certificate | None = None) 
         timeout_graceful_shutdown=_LAST_WRITES_SECONDS,
         ssl_context_factory=(lambda *_: certificate.context) if certificate else None,
     )
-    return HttpServer(config)
+    return HttpServer(config, shared if server.api_server_count > 1 else None)
 
 
 def watched_files(context: ServerContext, certificate: Certificate | None) -> list[Watched]:
@@ -118,7 +133,7 @@ async def _serve(
     context = ServerContext(config, client, api_index)
     context.tracing = tracing(config.server)
     certified = certificate(config.server)
-    server = http_server(context, certified)
+    server = http_server(context, certified, counts)
     BoundedProtocol.max_connections = raise_file_limit()
     stopping = Stopping(context, server)
     client.on_shutdown = stopping.begin

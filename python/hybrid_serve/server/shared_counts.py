@@ -19,6 +19,7 @@ from .metrics import Flat, Metrics
 log = logging.getLogger(__name__)
 INTERVAL = 0.25  # seconds
 _HEAD = Struct("<II")  # bytes of what follows, its CRC-32
+_CONNECTIONS = Struct("<q")  # at the end of a slot
 _TRIES = 3  # a reader may meet a writer
 
 
@@ -35,7 +36,7 @@ class SharedCounts:
 
     def write(self, counts: Flat) -> None:
         data = msgspec.msgpack.encode(counts)
-        if _HEAD.size + len(data) > COUNTS_SLOT_BYTES:
+        if _HEAD.size + len(data) > COUNTS_SLOT_BYTES - _CONNECTIONS.size:
             log.error("the counts have %d bytes and do not fit a slot of %d", len(data), COUNTS_SLOT_BYTES)
             return
         start = self._index * COUNTS_SLOT_BYTES
@@ -47,6 +48,24 @@ class SharedCounts:
 
     def others(self) -> list[Flat]:
         return [self._read(slot) for slot in range(self._num_slots) if slot != self._index]
+
+    @property
+    def num_connections(self) -> int:
+        """Ours, open at this moment, as others see it."""
+        return self._num_connections(self._index)
+
+    @num_connections.setter
+    def num_connections(self, count: int) -> None:
+        _CONNECTIONS.pack_into(self._memory, (self._index + 1) * COUNTS_SLOT_BYTES - _CONNECTIONS.size, count)
+
+    @property
+    def least_connections(self) -> int:
+        """Of the API server that has the fewest."""
+        return min(self._num_connections(slot) for slot in range(self._num_slots))
+
+    def _num_connections(self, slot: int) -> int:
+        count: int = _CONNECTIONS.unpack_from(self._memory, (slot + 1) * COUNTS_SLOT_BYTES - _CONNECTIONS.size)[0]
+        return count
 
     def _read(self, slot: int) -> Flat:
         start = slot * COUNTS_SLOT_BYTES

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import re
+import signal
+import socket
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from tiny_models import make_tiny_model
@@ -72,6 +76,26 @@ def test_300_requests_are_spread_over_the_engines_and_counted_exactly(pair: Serv
     assert min(shares.values()) > 100, shares
 
 
+def test_300_connections_are_spread_over_the_api_servers(pair: Server) -> None:
+    """S8: most over least is below 2, also when all come at once."""
+    with contextlib.ExitStack() as stack:
+        connections = [
+            stack.enter_context(socket.create_connection(("127.0.0.1", pair.port), timeout=60)) for _ in range(300)
+        ]
+        for connection in connections:
+            connection.sendall(b"GET /live HTTP/1.1\r\nhost: localhost\r\n\r\n")
+        for connection in connections:
+            assert connection.recv(12) == b"HTTP/1.1 200"
+        counts = [num_connections(process) for process in api_servers(pair)]
+        assert len(counts) == 3
+        assert sum(counts) >= 300
+        assert max(counts) < 2 * min(counts), counts
+
+
+def num_connections(process: psutil.Process) -> int:
+    return sum(one.status == psutil.CONN_ESTABLISHED for one in process.net_connections("tcp"))
+
+
 def test_a_header_names_the_engine_and_one_that_is_not_there_is_refused_with_the_numbers(pair: Server) -> None:
     """S12."""
     before = by_engine(pair, "vllm:request_success_total")
@@ -131,8 +155,12 @@ def ready(server: Server) -> dict[str, Any]:
     return found
 
 
+def api_servers(server: Server) -> list[psutil.Process]:
+    return [process for process in server.tree() if "hybrid-serve: api" in process.cmdline()[0]]
+
+
 def api_pids(server: Server) -> list[int]:
-    return [process.pid for process in server.tree() if "hybrid-serve: api" in process.cmdline()[0]]
+    return [process.pid for process in api_servers(server)]
 
 
 def test_a_killed_api_server_comes_back_while_the_others_serve(pair: Server) -> None:
@@ -148,3 +176,12 @@ def test_a_killed_api_server_comes_back_while_the_others_serve(pair: Server) -> 
         return sum(by_engine(pair, "vllm:request_success_total").values()) == counted + 30
 
     wait_until(is_counted, "the counts")
+
+
+def test_sigterm_ends_all_of_them_in_order(pair: Server) -> None:
+    """The last one of this file."""
+    family = pair.tree()
+    assert len(family) == 6
+    pair.process.send_signal(signal.SIGTERM)
+    assert pair.process.wait(30) == 0
+    wait_until(lambda: not [one for one in family[1:] if one.is_running()], "nothing is left")

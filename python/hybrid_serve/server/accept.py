@@ -1,0 +1,92 @@
+"""Accepting connections from a socket that several API servers share."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import Callable
+from ssl import SSLContext, SSLError
+
+from .shared_counts import SharedCounts
+
+log = logging.getLogger(__name__)
+PATIENCE = 0.005  # seconds that a connection is left to whoever has fewer; then anybody takes it
+RETRY = 0.1  # seconds, when there is no file left for a connection
+
+
+class FairAcceptor:
+    """Takes one connection at a time, and leaves it for a moment to an API server that has fewer: otherwise whoever
+    wakes first takes all that wait. Whoever has fewer may be dead or busy, so the moment is short.
+
+    Knows numbers of connections; not what comes over them."""
+
+    def __init__(
+        self,
+        listener: socket.socket,
+        make_protocol: Callable[[], asyncio.Protocol],
+        shared: SharedCounts,
+        num_open: Callable[[], int],
+        ssl: SSLContext | None,
+        handshake_seconds: float | None,
+    ) -> None:
+        """``num_open``: connections of this process. Listens from now on; call it inside the event loop."""
+        self._listener, self._make_protocol, self._shared, self._num_open = listener, make_protocol, shared, num_open
+        self._ssl, self._handshake_seconds = ssl, handshake_seconds
+        self._loop = asyncio.get_running_loop()
+        self._opening: set[asyncio.Task[None]] = set()
+        self._has_waited = self._is_closed = False
+        self._is_tcp = listener.family in (socket.AF_INET, socket.AF_INET6)
+        listener.setblocking(False)
+        shared.num_connections = num_open()  # not what an earlier process of our index left
+        self._listen()
+
+    def close(self) -> None:
+        self._is_closed = True
+        self._loop.remove_reader(self._listener)
+
+    async def wait_closed(self) -> None:
+        """As an ``asyncio.Server`` has it. Nobody is left between the socket and his protocol."""
+        if self._opening:
+            await asyncio.wait(self._opening)
+
+    def _listen(self) -> None:
+        if not self._is_closed:
+            self._loop.add_reader(self._listener, self._someone_is_there)
+
+    def _wait(self, seconds: float) -> None:
+        self._loop.remove_reader(self._listener)
+        self._loop.call_later(seconds, self._listen)
+
+    def _someone_is_there(self) -> None:
+        num_open = self._num_open() + len(self._opening)
+        self._shared.num_connections = num_open
+        if num_open > self._shared.least_connections and not self._has_waited:
+            self._has_waited = True
+            self._wait(PATIENCE)
+            return
+        self._has_waited = False
+        try:
+            connection, _ = self._listener.accept()
+        except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+            return  # another one took it, or the client went
+        except OSError as error:
+            log.error("no connection can be accepted: %s", error)
+            self._wait(RETRY)
+            return
+        self._shared.num_connections = num_open + 1
+        opening = self._loop.create_task(self._open(connection))
+        self._opening.add(opening)
+        opening.add_done_callback(self._opening.discard)
+
+    async def _open(self, connection: socket.socket) -> None:
+        try:
+            connection.setblocking(False)
+            if self._is_tcp:
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            await self._loop.connect_accepted_socket(
+                self._make_protocol, connection, ssl=self._ssl, ssl_handshake_timeout=self._handshake_seconds
+            )
+        except (OSError, SSLError) as error:  # it went, or does not speak TLS
+            log.debug("connection lost before it began: %s", error)
+            connection.close()

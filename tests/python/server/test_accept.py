@@ -1,0 +1,135 @@
+"""Several API servers accept from one socket: none takes all (S8)."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import ssl
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+import trustme
+
+from engine_harness import until
+from hybrid_serve.server.accept import FairAcceptor
+from hybrid_serve.server.shared_counts import SharedCounts
+from hybrid_serve.wire import COUNTS_SLOT_BYTES
+
+
+@pytest.fixture
+def memory() -> Iterator[int]:
+    """Three slots."""
+    fd = os.memfd_create("test")
+    os.ftruncate(fd, 3 * COUNTS_SLOT_BYTES)
+    yield fd
+    os.close(fd)
+
+
+class Greeting(asyncio.Protocol):
+    """Says whose connection it is, and counts."""
+
+    def __init__(self, index: int, num_open: Counter[int]) -> None:
+        self._index, self._num_open = index, num_open
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._num_open[self._index] += 1
+        transport.write(b"%d" % self._index)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._num_open[self._index] -= 1
+
+
+def acceptor(listener: socket.socket, memory: int, index: int, num_open: Counter[int]) -> FairAcceptor:
+    shared = SharedCounts(memory, index)
+    return FairAcceptor(
+        listener, lambda: Greeting(index, num_open), shared, lambda: num_open[index], ssl=None, handshake_seconds=None
+    )
+
+
+def test_connections_are_shared_equally_and_who_lost_some_gets_the_next(memory: int) -> None:
+    async def main() -> None:
+        num_open: Counter[int] = Counter()
+        with socket.create_server(("127.0.0.1", 0), backlog=200) as listener:
+            sockets = [listener.dup() for _ in range(3)]
+            acceptors = [acceptor(each, memory, index, num_open) for index, each in enumerate(sockets)]
+            clients = [await asyncio.open_connection(*listener.getsockname()) for _ in range(60)]
+            who = [await reader.read(1) for reader, _ in clients]
+            assert all(15 <= count <= 25 for count in Counter(who).values()), Counter(who)
+            for (_, writer), server in zip(clients, who, strict=True):
+                if server == b"1":
+                    writer.close()
+            await until(lambda: num_open[1] == 0)
+            new = [await asyncio.open_connection(*listener.getsockname()) for _ in range(10)]
+            assert Counter([await reader.read(1) for reader, _ in new])[b"1"] >= 8
+            for one in acceptors:
+                one.close()
+            for _, writer in clients + new:
+                writer.close()
+            await until(lambda: not any(num_open.values()))
+            for each in sockets:
+                each.close()
+
+    asyncio.run(main())
+
+
+def test_nobody_waits_for_one_that_is_dead_or_whose_count_was_left_behind(memory: int) -> None:
+    """The others' slots say 0, or something old: every connection is taken in a moment all the same."""
+
+    async def main() -> None:
+        num_open: Counter[int] = Counter()
+        SharedCounts(memory, 2).num_connections = 1000
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            own = listener.dup()
+            alone = acceptor(own, memory, 0, num_open)
+            began = asyncio.get_running_loop().time()
+            clients = [await asyncio.open_connection(*listener.getsockname()) for _ in range(20)]
+            assert [await reader.read(1) for reader, _ in clients] == [b"0"] * 20
+            assert asyncio.get_running_loop().time() - began < 5
+            alone.close()
+            for _, writer in clients:
+                writer.close()
+            await until(lambda: not any(num_open.values()))
+            own.close()
+
+    asyncio.run(main())
+
+
+def test_tls_is_spoken_and_who_does_not_speak_it_is_dropped(memory: int) -> None:
+    authority, num_open = trustme.CA(), Counter[int]()
+    context, trusting = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.create_default_context()
+    authority.issue_cert("localhost").configure_cert(context)
+    authority.configure_trust(trusting)
+
+    async def main() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            own, address = listener.dup(), listener.getsockname()
+            alone = FairAcceptor(
+                own, lambda: Greeting(0, num_open), SharedCounts(memory, 0), lambda: num_open[0], context, 5.0
+            )
+            plain_reader, plain = await asyncio.open_connection(*address)
+            plain.write(b"GET / HTTP/1.1\r\n\r\n")
+            reader, writer = await asyncio.open_connection(*address, ssl=trusting, server_hostname="localhost")
+            assert await reader.read(1) == b"0"
+            with contextlib.suppress(ConnectionError):
+                await plain_reader.read()
+            alone.close()
+            for each in (plain, writer):
+                each.close()
+            await until(lambda: not any(num_open.values()))
+            own.close()
+
+    asyncio.run(main())
+
+
+def test_counts_and_connections_share_a_slot_without_touching(memory: int) -> None:
+    shared = [SharedCounts(memory, index) for index in range(3)]
+    for index, each in enumerate(shared):
+        each.num_connections = 5 + index
+        each.write({"a": [1.0] * 1000})
+    assert [each.num_connections for each in shared] == [5, 6, 7]
+    assert shared[2].least_connections == 5
+    assert shared[2].own() == {"a": [1.0] * 1000}
