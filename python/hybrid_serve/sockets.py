@@ -50,6 +50,23 @@ def connect_dealer(
     return socket
 
 
+def bind_pull(context: zmq.Context[Any], address: str) -> zmq.Socket[bytes]:
+    """Within one machine."""
+    socket: zmq.Socket[bytes] = context.socket(zmq.PULL)
+    _set_common(socket, address, None)
+    socket.bind(address)
+    return socket
+
+
+def connect_push(context: zmq.Context[Any], address: str) -> zmq.Socket[bytes]:
+    """To a PULL of the same machine, which may still be to come."""
+    socket: zmq.Socket[bytes] = context.socket(zmq.PUSH)
+    _set_common(socket, address, None)
+    socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
+    socket.connect(address)
+    return socket
+
+
 def tcp_address(host: str, port: int | str) -> str:
     host = host.strip("[]")
     return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"

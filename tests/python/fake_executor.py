@@ -158,7 +158,36 @@ def _with_logprobs(tokens: NDArray[np.int32], asked: NDArray[np.int32], width: i
     return FakeResult(tokens, logprobs, ids, (tokens % 5 + 1).astype(np.int32))
 
 
-def load(config: Config, report: Callable[[str, float], None]) -> FakeExecutor:
+class SteppingFake(FakeExecutor):
+    """One whose replicas step together. It keeps count in a file: steps, and empty ones."""
+
+    count_file = Path(os.devnull)
+    num_real = num_empty = 0
+
+    def submit(self, batch: Batch) -> FakePending:
+        self.num_real += 1
+        self._write()
+        return super().submit(batch)
+
+    def submit_empty(self) -> FakePending:
+        self.num_empty += 1
+        self._write()
+        return FakePending(FakeResult(np.empty(0, np.int32)), time.monotonic() + self._delay)
+
+    def _write(self) -> None:
+        self.count_file.write_text(f"{self.num_real:8} {self.num_empty:8}")
+
+
+def load_joint(config: Config, report: Callable[[str, float], None]) -> SteppingFake:
+    """``fake?steps=FOLDER``: where the file ``steps-PID`` goes."""
+    executor = load(config, report, SteppingFake)
+    assert isinstance(executor, SteppingFake)
+    executor.count_file = Path(config.model.model.partition("steps=")[2]) / f"steps-{os.getpid()}"
+    executor._write()
+    return executor
+
+
+def load(config: Config, report: Callable[[str, float], None], kind: type[FakeExecutor] = FakeExecutor) -> FakeExecutor:
     """An ``engine.executor.Load``; the model's name holds its options: ``fake?delay=0.01&depth=2&refuse=1``. With
     ``refuse_after`` or ``slow_load_after``, the path of a file, only the first of several loads goes well; with
     ``slow_load_if`` those before the file is made."""
@@ -174,7 +203,7 @@ def load(config: Config, report: Callable[[str, float], None]) -> FakeExecutor:
     if is_first and marker != Path(os.devnull):
         marker.touch()
     report("loading_weights", 1.0)
-    return FakeExecutor(
+    return kind(
         config.cache.num_gpu_blocks_override or 256,
         config.cache.block_size,
         int(options.get("depth", 1)),

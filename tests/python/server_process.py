@@ -28,7 +28,7 @@ config = Config(model=ModelConfig(model={model!r}, **{model_options!r}), server=
                 parallel=ParallelConfig(**{parallel!r}))
 serve = headless.serve if config.parallel.headless else supervisor.serve
 try:
-    raise SystemExit(serve(config, load={load!r}, api_entry={api_entry!r}))
+    raise SystemExit(serve(config, load={load!r}, api_entry={api_entry!r}, **{plan_options!r}))
 except StartupError as error:
     print(box(error.failure), file=sys.stderr)
     raise SystemExit(error.failure.exit_code)
@@ -49,6 +49,7 @@ class ServerProcess:
         supervision: dict[str, Any] | None = None,
         scheduler: dict[str, Any] | None = None,
         parallel: dict[str, Any] | None = None,
+        plan_options: dict[str, Any] | None = None,
         **server: Any,
     ) -> None:
         self._output_fd = output_fd
@@ -64,6 +65,7 @@ class ServerProcess:
             supervision=supervision,
             scheduler=scheduler or {},
             parallel=parallel or {},
+            plan_options=plan_options or {},
             load=load,
             api_entry=api_entry,
         )

@@ -39,7 +39,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "sockets": {"curve", *BOTTOM},
     "flight": set(),
     "heartbeat": {"config", "flight"},
-    "engine": {"_core", "runner", "sockets", "curve", "heartbeat", "flight", "checkpoint", *BOTTOM},
+    "parallel": {"sockets", "config"},
+    "engine": {"_core", "runner", "parallel", "sockets", "curve", "heartbeat", "flight", "checkpoint", *BOTTOM},
     "client": {"sockets", "curve", *BOTTOM},
     "text": {"checkpoint", *BOTTOM},
     "server": {"client", "text", "checkpoint", *BOTTOM},
@@ -59,7 +60,7 @@ ONLY_IN: dict[str, set[str]] = {
     "transformers": {"text"},  # imports torch, hence only for a model that has no tokenizer.json
     "starlette": {"server"},
     "uvicorn": {"server"},
-    "zmq": {"sockets", "curve", "client", "engine", "launch"},
+    "zmq": {"sockets", "curve", "client", "engine", "parallel", "launch"},
     "pickle": set(),  # no object serialiser anywhere
     "marshal": set(),
     "shelve": set(),

@@ -59,6 +59,10 @@ class Inbox:
         # Counted together with the running ones: between two steps it is not known yet which of the new ones will wait.
         self._max_open = self._max_num_seqs + max_num_queued_reqs if max_num_queued_reqs else 0
 
+    def wake_by(self, socket: zmq.Socket[bytes]) -> None:
+        """A wait ends when this socket can be read, too."""
+        self._poller.register(socket, zmq.POLLIN)
+
     def drain(self, core: Scheduler, wait: bool) -> None:
         """Takes in what has arrived; ``wait``: sleeps until something does, or a while."""
         if wait and not self._probation.has_next:

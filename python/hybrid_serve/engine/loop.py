@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 class Source(Protocol):
     """Where requests come from: the ``Inbox``, or in one process with its user, the ``LLM``."""
 
-    stopping: bool
+    @property
+    def stopping(self) -> bool: ...
 
     def drain(self, core: Scheduler, wait: bool) -> None: ...
 

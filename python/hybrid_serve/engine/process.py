@@ -13,10 +13,11 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import zmq
@@ -26,11 +27,13 @@ from ..config import Config
 from ..curve import Gate, read_key_file
 from ..errors import StartupError
 from ..heartbeat import STACKS_SIGNAL, EnginePhase, Heartbeat, max_watched_ids
+from ..parallel.lockstep import Lockstep
 from ..sockets import bind_router, connect_dealer
 from ..wire import PROTOCOL_VERSION, EngineFacts, Hello, Kind, Status, engine_identity, pack
 from .executor import Executor, ExecutorFacts
 from .inbox import Inbox
-from .loop import EngineLoop
+from .joint import JointExecutor, JointInbox, SteppingExecutor
+from .loop import EngineLoop, Source
 from .outbox import Outbox
 from .peers import Peers
 from .probation import Probation
@@ -53,9 +56,12 @@ def main(
     stacks_path: str,
     cpu_threads: int,
     key_file: str,
+    lockstep_addresses: Sequence[str] = (),
+    lockstep_place: int = 0,
 ) -> None:
     """Returns when the supervisor says stop. ``load``: "module:function", an ``executor.Load``. ``key_file``: where
-    ``data_address`` is of a network, whose port the system picks. Raises StartupError."""
+    ``data_address`` is of a network, whose port the system picks. ``lockstep_addresses``: see ``Lockstep``; none: this
+    engine steps as it likes. Raises StartupError."""
     die_with_parent()
     dump_stacks_on_signal(stacks_path)
     heartbeat = Heartbeat(heartbeat_fd, max_watched_ids(config))
@@ -96,8 +102,13 @@ def main(
         collect_garbage_rarely()
         heartbeat.enter(EnginePhase.IDLE)
         progress.ready(engine_facts(config, facts), facts.notes)
+        source: Source = inbox
+        if lockstep_addresses:
+            lockstep = Lockstep(context, lockstep_addresses, lockstep_place)
+            executor = joint = JointExecutor(cast(SteppingExecutor, executor), lockstep)
+            source = JointInbox(inbox, joint, lockstep)
         watched = WatchedExecutor(executor, core, heartbeat)
-        EngineLoop(core, watched, inbox, Outbox(peers, probation)).run()
+        EngineLoop(core, watched, source, Outbox(peers, probation)).run()
     finally:
         context.destroy(linger=0)
 

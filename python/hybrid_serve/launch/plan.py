@@ -32,6 +32,11 @@ class ProcessSpec(msgspec.Struct, frozen=True, kw_only=True):
     def name(self) -> str:
         return f"{self.role} {self.index}"
 
+    @property
+    def is_in_lockstep(self) -> bool:
+        """When it ends, the others of its role cannot go on either."""
+        return "lockstep_addresses" in self.arguments
+
 
 class Front(NamedTuple):
     """What API servers inherit."""
@@ -55,10 +60,12 @@ def plan(
     *,
     load: str = LOAD_INLINE,
     api_entry: str = API_ENTRY,
+    lockstep: bool = False,
 ) -> list[ProcessSpec]:
     """The children of one server, the slowest to start first: engines, and where this is the ``place`` for them API
     servers. ``directory``: of this run, for their sockets; ``heartbeat_fds``: see ``heartbeat.make``, one for each
-    engine. ``load``: what the engine computes with, an ``engine.executor.Load``."""
+    engine. ``load``: what the engine computes with, an ``engine.executor.Load``; ``lockstep``: its replicas must step
+    together."""
     control, parallel = control_address(directory), config.parallel
     ranks, is_joined = parallel.local_ranks, isinstance(place, Joined)
     addresses = {rank: f"ipc://{directory}/engine-{rank}" for rank in ranks}
@@ -80,7 +87,8 @@ def plan(
                 "heartbeat_fd": heartbeat_fd,
                 "stacks_path": str(stacks_path(directory, index)),
                 "cpu_threads": threads_of_each(config, len(addresses), usable_cores()),
-            },
+            }
+            | (lockstep_arguments(directory, ranks, index) if lockstep else {}),
             environment=device_of(index - ranks[0], len(ranks), os.environ),
             inherited_fds=(heartbeat_fd,),
         )
@@ -106,6 +114,11 @@ def plan(
         for index in range(config.server.api_server_count)
     ]
     return [*engines, *servers]
+
+
+def lockstep_arguments(directory: Path, ranks: range, index: int) -> dict[str, Any]:
+    addresses = [f"ipc://{directory}/lockstep-{rank}" for rank in ranks]
+    return {"lockstep_addresses": addresses, "lockstep_place": ranks.index(index)}
 
 
 def again(spec: ProcessSpec) -> ProcessSpec:

@@ -13,7 +13,7 @@ from types import TracebackType
 PREFIX = "hybrid-serve-"
 LOCK = "lock"
 LONGEST_SOCKET_PATH = 107  # bytes, of sockaddr_un
-LONGEST_NAME = len("/engine-000")
+LONGEST_NAME = len("/lockstep-000")
 
 
 class RunDirectory:

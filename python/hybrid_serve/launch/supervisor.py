@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,6 @@ from ..errors import StartupError
 from ..sockets import bind_router, readable
 from ..wire import (
     ALL_ENGINES,
-    COUNTS_SLOT_BYTES,
     Empty,
     Hello,
     Kind,
@@ -31,6 +28,7 @@ from ..wire import (
     unpack,
 )
 from . import listener
+from .counts import shared_counts
 from .engines import WatchedEngine, close_all, make_heartbeats
 from .handshake import device_refusal, refusal
 from .local import Child, death, start
@@ -83,29 +81,13 @@ def serve(config: Config, reporter: Reporter | None = None, **plan_options: Any)
             nodes.close()
 
 
-@contextmanager
-def shared_counts(num_api_servers: int) -> Iterator[int]:
-    """File descriptor of memory where API servers keep their counts; they come and go, it stays."""
-    fd = os.memfd_create("hybrid-serve-counts")
-    try:
-        os.ftruncate(fd, num_api_servers * COUNTS_SLOT_BYTES)
-        yield fd
-    finally:
-        os.close(fd)
-
-
 class Supervisor:
     """Starts the planned processes, passes on what engines say of themselves, starts again what dies or hangs; leaves
     out an engine with which that happens too often, ends all when nothing is left that could serve, or in order when a
     signal asks for it. Knows no request. Never outlived by a child."""
 
     def __init__(
-        self,
-        config: Config,
-        directory: Path,
-        specs: list[ProcessSpec],
-        reporter: Reporter,
-        neighbours: Neighbours,
+        self, config: Config, directory: Path, specs: list[ProcessSpec], reporter: Reporter, neighbours: Neighbours
     ) -> None:
         """``neighbours``: other machines with engines of this server, or the one that these engines are for."""
         self.config, self.directory, self.specs, self.reporter = config, directory, specs, reporter
@@ -312,8 +294,19 @@ class Supervisor:
                 log.error("%s: %s", cause.what, cause.why)
                 self.failure, self.exit_code = self.failure or cause, ENGINE_FAILED
             else:
+                if child.spec.is_in_lockstep:
+                    self._end_partners(cause)
                 self._restart(child.spec, cause)
         self._stop_when_drained()
+
+    def _end_partners(self, cause: StartupFailure) -> None:
+        """Engines in lockstep begin anew together."""
+        for partner in self._running("engine"):
+            if _identity(partner.spec) in self._greeted:  # else it was started again, and waits for the others
+                what = f"{partner.spec.name} was ended: {cause.what}"
+                self._last_words.setdefault(_identity(partner.spec), msgspec.structs.replace(cause, what=what))
+                self._greeted.discard(_identity(partner.spec))
+                partner.kill()
 
     def _restart(self, spec: ProcessSpec, cause: StartupFailure) -> None:
         now, restarts = time.monotonic(), self._restarts[spec.name]

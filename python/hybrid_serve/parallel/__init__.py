@@ -1,0 +1,1 @@
+"""What replicas and ranks of one model need to work together."""
