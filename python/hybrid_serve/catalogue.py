@@ -156,6 +156,14 @@ _STARTS = (
         "hybrid-serve keys FILE makes one, chmod 600 FILE closes it; head and headless engines need the same.",
     ),
     _start(
+        47,
+        2,
+        "The Ray cluster cannot be used",
+        "--data-parallel-backend ray: the package ray is not installed, there is no cluster, it has another token or "
+        "lets in everybody, it has no room for the engines, or its nodes cannot reach this machine.",
+        "pip install 'hybrid-serve[ray]', RAY_AUTH_MODE=token ray start --head, or what the message says.",
+    ),
+    _start(
         50,
         10,
         "The model has no tokenizer",

@@ -128,6 +128,11 @@ class ParallelConfig:
     data_parallel_external_lb: Annotated[
         bool, Option("each engine has an API server of its own, and something else balances; needs the rank")
     ] = False
+    data_parallel_backend: Annotated[
+        Literal["mp", "ray"],
+        Option("ray: engines run on nodes of a Ray cluster; needs the extra", short="--distributed-executor-backend"),
+    ] = "mp"
+    insecure_ray: Annotated[bool, Option("allow a Ray cluster without token authentication")] = False
     data_parallel_prefix_affinity: Annotated[
         bool, Option("give prompts with the same beginning to the same engine, unless it has much more to do")
     ] = False
@@ -135,7 +140,9 @@ class ParallelConfig:
 
     @property
     def local_ranks(self) -> range:
-        """Of the engines on this machine."""
+        """Of the engines that this machine's supervisor starts."""
+        if self.data_parallel_backend == "ray":
+            return range(0)
         if self.data_parallel_rank >= 0:
             return range(self.data_parallel_rank, self.data_parallel_rank + 1)
         rest = 1 if self.headless else self.data_parallel_size
@@ -144,7 +151,7 @@ class ParallelConfig:
 
     @property
     def remote_ranks(self) -> tuple[int, ...]:
-        """Of the engines that join this head from other machines."""
+        """Of the engines that join this head over the network."""
         if self.headless or self.data_parallel_hybrid_lb or self.data_parallel_rank >= 0:
             return ()
         return tuple(rank for rank in range(self.data_parallel_size) if rank not in self.local_ranks)
@@ -337,7 +344,7 @@ def _parallel_problems(config: Config) -> list[tuple[str, str]]:
     """Combinations of the modes that make no sense; ``ParallelConfig`` says what each mode is."""
     parallel, ranks = config.parallel, config.parallel.local_ranks
     is_external, is_hybrid = parallel.data_parallel_rank >= 0, parallel.data_parallel_hybrid_lb
-    size, headless = parallel.data_parallel_size, parallel.headless
+    size, headless, is_ray = parallel.data_parallel_size, parallel.headless, parallel.data_parallel_backend == "ray"
     is_outside = bool(ranks) and ranks[-1] >= size and not (headless and size == 1)  # headless need not know the size
     cases = {
         ("data_parallel_rank", "is needed with data_parallel_external_lb: it says whose server this is"): (
@@ -358,7 +365,10 @@ def _parallel_problems(config: Config) -> list[tuple[str, str]]:
             parallel.data_parallel_start_rank > 0 and not (headless or is_hybrid or is_external)
         ),
         ("data_parallel_key_file", "is needed for engines on several machines: hybrid-serve keys FILE makes it"): (
-            bool(headless or parallel.remote_ranks) and not parallel.data_parallel_key_file
+            bool(headless or (parallel.remote_ranks and not is_ray)) and not parallel.data_parallel_key_file
+        ),
+        ("data_parallel_backend", "is ray, which places all engines: no headless, hybrid_lb, rank, size_local"): (
+            is_ray and (headless or is_hybrid or is_external or parallel.data_parallel_size_local >= 0)
         ),
         ("data_parallel_address", "is empty, use 127.0.0.1 for this machine only"): not parallel.data_parallel_address,
     }

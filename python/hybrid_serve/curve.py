@@ -67,7 +67,8 @@ class Gate:
     def __init__(self, context: zmq.Context[Any], keys: Keys) -> None:
         self.context, self.keys, self.num_refused = context, keys, 0
         self._allowed = {keys.public}
-        self._socket: zmq.Socket[bytes] = context.socket(zmq.REP)
+        # Of a shadow: ``destroy`` would close it under the thread that waits on it, which then aborts the process.
+        self._socket: zmq.Socket[bytes] = zmq.Context.shadow(context.underlying).socket(zmq.REP)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.bind(_ZAP_ADDRESS)
         threading.Thread(target=self._answer_forever, daemon=True, name="gate").start()

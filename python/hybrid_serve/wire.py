@@ -20,6 +20,7 @@ MAX_FRAME_BYTES = 64 * 2**20
 API_INDEX_SHIFT = 48
 LAUNCH_SHIFT = 36
 ALL_ENGINES = -1  # instead of the index of one
+LAST_WORDS_OF = b"failed-"  # before the identity of a process that says FAILED and ends
 # Of EngineStats.step_token_counts; as in cpp/core/stats.h.
 STEP_TOKEN_BOUNDS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
@@ -176,7 +177,7 @@ class EngineStats(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Hello(msgspec.Struct, array_like=True, frozen=True):
-    role: str  # "engine", "api" or "node"
+    role: str  # "engine", "api", "ray" or "node"
     index: int
     pid: int
     protocol: int
@@ -229,9 +230,13 @@ class StartupFailure(msgspec.Struct, array_like=True, frozen=True):
     exit_code: int = 1
 
 
+def identity_of(role: str, index: int) -> bytes:
+    """By which a process's DEALERs are known to the ROUTERs."""
+    return f"{role}-{index}".encode()
+
+
 def api_identity(api_index: int) -> bytes:
-    """By which an API server's DEALERs are known to the ROUTERs."""
-    return b"api-%d" % api_index
+    return identity_of("api", api_index)
 
 
 def first_request_id(api_index: int, launch: int) -> int:
@@ -241,7 +246,7 @@ def first_request_id(api_index: int, launch: int) -> int:
 
 
 def engine_identity(engine_index: int) -> bytes:
-    return b"engine-%d" % engine_index
+    return identity_of("engine", engine_index)
 
 
 T = TypeVar("T", bound=msgspec.Struct)

@@ -98,3 +98,14 @@ def test_nothing_is_bound_or_connected_to_a_network_without_keys() -> None:
             bind_router(context, "tcp://127.0.0.1:*")
         with pytest.raises(ValueError, match="needs keys"):
             connect_dealer(context, "tcp://127.0.0.1:1", b"x")
+
+
+def test_a_context_ends_while_its_gate_waits() -> None:
+    """F-03: a port that is busy, or a stop, is no reason to be aborted by the library."""
+    pair = keys()
+    for _ in range(200):
+        context = zmq.Context()
+        gate = Gate(context, pair)
+        router = bind_router(context, "tcp://127.0.0.1:*", gate)
+        context.destroy(linger=0)
+        assert router.closed

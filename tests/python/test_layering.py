@@ -61,6 +61,7 @@ ONLY_IN: dict[str, set[str]] = {
     "starlette": {"server"},
     "uvicorn": {"server"},
     "zmq": {"sockets", "curve", "client", "engine", "parallel", "launch"},
+    "ray": {"launch"},
     "pickle": set(),  # no object serialiser anywhere
     "marshal": set(),
     "shelve": set(),
@@ -71,15 +72,15 @@ ONLY_IN: dict[str, set[str]] = {
 LIGHT: dict[str, set[str]] = {
     "hybrid_serve": {"torch", "numpy", "zmq", "msgspec"},
     "hybrid_serve.cli.main": {"torch", "numpy", "zmq", "msgspec", "starlette"},
-    "hybrid_serve.cli.options": {"torch", "numpy", "zmq", "starlette"},
+    "hybrid_serve.cli.options": {"torch", "numpy", "zmq", "starlette", "ray"},
     "hybrid_serve.cli.fit": {"torch", "zmq", "starlette"},
     "hybrid_serve.cli.doctor": {"torch", "numpy", "zmq", "starlette"},
     "hybrid_serve.cli.keys": {"torch", "zmq", "starlette"},
     "hybrid_serve.cli.ps": {"torch", "numpy", "zmq", "starlette"},
     "hybrid_serve.cli.batch.command": {"torch", "zmq", "starlette"},
     "hybrid_serve.cli.bench.serve": {"torch", "zmq", "starlette"},
-    "hybrid_serve.launch.supervisor": {"torch", "starlette", "hybrid_serve._core", "hybrid_serve._kernels"},
-    "hybrid_serve.server.app": {"torch", "transformers", "hybrid_serve._core", "hybrid_serve._kernels"},
+    "hybrid_serve.launch.supervisor": {"torch", "starlette", "ray", "hybrid_serve._core", "hybrid_serve._kernels"},
+    "hybrid_serve.server.app": {"torch", "transformers", "ray", "hybrid_serve._core", "hybrid_serve._kernels"},
 }
 
 

@@ -98,7 +98,12 @@ def translated(words: list[str]) -> Translation:
 
 
 def _from_vllm(words: list[str]) -> Translation:
-    known: Mapping[str, Setting] = {setting.flag[2:]: setting for setting in settings()}
+    known: Mapping[str, Setting] = {
+        spelling.lstrip("-"): setting
+        for setting in settings()
+        for spelling in (setting.flag, setting.option.short)
+        if spelling
+    }
     found = Translation()
     for flag, values in _flags(words):
         name = flag.lstrip("-").replace("_", "-")
@@ -110,7 +115,7 @@ def _from_vllm(words: list[str]) -> Translation:
                 f"{shlex.join([flag, *values])}: its keys are vLLM's; see hybrid-serve config explain"
             )
         elif positive in known:
-            found.words += [f"--{name}", *values]
+            found.words += [known[name].flag if name in known else f"--{name}", *values]
         else:
             why = _VLLM_NOTES.get(positive.partition(".")[0], "no counterpart")
             found.left_out.append(f"{shlex.join([flag, *values])}: {why}")

@@ -18,7 +18,7 @@ from setproctitle import setproctitle
 from ..errors import StartupError
 from ..logging import configure
 from ..sockets import connect_dealer
-from ..wire import Kind, StartupFailure, api_identity, engine_identity, pack
+from ..wire import LAST_WORDS_OF, Kind, StartupFailure, pack
 from .local import Order, read_order
 
 log = logging.getLogger(__name__)
@@ -71,10 +71,9 @@ def _run(order: Order) -> int:
 
 
 def _report(order: Order, failure: StartupFailure) -> None:
-    identity = engine_identity if order.spec.role == "engine" else api_identity
     # Another connection than the entry point's own, which may be broken or closed.
     context = zmq.Context()
-    control = connect_dealer(context, order.spec.arguments["control_address"], b"failed-" + identity(order.spec.index))
+    control = connect_dealer(context, order.spec.arguments["control_address"], LAST_WORDS_OF + order.spec.identity)
     control.send_multipart(pack(Kind.FAILED, failure))
     control.close(linger=REPORT_MS)
     context.term()

@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .. import __version__
-from ..wire import PROTOCOL_VERSION, EngineFacts, Hello, StartupFailure, api_identity, engine_identity
+from ..wire import PROTOCOL_VERSION, EngineFacts, Hello, StartupFailure
 from .plan import ProcessSpec
 
 
 def refusal(hello: Hello, identity: bytes, specs: list[ProcessSpec], config_digest: str) -> StartupFailure | None:
     """Why not; None: it does. A child of another version or configuration must not serve beside the others."""
-    expected = {"engine": engine_identity, "api": api_identity}.get(hello.role)
-    is_planned = any((spec.role, spec.index) == (hello.role, hello.index) for spec in specs)
+    is_planned = any((spec.role, spec.index, spec.identity) == (hello.role, hello.index, identity) for spec in specs)
     problem = ""
-    if expected is None or not is_planned or identity != expected(hello.index):
+    if not is_planned:
         problem = f"{hello.role} {hello.index} is not one of this server's processes"
     elif (hello.protocol, hello.version) != (PROTOCOL_VERSION, __version__):
         problem = (

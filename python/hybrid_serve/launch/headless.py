@@ -55,6 +55,11 @@ def serve(config: Config, reporter: Reporter | None = None, **plan_options: Any)
             close_all(heartbeat_fds)
 
 
+def main(config: Config, *, control_address: str, **plan_options: Any) -> None:
+    """``serve`` as a child of somebody who starts engines on machines, and hears at that address why they failed."""
+    serve(config, **plan_options)
+
+
 class Head:
     """The head, as a node's supervisor sees it: one connection, over which it says what its engines do. Knows no
     request and no API server: these connect to the engines."""
@@ -150,6 +155,9 @@ class Head:
 
     def publish(self, status: Status) -> None:
         self._send(pack(Kind.STATUS, status))
+
+    def given_up(self, status: Status) -> None:
+        """There is nobody here who would."""
 
     def leave(self) -> None:
         self._send(pack(Kind.LEAVE, Empty()))

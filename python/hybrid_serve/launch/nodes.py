@@ -48,6 +48,10 @@ class Neighbours(Protocol):
         """News of an engine of this machine."""
         ...
 
+    def given_up(self, status: Status) -> None:
+        """An engine there died too often: nobody starts it again."""
+        ...
+
     def leave(self) -> None:
         """This machine ends."""
         ...
@@ -68,6 +72,7 @@ class Alone:
     def take_messages(self) -> None: ...
     def look(self) -> None: ...
     def publish(self, status: Status) -> None: ...
+    def given_up(self, status: Status) -> None: ...
     def leave(self) -> None: ...
     def close(self) -> None: ...
 
@@ -93,7 +98,10 @@ class Nodes:
         self._welcome = pack(Kind.WELCOME, Welcome(config.server.api_server_count))
         self._limit = config.supervision.engine_heartbeat_timeout
         self._nodes: dict[bytes, Node] = {}
-        self._statuses = {rank: Status("away", engine=rank) for rank in self._ranks}
+        # Whether somebody starts again what is lost, and nobody needs to give up requests that wait for it.
+        self._is_managed = parallel.data_parallel_backend == "ray"
+        absent = "starting" if self._is_managed else "away"
+        self._statuses = {rank: Status(absent, engine=rank) for rank in self._ranks}
         keys = read_key_file(Path(parallel.data_parallel_key_file))
         self._context = zmq.Context()
         self.gate = Gate(self._context, keys)
@@ -129,6 +137,13 @@ class Nodes:
 
     def publish(self, status: Status) -> None:
         """Nobody there needs to know."""
+
+    def given_up(self, status: Status) -> None:
+        before = self._statuses[status.engine]
+        self._tell(msgspec.structs.replace(status, facts=before.facts, restarts=before.restarts))
+        if all(each.phase == "dead" for each in self._statuses.values()):
+            fix = "the log above says what became of the engines"
+            self.on_end(StartupFailure("HS-E202", "no engine is left", status.message, fix, 20))
 
     def leave(self) -> None:
         for identity in self._nodes:
@@ -185,7 +200,10 @@ class Nodes:
         log.warning("engines %d to %d are away: %s", node.ranks[0], node.ranks[-1], why)
         for rank in node.ranks:
             before = self._statuses[rank]
-            self._tell(Status("away", message=why, facts=before.facts, restarts=before.restarts, engine=rank))
+            if before.phase == "dead":
+                continue  # it was given up, and does not come back
+            phase, restarts = ("restarting", before.restarts + 1) if self._is_managed else ("away", before.restarts)
+            self._tell(Status(phase, message=why, facts=before.facts, restarts=restarts, engine=rank))
 
     def _tell(self, status: Status) -> None:
         self._statuses[status.engine] = status

@@ -11,9 +11,11 @@ import msgspec
 
 from ..config import Config
 from ..sockets import tcp_address
+from ..wire import identity_of
 
 ENGINE_ENTRY = "hybrid_serve.engine.process:main"
 API_ENTRY = "hybrid_serve.server.process:main"
+RAY_ENTRY = "hybrid_serve.launch.ray:main"
 LOAD_INLINE = "hybrid_serve.engine.executor:load_inline"
 VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
 
@@ -21,7 +23,7 @@ VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
 class ProcessSpec(msgspec.Struct, frozen=True, kw_only=True):
     """One child. Its entry point is called as ``entry(config, **arguments)``; all of it crosses as JSON."""
 
-    role: str  # "engine" or "api"
+    role: str  # "engine", "api"; "ray" starts engines elsewhere, "node" is one of theirs there
     index: int
     entry: str  # "module:function"
     arguments: dict[str, Any]
@@ -36,6 +38,10 @@ class ProcessSpec(msgspec.Struct, frozen=True, kw_only=True):
     def is_in_lockstep(self) -> bool:
         """When it ends, the others of its role cannot go on either."""
         return "lockstep_addresses" in self.arguments
+
+    @property
+    def identity(self) -> bytes:
+        return identity_of(self.role, self.index)
 
 
 class Front(NamedTuple):
@@ -61,11 +67,12 @@ def plan(
     load: str = LOAD_INLINE,
     api_entry: str = API_ENTRY,
     lockstep: bool = False,
+    num_cores: int = 0,
 ) -> list[ProcessSpec]:
     """The children of one server, the slowest to start first: engines, and where this is the ``place`` for them API
     servers. ``directory``: of this run, for their sockets; ``heartbeat_fds``: see ``heartbeat.make``, one for each
     engine. ``load``: what the engine computes with, an ``engine.executor.Load``; ``lockstep``: its replicas must step
-    together."""
+    together; ``num_cores``: that each engine may use, 0: an equal share of those that there are."""
     control, parallel = control_address(directory), config.parallel
     ranks, is_joined = parallel.local_ranks, isinstance(place, Joined)
     addresses = {rank: f"ipc://{directory}/engine-{rank}" for rank in ranks}
@@ -86,7 +93,7 @@ def plan(
                 "load": load,
                 "heartbeat_fd": heartbeat_fd,
                 "stacks_path": str(stacks_path(directory, index)),
-                "cpu_threads": threads_of_each(config, len(addresses), usable_cores()),
+                "cpu_threads": num_cores or threads_of_each(config, len(addresses), usable_cores()),
             }
             | (lockstep_arguments(directory, ranks, index) if lockstep else {}),
             environment=device_of(index - ranks[0], len(ranks), os.environ),
@@ -97,6 +104,11 @@ def plan(
     if isinstance(place, Joined):
         return engines
     addresses |= dict.fromkeys(parallel.remote_ranks, "")  # their status will bring it
+    starters = []
+    if parallel.data_parallel_backend == "ray":
+        environment = {} if parallel.insecure_ray else {"RAY_AUTH_MODE": "token"}
+        arguments = {"control_address": control, "load": load}
+        starters = [ProcessSpec(role="ray", index=0, entry=RAY_ENTRY, arguments=arguments, environment=environment)]
     servers = [
         ProcessSpec(
             role="api",
@@ -113,7 +125,7 @@ def plan(
         )
         for index in range(config.server.api_server_count)
     ]
-    return [*engines, *servers]
+    return [*engines, *starters, *servers]
 
 
 def lockstep_arguments(directory: Path, ranks: range, index: int) -> dict[str, Any]:

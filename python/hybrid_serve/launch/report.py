@@ -59,7 +59,7 @@ class PlainReporter:
             self._facts = facts = status.facts
             tokens = facts.num_blocks * facts.block_size
             requests = f"{tokens // facts.max_model_len} requests of {facts.max_model_len}"
-            count = len(self._config.parallel.local_ranks)
+            count = len(self._config.parallel.local_ranks or self._config.parallel.remote_ranks)
             each = f", in each of {count} engines" if count > 1 else ""
             text = f"KV cache of {tokens} tokens = {requests}, {facts.dtype}, {facts.device}{each}"
             self._phase_line(3, "memory", text)

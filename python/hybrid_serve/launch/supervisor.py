@@ -17,17 +17,16 @@ from ..errors import StartupError
 from ..sockets import bind_router, readable
 from ..wire import (
     ALL_ENGINES,
+    LAST_WORDS_OF,
     Empty,
     Hello,
     Kind,
     StartupFailure,
     Status,
-    api_identity,
-    engine_identity,
     pack,
     unpack,
 )
-from . import listener
+from . import listener, ray
 from .counts import shared_counts
 from .engines import WatchedEngine, close_all, make_heartbeats
 from .handshake import device_refusal, refusal
@@ -69,6 +68,8 @@ def serve(config: Config, reporter: Reporter | None = None, **plan_options: Any)
         shared_counts(config.server.api_server_count) as counts,
     ):
         reporter.bound(listener.url(http, "https" if config.server.ssl_certfile else "http"))
+        if config.parallel.data_parallel_backend == "ray":
+            config = ray.prepared(config, directory)
         heartbeat_fds = make_heartbeats(config)
         nodes = Nodes(config) if config.parallel.remote_ranks else Alone()
         specs = plan(config, directory, Front(http.fileno(), counts), heartbeat_fds, **plan_options)
@@ -96,7 +97,7 @@ class Supervisor:
         self.failure: StartupFailure | None = None  # the first one: the others follow from it
         self.exit_code = 0
         self.children: dict[int, Child] = {}  # by file descriptor of its life
-        self.engines = {_identity(spec): WatchedEngine(spec, config) for spec in specs if spec.role == "engine"}
+        self.engines = {spec.identity: WatchedEngine(spec, config) for spec in specs if spec.role == "engine"}
         self._next_look = 0.0
         self._restarts = {spec.name: Restarts(config.supervision) for spec in specs}
         self._due: list[tuple[float, ProcessSpec]] = []  # to be started again, and when
@@ -139,7 +140,7 @@ class Supervisor:
 
     def _start(self, spec: ProcessSpec) -> None:
         if spec.role == "engine":
-            self.engines[_identity(spec)].heartbeat.clear()
+            self.engines[spec.identity].heartbeat.clear()
         child = start(spec, self.config, str(self.directory))
         self.children[child.life.fileno()] = child
         self._poller.register(child.life, zmq.POLLIN)
@@ -176,11 +177,14 @@ class Supervisor:
             failure = unpack(header, StartupFailure)
             if self.phase is Phase.STARTING:
                 self._fail(failure)
-            self._last_words[identity.removeprefix(b"failed-")] = failure
+            if identity.startswith(LAST_WORDS_OF):  # else of an engine elsewhere, whose starter lives on
+                self._last_words[identity.removeprefix(LAST_WORDS_OF)] = failure
         elif kind == Kind.HELLO:
             self._greet(identity, unpack(header, Hello))
         elif kind == Kind.STATUS and identity in self._greeted and identity in self.engines:
             self._take_status(self.engines[identity], unpack(header, Status))
+        elif kind == Kind.STATUS and identity in self._greeted:
+            self._neighbours.given_up(unpack(header, Status))
         else:
             log.warning("control message of kind %r from %r dropped", kind, identity)
 
@@ -212,6 +216,8 @@ class Supervisor:
     def _take_news(self, status: Status) -> None:
         """Of an engine on another machine."""
         self._tell("api", pack(Kind.STATUS, status))
+        if self.phase is Phase.STARTING and not self.engines:
+            self.reporter.status(status)
         self._check_ready()
 
     def _statuses(self) -> list[Status]:
@@ -224,7 +230,7 @@ class Supervisor:
         self._neighbours.publish(status)
 
     def _check_ready(self) -> None:
-        everyone = {_identity(spec) for spec in self.specs}
+        everyone = {spec.identity for spec in self.specs}
         is_ready = all(status.phase == "ready" for status in self._statuses())
         if self.phase is Phase.STARTING and is_ready and self._greeted == everyone:
             self.phase = Phase.SERVING
@@ -239,7 +245,7 @@ class Supervisor:
 
     def _tell(self, role: str, message: list[Any]) -> None:
         for child in self._running(role):
-            self._send(_identity(child.spec), message)
+            self._send(child.spec.identity, message)
 
     def _send(self, identity: bytes, message: list[Any]) -> None:
         if identity not in self._greeted:
@@ -263,7 +269,7 @@ class Supervisor:
             self._tell("api", pack(Kind.SHUTDOWN, Empty()))
             self._end_in(self.config.server.shutdown_timeout + DRAIN_GRACE)
             # An engine that is being restarted still has streams to finish; a new API server would have none.
-            self._due = [due for due in self._due if due[1].role == "engine"]
+            self._due = [due for due in self._due if due[1].role != "api"]
             self._stop_when_drained()
         elif self.phase in (Phase.STARTING, Phase.DRAINING):
             was_serving = self.phase is Phase.DRAINING
@@ -277,7 +283,7 @@ class Supervisor:
 
     def _ended(self, child: Child) -> None:
         self._poller.unregister(child.life)
-        code, identity = child.reap(), _identity(child.spec)
+        code, identity = child.reap(), child.spec.identity
         self._greeted.discard(identity)
         log.debug("%s ended with exit code %d", child.spec.name, code)
         if self.phase is Phase.STOPPING:
@@ -302,15 +308,15 @@ class Supervisor:
     def _end_partners(self, cause: StartupFailure) -> None:
         """Engines in lockstep begin anew together."""
         for partner in self._running("engine"):
-            if _identity(partner.spec) in self._greeted:  # else it was started again, and waits for the others
+            if partner.spec.identity in self._greeted:  # else it was started again, and waits for the others
                 what = f"{partner.spec.name} was ended: {cause.what}"
-                self._last_words.setdefault(_identity(partner.spec), msgspec.structs.replace(cause, what=what))
-                self._greeted.discard(_identity(partner.spec))
+                self._last_words.setdefault(partner.spec.identity, msgspec.structs.replace(cause, what=what))
+                self._greeted.discard(partner.spec.identity)
                 partner.kill()
 
     def _restart(self, spec: ProcessSpec, cause: StartupFailure) -> None:
         now, restarts = time.monotonic(), self._restarts[spec.name]
-        pause, engine = restarts.next_pause(now), self.engines.get(_identity(spec))
+        pause, engine = restarts.next_pause(now), self.engines.get(spec.identity)
         if pause is None:
             often = f", after {restarts.recent} restarts within {WINDOW:g} s" if restarts.recent else ""
             cause = msgspec.structs.replace(cause, what=cause.what + often)
@@ -334,7 +340,7 @@ class Supervisor:
         self._next_look = now + LOOK_SECONDS
         if self.phase is not Phase.STOPPING:
             self._neighbours.look()
-        running = {_identity(child.spec): child for child in self._running("engine")}
+        running = {child.spec.identity: child for child in self._running("engine")}
         for identity, engine in self.engines.items():
             self._next_look = min(self._next_look, now + engine.watchdog.interval)
             verdict = engine.watchdog.look()
@@ -368,8 +374,9 @@ class Supervisor:
     def _end_engines(self) -> None:
         self._stop()
         self._tell("engine", pack(Kind.SHUTDOWN, Empty()))
+        self._tell("ray", pack(Kind.SHUTDOWN, Empty()))
         for child in self._running("engine"):
-            if not self.engines[_identity(child.spec)].is_ready:  # it loads, and listens to nobody
+            if not self.engines[child.spec.identity].is_ready:  # it loads, and listens to nobody
                 child.kill()
         self._end_in(GRACE)
 
@@ -410,7 +417,3 @@ class Supervisor:
 
     def _running(self, role: str) -> list[Child]:
         return [child for child in self.children.values() if child.spec.role == role]
-
-
-def _identity(spec: ProcessSpec) -> bytes:
-    return (engine_identity if spec.role == "engine" else api_identity)(spec.index)

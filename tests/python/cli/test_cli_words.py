@@ -73,6 +73,11 @@ def test_config_refuses_what_serve_would(capsys: pytest.CaptureFixture[str], arg
             ["--enable-chunked-prefill: not needed: always on", "--compilation-config.x 3: no counterpart"],
         ),
         (
+            "vllm serve m -dp 2 --distributed-executor-backend ray --no-enable-ssl-refresh",
+            "m --data-parallel-size 2 --data-parallel-backend ray --no-enable-ssl-refresh",
+            [],
+        ),
+        (
             "llama-server --port 1 -m x.gguf -c 8192 -np 4 -ngl 99 --api-key k",
             "x.gguf --port 1 --max-model-len 8192 --max-num-seqs 4 --api-key k",
             ["-ngl 99: no counterpart"],

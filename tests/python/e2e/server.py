@@ -74,7 +74,7 @@ def command(*args: str) -> list[str]:
 
 
 @contextmanager
-def serving(*args: str, env: dict[str, str] | None = None) -> Iterator[Server]:
+def serving(*args: str, env: dict[str, str] | None = None, patience: float = DEADLINE) -> Iterator[Server]:
     """Starts a server on a free port, waits until it is ready, stops it (SIGTERM, then SIGKILL) at the end."""
     port = free_port()
     with (
@@ -89,7 +89,7 @@ def serving(*args: str, env: dict[str, str] | None = None) -> Iterator[Server]:
         )
         server = Server(process, port, log)
         try:
-            wait_until(server.ready, "the server is ready")
+            wait_until(server.ready, "the server is ready", patience)
             yield server
         finally:
             if process.poll() is None:
