@@ -18,6 +18,9 @@ struct Config {
   int64_t num_clients = 1;
   int64_t depth = 1;  // batches in flight
   bool enable_prefix_caching = true;
+  // Decodes that begin with the same blocks are listed as groups where that spares reading so many tokens' KV; 0:
+  // never.
+  int64_t min_shared_tokens = 0;
   int64_t max_adjustments = 0;  // of one batch; 0: validate() makes it 4 * vocab_size
   SipHash128::Key hash_key{};
   // Sizes that batches are padded to, ascending; a batch above the last of its kind keeps its own. Of batches of

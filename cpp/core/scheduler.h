@@ -82,6 +82,8 @@ class Scheduler {
   void admit_waiting();
   void plan(Request& request, int64_t num_new, bool is_decode);
   const Batch* write_batch();
+  void order_plan();
+  void write_prefixes();
 
   // lifecycle.cpp: how a request comes and goes
   void start(Request& request);

@@ -88,6 +88,7 @@ class RandomSession {
     config.depth = 1 + below(2);
     config.enable_prefix_caching = chance(80);
     config.max_adjustments = 8 + below(16);
+    config.min_shared_tokens = below(6);
     if (below(2) == 0) config.decode_sizes = config.mixed_seq_sizes = {1 + below(config.max_num_seqs)};
     config.mixed_token_sizes = {config.max_num_batched_tokens};
     return config;

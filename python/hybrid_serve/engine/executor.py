@@ -56,6 +56,7 @@ class ExecutorFacts(NamedTuple):
     dtype: str
     device: str
     pad_sizes: tuple[tuple[int, ...], ...] = ((), (), ())  # decodes, mixed sequences, mixed tokens; see core/config.h
+    min_shared_tokens: int = 0  # see core/config.h
     memory: tuple[tuple[str, int], ...] = ()  # what takes how many bytes, for people
     notes: tuple[str, ...] = ()  # on how the cache was sized, for people
 
@@ -94,6 +95,7 @@ class InlineExecutor:
             dtype=facts.dtype,
             device=facts.device,
             pad_sizes=facts.pad_sizes,
+            min_shared_tokens=facts.min_shared_tokens,
             memory=plan.rows,
             notes=plan.notes,
         )

@@ -21,6 +21,7 @@ from .step import Compute, Sampled, StepResult, exact_shape, padded_shape
 
 STAGING_BYTES = 32 * 2**20  # per loading thread
 HEAD_SIZES = (64, 80, 96, 128, 256)  # by_head_dim in cuda/attention.cuh
+SPARED_BYTES = 100 * 10**6  # of a layer's KV: what one more kernel costs, see docs/gpu.md
 KEPT_FREE_BYTES = 2**29  # for graphs, library workspaces and what the driver takes as it goes
 
 
@@ -33,7 +34,8 @@ class CudaDevice:
 
     def __init__(self, config: Config) -> None:
         self.torch_device = torch.device("cuda", torch.cuda.current_device())
-        _kernels.set_batch_invariant(config.engine.batch_invariant)
+        self._is_invariant = config.engine.batch_invariant
+        _kernels.set_batch_invariant(self._is_invariant)
         self.captures = not config.engine.enforce_eager
         self._utilization = config.cache.gpu_memory_utilization
         self._local = threading.local()
@@ -56,6 +58,10 @@ class CudaDevice:
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(self.torch_device)
         return max(int(free - total * (1 - self._utilization)), 0)
+
+    def min_shared_tokens(self, token_bytes: int) -> int:
+        # Read together, rows would depend on their company.
+        return 0 if self._is_invariant else -(-SPARED_BYTES // token_bytes)
 
     def cache_budget(self, free_bytes: int) -> int | None:
         return max(free_bytes - KEPT_FREE_BYTES, 0)

@@ -44,6 +44,11 @@ class Device(Protocol):
         ...
 
     def free_bytes(self) -> int: ...
+    def min_shared_tokens(self, token_bytes: int) -> int:
+        """From how many tokens on, each with ``token_bytes`` of KV in a layer, that need not be read again it pays to
+        read what decodes begin with alike only once; 0: never."""
+        ...
+
     def cache_budget(self, free_bytes: int) -> int | None:
         """Bytes of the default KV cache; None: a size by what a server needs, see ``limits``."""
         ...
@@ -76,6 +81,9 @@ class CpuDevice:
     def free_bytes(self) -> int:
         """Memory that can be taken without swapping, within the limit of the control group if there is one."""
         return memory.free_bytes()
+
+    def min_shared_tokens(self, token_bytes: int) -> int:
+        return 0
 
     def cache_budget(self, free_bytes: int) -> int | None:
         return None

@@ -13,11 +13,11 @@ from ..checkpoint.checkpoint import open_checkpoint
 from ..checkpoint.hub import ResolvedModel
 from ..checkpoint.model_spec import ModelSpec
 from ..config import Config
-from ..layers.batch import BatchView
+from ..layers.batch import BatchView, Prefixes
 from ..models import family_of
 from ..models.decoder import Decoder, build_decoder
 from ..models.weights import DTYPES, DummyWeights, WeightReader, Weights, check_tensors, weight_bytes
-from .arena import NUM_DECODES, Batch, Layout
+from .arena import NUM_DECODES, NUM_PREFIXES, Batch, Layout
 from .device import Device, Steps, open_device
 from .graphs import PadSizes, pad_sizes
 from .limits import MemoryPlan, activation_bytes, check_weights_fit, longest_context, plan_memory
@@ -40,6 +40,7 @@ class ModelFacts:
     weight_bytes: int
     max_batched_tokens: int
     pad_sizes: PadSizes
+    min_shared_tokens: int  # from where on reading beginnings that decodes share only once pays; 0: never
 
 
 class ModelRunner:
@@ -85,6 +86,7 @@ class ModelRunner:
             weight_bytes=num_bytes,
             max_batched_tokens=tokens,
             pad_sizes=pad_sizes(scheduler.max_num_seqs, tokens) if device.captures else PadSizes(),
+            min_shared_tokens=device.min_shared_tokens(token_bytes // spec.num_layers),
         )
         return ModelRunner(config, spec, device, decoder, facts)
 
@@ -152,6 +154,14 @@ class ModelRunner:
                 max_decodes=shape.max_decodes,
                 max_prompts=shape.max_prompts,
                 max_query_len=shape.max_query_len,
+                prefixes=Prefixes(
+                    columns["prefix_start"],
+                    columns["prefix_lens"],
+                    columns["header"][NUM_PREFIXES : NUM_PREFIXES + 1],
+                    self.config.cache.block_size,
+                )
+                if shape.shares_prefixes
+                else None,
             ).with_plan(self.spec.num_heads, self.spec.num_kv_heads, self.spec.head_dim)
         )
         return sample(logits, columns, shape, self._picked[: shape.num_sampled])

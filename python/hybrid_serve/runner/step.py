@@ -28,6 +28,7 @@ class StepShape(NamedTuple):
     num_blocks: int  # entries of kv_blocks
     num_adjustments: int  # entries of adjust_ids
     num_copies: int
+    shares_prefixes: bool  # whether decodes that begin with the same blocks are listed
 
 
 class Sampled(NamedTuple):
@@ -81,6 +82,7 @@ def exact_shape(batch: Batch, views: ArenaViews) -> StepShape:
         int(views.arrays["kv_start"][batch.num_seqs]),
         batch.num_adjustments,
         batch.num_copies,
+        batch.num_prefixes > 0,
     )
 
 
@@ -98,6 +100,7 @@ def padded_shape(batch: Batch, views: ArenaViews) -> StepShape:
         views.arrays["kv_blocks"].size,
         views.arrays["adjust_ids"].size,
         batch.num_copies,
+        batch.num_prefixes > 0,
     )
 
 
