@@ -17,8 +17,9 @@ constexpr Heads head_shapes[] = {
     {"llama8b", 32, 8, 128}, {"qwen0.6b", 16, 8, 128}, {"hd64", 32, 8, 64}, {"qwen0.5b", 14, 2, 64}};
 constexpr int64_t block_size = 16;
 
+// `shared`: tokens that all sequences begin with; read once, or, unless `grouped`, by each for itself.
 void attention(const std::string& name, const Heads& h, const std::vector<int32_t>& queries,
-               const std::vector<int32_t>& lens) {
+               const std::vector<int32_t>& lens, int32_t shared = 0, bool grouped = false) {
   if (!selected(name)) return;
   Memory memory;
   const int64_t seqs = static_cast<int64_t>(lens.size());
@@ -35,6 +36,8 @@ void attention(const std::string& name, const Heads& h, const std::vector<int32_
   std::vector<int32_t> table(static_cast<size_t>(blocks));
   for (size_t i = 0; i < table.size(); ++i) table[i] = static_cast<int32_t>(i);
   std::shuffle(table.begin(), table.end(), std::mt19937(2));
+  for (size_t s = 1; s < lens.size(); ++s) std::copy_n(table.begin(), shared / block_size, table.begin() + kv_start[s]);
+  tokens -= static_cast<double>(seqs - 1) * shared;
   const double kv_bytes = tokens * 2.0 * static_cast<double>(h.kv_heads * h.dim) * 2;
   const bool decode = rows == seqs;
   const int64_t layers = decode ? sets_of(kv_bytes, 32) : 1;
@@ -49,8 +52,27 @@ void attention(const std::string& name, const Heads& h, const std::vector<int32_
   a.max_query_len = *std::max_element(queries.begin(), queries.end());
   a.scale = 1.0f / std::sqrt(static_cast<float>(h.dim)), a.stream = stream;
   a.plan = memory.take({decode_plan_size(a.max_decodes)}, DType::i32);
-  plan_decode({a.plan, a.query_start, a.seq_lens, a.kv_start, a.num_decodes, a.max_decodes, h.heads, h.kv_heads, h.dim,
-               stream});
+  PlanDecode plan{a.plan,
+                  a.query_start,
+                  a.seq_lens,
+                  a.kv_start,
+                  a.num_decodes,
+                  a.max_decodes,
+                  h.heads,
+                  h.kv_heads,
+                  h.dim,
+                  {},
+                  {},
+                  {},
+                  0,
+                  stream};
+  if (grouped) {
+    plan.prefix_start = memory.column(std::vector<int32_t>{0, static_cast<int32_t>(seqs)}, DType::i32);
+    plan.prefix_lens = memory.column(std::vector<int32_t>{shared}, DType::i32);
+    plan.num_prefixes = memory.column(std::vector<int64_t>{1}, DType::i64), plan.block_size = block_size;
+    a.shares_prefixes = true;
+  }
+  plan_decode(plan);
   const double time = time_of_launch(layers, [&](int64_t layer) {
     for (int which : {0, 1}) {
       TensorView t = cache;
@@ -80,11 +102,27 @@ void attention_cases() {
                                      {1, 131072},
                                      {1, 384},
                                      {32, 384},
+                                     {256, 96},
                                      {256, 384}})
       attention("decode " + std::to_string(batch) + "x" + std::to_string(len) + suffix, h,
                 std::vector<int32_t>(static_cast<size_t>(batch), 1),
                 std::vector<int32_t>(static_cast<size_t>(batch), len));
     attention("decode 256xmixed" + suffix, h, std::vector<int32_t>(256, 1), mixed);
+    for (const auto& [batch, shared] : {std::pair<int, int>{4, 1024},
+                                        {8, 512},
+                                        {8, 2048},
+                                        {8, 8192},
+                                        {32, 512},
+                                        {32, 2048},
+                                        {64, 2048},
+                                        {256, 256},
+                                        {256, 2048},
+                                        {256, 8192}})
+      for (bool grouped : {false, true})
+        attention("prefix " + std::to_string(batch) + "x(" + std::to_string(shared) + "+96)" +
+                      (grouped ? " shared" : " each") + suffix,
+                  h, std::vector<int32_t>(static_cast<size_t>(batch), 1),
+                  std::vector<int32_t>(static_cast<size_t>(batch), shared + 96), shared, grouped);
     for (const auto& [batch, len] : {std::pair<int, int>{1, 512}, {4, 1024}, {4, 4096}, {1, 16384}}) {
       const std::vector<int32_t> lens(static_cast<size_t>(batch), len);
       attention("prefill " + std::to_string(batch) + "x" + std::to_string(len) + suffix, h, lens, lens);

@@ -22,10 +22,13 @@ struct AttentionParams {
   int64_t out_row, out_head, q_row, q_head;  // strides in elements
   int64_t k_block, k_head, v_block, v_head;  // a head's tokens are contiguous
   const int64_t* __restrict__ num_decodes;   // or null: no decodes
+  int64_t rows;                              // of q
   int seqs;
   int kv_heads, group, dim, block_shift;  // group: query heads of a KV head; 2^block_shift tokens a block
   float scale_log2;                       // scale / ln 2: softmax is in base 2
   int32_t* __restrict__ counter;          // prefill on sm_90 only: shares of the work taken
+  int32_t* plan;                          // decode only: of plan_decode
+  float* prefixes;                        // of decodes that share a beginning: what its tokens sum to (decode_plan.cuh)
 };
 
 constexpr float minus_infinity = -__builtin_huge_valf();
@@ -70,9 +73,12 @@ template <int dim>
 constexpr int row_packs = dim / 8 | 1;
 
 template <class T>
-void paged_decode(const AttentionParams<T>& p, int64_t max_decodes, int32_t* plan, Stream stream);
+void paged_decode(AttentionParams<T> p, int64_t max_decodes, bool shares_prefixes, Stream stream);
 template <class T>
-void paged_prefill(const AttentionParams<T>& p, int64_t rows, Stream stream);
+void paged_prefill(const AttentionParams<T>& p, Stream stream);
+// What the beginnings that decodes share sum to, by p.plan, to p.prefixes.
+template <class T>
+void paged_prefixes(const AttentionParams<T>& p, Stream stream);
 
 // body.template operator()<dim>() for the head sizes with kernels.
 template <class Body>

@@ -7,7 +7,6 @@ namespace hybrid::cuda {
 
 template <class T>
 struct DecodeParams : AttentionParams<T> {
-  int32_t* plan;
   float* partials;    // most_units slots for each block that has the first unit of a sequence's head and not the last
   int32_t* counters;  // of such: units that have arrived
   int splits;         // (16 query heads) of a KV head

@@ -97,12 +97,16 @@ AttentionParams<T> params_of(const PagedAttention& a) {
           a.v_cache.strides[0],
           a.v_cache.strides[1],
           a.num_decodes.as<int64_t>(),
+          a.q.shape[0],
           static_cast<int>(a.seq_lens.shape[0]),
           static_cast<int>(a.k_cache.shape[1]),
           static_cast<int>(a.q.shape[1] / a.k_cache.shape[1]),
           static_cast<int>(dim),
           std::countr_zero(static_cast<uint64_t>(block_size)),
-          a.scale * log2_e};
+          a.scale * log2_e,
+          nullptr,
+          a.plan.as<int32_t>(),
+          nullptr};
 }
 
 }  // namespace
@@ -110,15 +114,14 @@ AttentionParams<T> params_of(const PagedAttention& a) {
 void paged_attention(const PagedAttention& a) {
   by_dtype(a.q.dtype, [&]<class T>() {
     AttentionParams<T> p = params_of<T>(a);
-    const int64_t rows = a.q.shape[0];
     if constexpr (sizeof(T) == 4) {
       require(p.dim <= most_dim, "paged_attention: head size ", p.dim, " is more than ", most_dim);
       if (p.seqs > 0)
-        launch(float_attention_kernel, dim3(static_cast<unsigned>(rows), static_cast<unsigned>(a.q.shape[1])),
+        launch(float_attention_kernel, dim3(static_cast<unsigned>(p.rows), static_cast<unsigned>(a.q.shape[1])),
                warps * warp_size, 0, a.stream, p);
     } else {
-      if (a.max_decodes > 0) paged_decode<T>(p, a.max_decodes, a.plan.as<int32_t>(), a.stream);
-      if (a.max_prompts > 0) paged_prefill<T>(p, rows, a.stream);
+      if (a.max_decodes > 0) paged_decode<T>(p, a.max_decodes, a.shares_prefixes, a.stream);
+      if (a.max_prompts > 0) paged_prefill<T>(p, a.stream);
     }
   });
 }

@@ -60,7 +60,7 @@ class Decode {
   __device__ void run() {
     const int2 start = __ldcg(reinterpret_cast<const int2*>(plan_.starts + blockIdx.x));
     end_ = __ldcg(&plan_.starts[blockIdx.x + 1].begin);
-    units_ = __ldcg(plan_.units);
+    units_ = __ldcg(plan_.units), row_parts_ = __ldcg(plan_.row_parts);
     int position = start.x;
     if (position == end_) return wait_for_previous_kernel();
     at_ = {position % units_, position / units_};
@@ -77,11 +77,13 @@ class Decode {
 
     typename State::Query q;
     load_query(q);
+    fetch_prefix(0, total_);
     while (true) {
       Position next_at = at_;
       next_at.advance(units_);
       const DecodeUnit next = read_unit(plan_, next_at.unit);
       sum_unit(q, feed);
+      fetch_prefix(1, second_);
       __syncthreads();
       const bool more = ++position < end_;
       const int done = now_.index() + 1;
@@ -93,6 +95,7 @@ class Decode {
       begin_unit();
       if (now_.index() == 0) {
         load_query(q);
+        fetch_prefix(0, total_);
         first_ = 0, origin_ = blockIdx.x, origin_end_ = end_;
       }
     }
@@ -173,6 +176,26 @@ class Decode {
     return p_.partials + (int64_t{origin_} * most_units + unit) * slot_floats(rows, dim);
   }
 
+  // Part i of what paged_prefixes summed up for the unit's row.
+  __device__ Partial4 prefix(int i, int row, int column) const {
+    const int heads = p_.kv_heads * p_.group, head = head_ * p_.group + row0_ + row;
+    const float* part = p_.prefixes + (int64_t{now_.row} * row_parts_ + i) * part_floats(heads, dim);
+    const float2 state = __ldcg(reinterpret_cast<const float2*>(part + heads * dim) + head);
+    return {state.x, state.y, __ldcg(reinterpret_cast<const float4*>(part + head * dim + column))};
+  }
+  // Before the first unit of a sequence's head: part 0 is on its way while the unit is summed up, part 1 while the
+  // block waits for its last warp, when registers are free.
+  __device__ void fetch_prefix(int part, Partial4 (&to)[elements]) {
+    if (now_.index() == 0 && part < now_.parts())
+      for_elements([&](int n, int row, int column, int) { to[n] = prefix(part, row, column); });
+  }
+  __device__ Partial4 add_prefix(int n, const Partial4& unit, int row, int column) const {
+    Partial4 all = total_[n];
+    if (now_.parts() > 1) all = merge(all, second_[n]);
+    for (int i = 2; i < now_.parts(); ++i) all = merge(all, prefix(i, row, column));
+    return merge(all, unit);
+  }
+
   // The unit's sums join the block's running result if that began with the sequence's first unit; else they go to
   // scratch on their own.
   __device__ void merge_unit(bool is_last_here) {
@@ -180,6 +203,7 @@ class Decode {
     const bool is_alone = first_ > 0, is_last = unit + 1 == now_.units();
     for_elements([&](int n, int row, int column, int i) {
       Partial4 sum = unit_sum(row, column);
+      if (unit == 0 && now_.parts() > 0) sum = add_prefix(n, sum, row, column);
       if (!is_alone && unit > 0) sum = merge(total_[n], sum);
       total_[n] = sum;
       if (!is_alone && is_last) {
@@ -269,14 +293,15 @@ class Decode {
   uint32_t ring_;
   float* sums_;  // [warps][most][row_floats]; while units of other blocks are merged: what is kept of them
   bool* is_last_;
-  int units_ = 0, end_ = 0;  // of the plan; where the block's run ends
-  int stage_ = 0;            // next to be read
+  int units_ = 0, row_parts_ = 0, end_ = 0;  // of the plan; where the block's run ends
+  int stage_ = 0;                            // next to be read
   // The unit at hand, and which query heads of which KV head.
   Position at_;
   DecodeUnit now_;
   int head_, row0_, rows_;
   int first_, origin_, origin_end_;  // unit that the block began this head with; who has the first one, until where
-  Partial4 total_[elements];         // from the first unit on
+  Partial4 total_[elements];         // from the first unit on; before it, part 0 of what lies ahead
+  Partial4 second_[elements];        // part 1 of that
 };
 
 template <class T, int dim, int most>
@@ -290,22 +315,33 @@ __global__ void __launch_bounds__(threads, decode_blocks_per_multiprocessor(dim)
 }  // namespace
 
 template <class T>
-void paged_decode(const AttentionParams<T>& attention, int64_t max_decodes, int32_t* plan, Stream stream) {
-  by_head_dim(attention.dim, [&]<int head_dim>() {
-    const int rows = std::min(attention.group, most_rows);
-    const int64_t blocks = decode_blocks(head_dim), splits = ceil_div(attention.group, most_rows);
-    const size_t partial_bytes = static_cast<size_t>(blocks * most_units * slot_floats(rows, head_dim)) * sizeof(float),
-                 plan_bytes = plan == nullptr ? static_cast<size_t>(decode_plan_size(max_decodes)) * 4 : 0;
-    char* memory = static_cast<char*>(scratch(partial_bytes + plan_bytes, stream));
-    if (plan == nullptr) {
-      plan = reinterpret_cast<int32_t*>(memory + partial_bytes);
-      launch_plan_decode(plan,
-                         {attention.query_start, attention.seq_lens, attention.kv_start, attention.num_decodes,
-                          static_cast<int>(std::min<int64_t>(attention.seqs, max_decodes)),
-                          static_cast<int>(attention.kv_heads * splits), static_cast<int>(blocks)},
+void paged_decode(AttentionParams<T> p, int64_t max_decodes, bool shares_prefixes, Stream stream) {
+  by_head_dim(p.dim, [&]<int head_dim>() {
+    const int rows = std::min(p.group, most_rows);
+    const int64_t blocks = decode_blocks(head_dim), splits = ceil_div(p.group, most_rows);
+    const auto floats_bytes = [](int64_t floats) { return static_cast<size_t>(ceil_div(floats, 64) * 256); };
+    const size_t partial_bytes = floats_bytes(blocks * most_units * slot_floats(rows, head_dim)),
+                 prefix_bytes =
+                     shares_prefixes ? floats_bytes(most_sharers * part_floats(p.kv_heads * p.group, head_dim)) : 0,
+                 plan_bytes = p.plan == nullptr ? static_cast<size_t>(decode_plan_size(max_decodes)) * 4 : 0;
+    char* memory = static_cast<char*>(scratch(partial_bytes + prefix_bytes + plan_bytes, stream));
+    if (p.plan == nullptr) {
+      p.plan = reinterpret_cast<int32_t*>(memory + partial_bytes + prefix_bytes);
+      launch_plan_decode(p.plan,
+                         {.query_start = p.query_start,
+                          .seq_lens = p.seq_lens,
+                          .kv_start = p.kv_start,
+                          .num_decodes = p.num_decodes,
+                          .seqs = static_cast<int>(std::min<int64_t>(p.seqs, max_decodes)),
+                          .places = static_cast<int>(p.kv_heads * splits),
+                          .blocks = static_cast<int>(blocks)},
                          stream);
     }
-    const DecodeParams<T> params{attention, plan, reinterpret_cast<float*>(memory),
+    if (shares_prefixes) {
+      p.prefixes = reinterpret_cast<float*>(memory + partial_bytes);
+      paged_prefixes<T>(p, stream);
+    }
+    const DecodeParams<T> params{p, reinterpret_cast<float*>(memory),
                                  zeroed_counters(static_cast<size_t>(blocks), stream), static_cast<int>(splits)};
     const auto start = [&]<int most>() {
       launch(paged_decode_kernel<T, head_dim, most>, static_cast<unsigned>(blocks), threads,
@@ -315,7 +351,7 @@ void paged_decode(const AttentionParams<T>& attention, int64_t max_decodes, int3
   });
 }
 
-template void paged_decode<BFloat16>(const AttentionParams<BFloat16>&, int64_t, int32_t*, Stream);
-template void paged_decode<Float16>(const AttentionParams<Float16>&, int64_t, int32_t*, Stream);
+template void paged_decode<BFloat16>(AttentionParams<BFloat16>, int64_t, bool, Stream);
+template void paged_decode<Float16>(AttentionParams<Float16>, int64_t, bool, Stream);
 
 }  // namespace hybrid::cuda

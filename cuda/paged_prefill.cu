@@ -24,7 +24,7 @@ struct Tile {
   static constexpr size_t bytes = (size_t{rows} * row_packs<dim> + 4 * kv_packs) * 16;
 };
 
-template <class T, int dim>
+template <class T, int dim, bool is_partial>
 class Prefill {
   using Tile = Tile<dim>;
 
@@ -91,7 +91,7 @@ class Prefill {
   // KV tokens from `first` on; zeros beyond the visible ones.
   __device__ void load_kv(uint32_t to, const T* cache, int64_t block_stride, int64_t head_stride, int first) const {
     constexpr int packs = dim / 8;
-    const int32_t* blocks = p_.kv_blocks + p_.kv_start[share_.seq];
+    const int32_t* blocks = p_.kv_blocks + share_.kv_start;
     const T* head = cache + share_.head * head_stride;
     const int mask = (1 << p_.block_shift) - 1;
 #pragma unroll
@@ -200,6 +200,15 @@ class Prefill {
       total += __shfl_xor_sync(0xffffffffu, total, 2);
       const int packed = packed_row(r);
       if (packed >= share_.rows) continue;
+      if constexpr (is_partial) {
+        const PartRow to = part_row(p_, share_, packed);
+        if (lane_ % 4 == 0) *to.state = make_float2(largest_[r], total);
+#pragma unroll
+        for (int d = 0; d < dim / 8; ++d)
+          *reinterpret_cast<float2*>(to.sums + d * 8 + lane_ % 4 * 2) =
+              make_float2(out_[r / 2][d][r % 2 * 2], out_[r / 2][d][r % 2 * 2 + 1]);
+        continue;
+      }
       const float scale = 1.0f / total;
       T* to = p_.out + (share_.first_row + packed / p_.group) * p_.out_row +
               (int64_t{share_.head} * p_.group + packed % p_.group) * p_.out_head + lane_ % 4 * 2;
@@ -226,22 +235,52 @@ __global__ void __launch_bounds__(threads) paged_prefill_kernel(const __grid_con
   extern __shared__ uint4 shared[];
   Share share;
   const int index = gridDim.x - 1 - blockIdx.x;  // late rows see most tokens: the longest work first
-  if (Prompts<Tile<dim>::rows>(p).find(p, index, blockIdx.y, share)) Prefill<T, dim>(p, share, shared).run();
+  if (Prompts<Tile<dim>::rows>(p).find(p, index, blockIdx.y, share)) Prefill<T, dim, false>(p, share, shared).run();
+}
+
+// How many shares there are is known on the device only.
+template <class T, int dim>
+__global__ void __launch_bounds__(threads) paged_prefixes_kernel(const __grid_constant__ AttentionParams<T> p) {
+  let_next_kernel_start();
+  wait_for_previous_kernel();
+  extern __shared__ uint4 shared[];
+  const Prefixes prefixes(p);
+  const int count = prefixes.shares() * p.kv_heads;
+  for (int index = blockIdx.x; index < count; index += gridDim.x) {
+    Share share;
+    if (prefixes.find(p, index / p.kv_heads, index % p.kv_heads, share)) Prefill<T, dim, true>(p, share, shared).run();
+  }
 }
 
 }  // namespace
 
 template <class T>
-void paged_prefill(const AttentionParams<T>& p, int64_t rows, Stream stream) {
-  if (has_wgmma() && (p.dim == 64 || p.dim == 128)) return paged_prefill_sm90<T>(p, rows, stream);
+void paged_prefill(const AttentionParams<T>& p, Stream stream) {
+  if (has_wgmma() && (p.dim == 64 || p.dim == 128)) return paged_prefill_sm90<T>(p, stream);
   by_head_dim(p.dim, [&]<int head_dim>() {
-    const dim3 grid(static_cast<unsigned>(rows * p.group / Tile<head_dim>::rows + p.seqs),
+    const dim3 grid(static_cast<unsigned>(p.rows * p.group / Tile<head_dim>::rows + p.seqs),
                     static_cast<unsigned>(p.kv_heads));
     launch(paged_prefill_kernel<T, head_dim>, grid, threads, Tile<head_dim>::bytes, stream, p);
   });
 }
 
-template void paged_prefill<BFloat16>(const AttentionParams<BFloat16>&, int64_t, Stream);
-template void paged_prefill<Float16>(const AttentionParams<Float16>&, int64_t, Stream);
+template <class T>
+void paged_prefixes(const AttentionParams<T>& p, Stream stream) {
+  if (has_wgmma() && (p.dim == 64 || p.dim == 128)) return paged_prefixes_sm90<T>(p, stream);
+  by_head_dim(p.dim, [&]<int head_dim>() {
+    launch(paged_prefixes_kernel<T, head_dim>, static_cast<unsigned>(2 * multiprocessors()), threads,
+           Tile<head_dim>::bytes, stream, p);
+  });
+}
+
+int prefill_share_rows(int64_t dim) {
+  if (has_wgmma() && (dim == 64 || dim == 128)) return dim == 64 ? 192 : 128;
+  return dim <= 128 ? 128 : 64;
+}
+
+template void paged_prefill<BFloat16>(const AttentionParams<BFloat16>&, Stream);
+template void paged_prefill<Float16>(const AttentionParams<Float16>&, Stream);
+template void paged_prefixes<BFloat16>(const AttentionParams<BFloat16>&, Stream);
+template void paged_prefixes<Float16>(const AttentionParams<Float16>&, Stream);
 
 }  // namespace hybrid::cuda

@@ -7,7 +7,7 @@
 namespace hybrid::cuda::prefill {
 
 // A computing warpgroup: 64 rows of every share.
-template <class T, int dim>
+template <class T, int dim, bool is_partial>
 class Consumer {
   using Layout = Layout<dim>;
   static constexpr int score_columns = tile_tokens / 8, out_columns = dim / 8;
@@ -26,7 +26,7 @@ class Consumer {
     for (uint32_t n = 0;; ++n) {
       layout_.work.wait_full(n);
       const Share share = shares_[n % slots];
-      if (share.seq < 0) return;
+      if (share.head < 0) return;
       layout_.queries.wait_full(n);
       attend(share, n);
     }
@@ -88,13 +88,17 @@ class Consumer {
     wait_products<0>();
     pin(out);
     release(layout_.v, used_v_);
-    write_out(share, out, sum);
+    if constexpr (is_partial)
+      write_part(share, out, largest, sum);
+    else
+      write_out(share, out, sum);
   }
 
   // Named barriers: one a warpgroup for its turn, one for its own threads.
   __device__ void take_turn() const { meet(1 + group_, 2 * group_threads); }
   __device__ void pass_turn() const { pass(1 + (group_ + 1) % Layout::groups, 2 * group_threads); }
   __device__ void meet_group() const { meet(1 + Layout::groups + group_, group_threads); }
+  template <int stages>
   __device__ void release(const Ring<stages>& ring, uint32_t& n) const {
     __syncwarp();
     if (lane_ == 0) arrive(ring.empty(n));
@@ -193,12 +197,31 @@ class Consumer {
     meet_group();
   }
 
+  // Of the four lanes of a row.
+  __device__ static float row_sum(float x) {
+    x += __shfl_xor_sync(0xffffffffu, x, 1);
+    return x + __shfl_xor_sync(0xffffffffu, x, 2);
+  }
+
+  __device__ void write_part(const Share& share, const float (&out)[out_columns][4], const float (&largest)[2],
+                             const float (&sum)[2]) const {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float total = row_sum(sum[r]);
+      const int packed = share.row0 + row_ + r * 8;
+      if (packed >= share.rows) continue;
+      const PartRow to = part_row(p_, share, packed);
+      if (lane_ % 4 == 0) *to.state = make_float2(largest[r], total);
+#pragma unroll
+      for (int d = 0; d < out_columns; ++d)
+        *reinterpret_cast<float2*>(to.sums + d * 8 + lane_ % 4 * 2) = make_float2(out[d][2 * r], out[d][2 * r + 1]);
+    }
+  }
+
   __device__ void write_out(const Share& share, const float (&out)[out_columns][4], const float (&sum)[2]) const {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      float total = sum[r];
-      total += __shfl_xor_sync(0xffffffffu, total, 1);
-      total += __shfl_xor_sync(0xffffffffu, total, 2);
+      const float total = row_sum(sum[r]);
       const int packed = share.row0 + row_ + r * 8;
       const float scale = 1.0f / total;
       T* to = p_.out + (share.first_row + packed / p_.group) * p_.out_row +

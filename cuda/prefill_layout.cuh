@@ -7,15 +7,16 @@
 namespace hybrid::cuda::prefill {
 
 constexpr int group_threads = 128, group_rows = 64, query_threads = 2 * warp_size;
-constexpr int tile_tokens = 128, stages = 2;  // of the rings of K and V
-constexpr int slots = 2;                      // shares, with their queries, that are under way
+constexpr int tile_tokens = 128;
+constexpr int slots = 2;           // shares, with their queries, that are under way
 constexpr int column_bytes = 128;  // a tile's rows are cut into columns of 64 elements, each swizzled on its own
 
 template <class T>
 struct Params {
   AttentionParams<T> attention;
-  int box_tokens;  // of a copy, all from one cache block
-  CUtensorMap k_map, v_map;
+  int box_tokens;     // of a copy, all from one cache block
+  bool maps_queries;  // whether the copy engine brings them, by q_map
+  CUtensorMap k_map, v_map, q_map;
 };
 
 // Where things lie in shared memory.
@@ -26,16 +27,20 @@ struct Layout {
   static constexpr int threads = (1 + groups) * group_threads;
   static constexpr int producer_registers = groups == 3 ? 32 : 40, consumer_registers = groups == 3 ? 160 : 232;
   static constexpr int columns = dim / 64;
+  // Of the rings: as many as there is memory for. K is needed a step before V.
+  static constexpr int k_stages = dim == 64 ? 4 : 3, v_stages = dim == 64 ? 4 : 2;
   static constexpr int query_column = share_rows * column_bytes, kv_column = tile_tokens * column_bytes;
   static constexpr int query_bytes = columns * query_column, kv_bytes = columns * kv_column;
-  static constexpr int keys = slots * query_bytes, values = keys + stages * kv_bytes;
-  static constexpr int barriers = values + stages * kv_bytes;
-  static constexpr int shares = barriers + 2 * (Ring<slots>::barriers + Ring<stages>::barriers) * 8;
+  static constexpr int keys = slots * query_bytes, values = keys + k_stages * kv_bytes;
+  static constexpr int barriers = values + v_stages * kv_bytes;
+  static constexpr int shares =
+      barriers + (2 * Ring<slots>::barriers + Ring<k_stages>::barriers + Ring<v_stages>::barriers) * 8;
   static constexpr int bytes = shares + slots * static_cast<int>(sizeof(Share)) + 1024;  // the start is rounded up
 
   uint32_t start;
   Ring<slots> work, queries;
-  Ring<stages> k, v;
+  Ring<k_stages> k;
+  Ring<v_stages> v;
 
   // Shares' emptiers are the computing warps, who need no more queries then either.
   __device__ explicit Layout(uint32_t start)
@@ -43,18 +48,19 @@ struct Layout {
         work{start + barriers},
         queries{work.barrier + Ring<slots>::barriers * 8},
         k{queries.barrier + Ring<slots>::barriers * 8},
-        v{k.barrier + Ring<stages>::barriers * 8} {}
-  __device__ void init_barriers() const {
+        v{k.barrier + Ring<k_stages>::barriers * 8} {}
+  __device__ void init_barriers(bool maps_queries) const {
     constexpr int computing_warps = groups * group_threads / warp_size;
     work.init(1, computing_warps);
-    queries.init(query_threads + warp_size, 1);  // and the warp of V, for having read the share
+    // Who loads queries, and the warp of V, for having read the share.
+    queries.init(warp_size + (maps_queries ? warp_size : query_threads), 1);
     k.init(1, computing_warps);
     v.init(1, computing_warps);
     publish_barriers();
   }
   __device__ uint32_t query_tile(uint32_t n) const { return start + n % slots * query_bytes; }
-  __device__ uint32_t key_tile(uint32_t n) const { return start + keys + n % stages * kv_bytes; }
-  __device__ uint32_t value_tile(uint32_t n) const { return start + values + n % stages * kv_bytes; }
+  __device__ uint32_t key_tile(uint32_t n) const { return start + keys + n % k_stages * kv_bytes; }
+  __device__ uint32_t value_tile(uint32_t n) const { return start + values + n % v_stages * kv_bytes; }
 };
 
 }  // namespace hybrid::cuda::prefill

@@ -77,7 +77,8 @@ Config make_config(const py::object& num_blocks, const py::object& block_size, c
                    const py::object& vocab_size, const py::object& num_clients, const py::object& depth,
                    bool enable_prefix_caching, const py::object& num_host_blocks, const py::object& swap_cost,
                    const py::object& max_adjustments, const py::bytes& hash_key, std::vector<int64_t> decode_sizes,
-                   std::vector<int64_t> mixed_seq_sizes, std::vector<int64_t> mixed_token_sizes) {
+                   std::vector<int64_t> mixed_seq_sizes, std::vector<int64_t> mixed_token_sizes,
+                   const py::object& min_shared_tokens) {
   Config config;
   config.num_blocks = integer("num_blocks", num_blocks);
   config.block_size = integer("block_size", block_size);
@@ -94,6 +95,7 @@ Config make_config(const py::object& num_blocks, const py::object& block_size, c
   config.decode_sizes = std::move(decode_sizes);
   config.mixed_seq_sizes = std::move(mixed_seq_sizes);
   config.mixed_token_sizes = std::move(mixed_token_sizes);
+  config.min_shared_tokens = integer("min_shared_tokens", min_shared_tokens);
   const std::string key = hash_key;
   require(key.empty() || key.size() == config.hash_key.size(), "hash_key has ", key.size(), " bytes, must have ",
           config.hash_key.size());
@@ -259,7 +261,8 @@ void bind_config(py::module_& m) {
            "max_num_batched_tokens"_a, "max_model_len"_a, "vocab_size"_a, "num_clients"_a = 1, "depth"_a = 1,
            "enable_prefix_caching"_a = true, "num_host_blocks"_a = 0, "swap_cost"_a = 0, "max_adjustments"_a = 0,
            "hash_key"_a = py::bytes(), "decode_sizes"_a = std::vector<int64_t>{},
-           "mixed_seq_sizes"_a = std::vector<int64_t>{}, "mixed_token_sizes"_a = std::vector<int64_t>{})
+           "mixed_seq_sizes"_a = std::vector<int64_t>{}, "mixed_token_sizes"_a = std::vector<int64_t>{},
+           "min_shared_tokens"_a = 0)
       .def_readonly("num_blocks", &Config::num_blocks)
       .def_readonly("block_size", &Config::block_size)
       .def_readonly("max_num_seqs", &Config::max_num_seqs)
@@ -272,6 +275,7 @@ void bind_config(py::module_& m) {
       .def_readonly("num_host_blocks", &Config::num_host_blocks)
       .def_readonly("swap_cost", &Config::swap_cost)
       .def_readonly("max_adjustments", &Config::max_adjustments)
+      .def_readonly("min_shared_tokens", &Config::min_shared_tokens)
       .def_readonly("decode_sizes", &Config::decode_sizes)
       .def_readonly("mixed_seq_sizes", &Config::mixed_seq_sizes)
       .def_readonly("mixed_token_sizes", &Config::mixed_token_sizes)
@@ -298,6 +302,7 @@ void bind_results(py::module_& m) {
       .def_readonly("bytes_used", &Batch::bytes_used)
       .def_readonly("padded_tokens", &Batch::padded_tokens)
       .def_readonly("padded_seqs", &Batch::padded_seqs)
+      .def_readonly("num_prefixes", &Batch::num_prefixes)
       .def_readonly("is_padded", &Batch::is_padded);
   py::class_<OutputColumn>(m, "_OutputColumn", py::buffer_protocol()).def_buffer(&OutputColumn::info);
   const auto column = [](auto Outputs::* items) {

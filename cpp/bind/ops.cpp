@@ -90,26 +90,30 @@ void bind_cache(py::module_& m) {
   m.def(
       "plan_decode",
       [](const Output& plan, const Input& query_start, const Input& seq_lens, const Input& kv_start,
-         const Input& num_decodes, int64_t max_decodes, int64_t heads, int64_t kv_heads, int64_t head_dim) {
+         const Input& num_decodes, int64_t max_decodes, int64_t heads, int64_t kv_heads, int64_t head_dim,
+         const Input& prefix_start, const Input& prefix_lens, const Input& num_prefixes, int64_t block_size) {
         without_gil<PlanDecode>(
-            plan_decode, {plan.view, query_start.view, seq_lens.view, kv_start.view, num_decodes.view, max_decodes,
-                          heads, kv_heads, head_dim, stream_of(plan)});
+            plan_decode,
+            {plan.view, query_start.view, seq_lens.view, kv_start.view, num_decodes.view, max_decodes, heads, kv_heads,
+             head_dim, prefix_start.view, prefix_lens.view, num_prefixes.view, block_size, stream_of(plan)});
       },
       py::arg("plan"), py::arg("query_start"), py::arg("seq_lens"), py::arg("kv_start"), py::arg("num_decodes"),
-      py::arg("max_decodes"), py::arg("heads"), py::arg("kv_heads"), py::arg("head_dim"));
+      py::arg("max_decodes"), py::arg("heads"), py::arg("kv_heads"), py::arg("head_dim"), py::arg("prefix_start"),
+      py::arg("prefix_lens"), py::arg("num_prefixes"), py::arg("block_size"));
   m.def(
       "paged_attention",
       [](const Output& out, const Input& q, const Input& k_cache, const Input& v_cache, const Input& query_start,
          const Input& seq_lens, const Input& kv_start, const Input& kv_blocks, const Input& num_decodes,
-         int64_t max_decodes, int64_t max_prompts, int64_t max_query_len, float scale, const Input& plan) {
+         int64_t max_decodes, int64_t max_prompts, int64_t max_query_len, float scale, const Input& plan,
+         bool shares_prefixes) {
         without_gil<PagedAttention>(
             paged_attention, {out.view, q.view, k_cache.view, v_cache.view, query_start.view, seq_lens.view,
                               kv_start.view, kv_blocks.view, num_decodes.view, max_decodes, max_prompts, max_query_len,
-                              scale, plan.view, stream_of(out)});
+                              scale, plan.view, shares_prefixes, stream_of(out)});
       },
       py::arg("out"), py::arg("q"), py::arg("k_cache"), py::arg("v_cache"), py::arg("query_start"), py::arg("seq_lens"),
       py::arg("kv_start"), py::arg("kv_blocks"), py::arg("num_decodes"), py::arg("max_decodes"), py::arg("max_prompts"),
-      py::arg("max_query_len"), py::arg("scale"), py::arg("plan"));
+      py::arg("max_query_len"), py::arg("scale"), py::arg("plan"), py::arg("shares_prefixes"));
   m.def(
       "copy_blocks",
       [](const Output& cache, const Input& src, const Input& dst) {

@@ -31,6 +31,8 @@ BatchLayout::BatchLayout(const Config& config) {
       {"adjust_start", "int32", 4, seqs + 1, 0},
       {"copy_src", "int32", 4, seqs, 0},
       {"copy_dst", "int32", 4, seqs, 0},
+      {"prefix_start", "int32", 4, seqs + 1, 0},
+      {"prefix_lens", "int32", 4, seqs, 0},
       {"kv_start", "int32", 4, seqs + 1, 0},
       {"kv_blocks", "int32", 4, blocks, 0},
       {"adjust_ids", "int32", 4, adjustments, 0},
@@ -68,6 +70,8 @@ BatchWriter::BatchWriter(const Config& config, const BatchLayout& layout, std::s
     column(Col::adjust_start, a.adjust_start);
     column(Col::copy_src, a.copy_src);
     column(Col::copy_dst, a.copy_dst);
+    column(Col::prefix_start, a.prefix_start);
+    column(Col::prefix_lens, a.prefix_lens);
     column(Col::kv_start, a.kv_start);
     column(Col::kv_blocks, a.kv_blocks);
     column(Col::adjust_ids, a.adjust_ids);
@@ -82,7 +86,7 @@ BatchWriter::BatchWriter(const Config& config, const BatchLayout& layout, std::s
 void BatchWriter::begin(int64_t step) {
   batch_ = Batch{.step = step, .arena = step % static_cast<int64_t>(arenas_.size())};
   at_ = arenas_[static_cast<size_t>(batch_.arena)];
-  at_.query_start[0] = at_.kv_start[0] = at_.adjust_start[0] = 0;
+  at_.query_start[0] = at_.kv_start[0] = at_.adjust_start[0] = at_.prefix_start[0] = 0;
 }
 
 int32_t BatchWriter::add(const Request& request, int64_t num_new, bool is_decode) {
@@ -141,6 +145,12 @@ void BatchWriter::add_sample(const Request& request, int64_t position) {
   at_.adjust_start[row + 1] = static_cast<int32_t>(batch_.num_adjustments);
 }
 
+void BatchWriter::add_prefix(int64_t num_decodes, int64_t num_tokens) {
+  const int64_t prefix = batch_.num_prefixes++;
+  at_.prefix_start[prefix + 1] = at_.prefix_start[prefix] + static_cast<int32_t>(num_decodes);
+  at_.prefix_lens[prefix] = static_cast<int32_t>(num_tokens);
+}
+
 void BatchWriter::pad() {
   const bool decodes_only = batch_.num_decodes == batch_.num_seqs;
   const auto up = [](const std::vector<int64_t>& sizes, int64_t n) {
@@ -193,7 +203,7 @@ const Batch& BatchWriter::finish(const CopyList& copies, const CopyList& swap_ou
   const int64_t header[BatchLayout::header_size] = {
       batch_.step,          batch_.num_tokens,  batch_.num_seqs,      batch_.num_decodes,     batch_.num_sampled,
       batch_.max_query_len, batch_.max_seq_len, batch_.num_copies,    batch_.num_adjustments, batch_.bytes_used,
-      batch_.padded_tokens, batch_.padded_seqs, batch_.num_swap_outs, batch_.num_swap_ins};
+      batch_.padded_tokens, batch_.padded_seqs, batch_.num_swap_outs, batch_.num_swap_ins,    batch_.num_prefixes};
   std::memcpy(at_.header, header, sizeof header);
   return batch_;
 }

@@ -40,6 +40,8 @@ enum class Col : uint8_t {
   adjust_start,
   copy_src,
   copy_dst,
+  prefix_start,
+  prefix_lens,
   kv_start,
   kv_blocks,
   adjust_ids,
@@ -69,6 +71,7 @@ class BatchLayout {
 struct Batch {
   int64_t step = 0, num_tokens = 0, num_seqs = 0, num_decodes = 0, num_sampled = 0;
   int64_t max_query_len = 0, max_seq_len = 0, num_copies = 0, num_adjustments = 0, bytes_used = 0;
+  int64_t num_prefixes = 0;                    // groups of decodes that begin alike; 0: none
   int64_t padded_tokens = 0, padded_seqs = 0;  // rows of the columns that hold values, see BatchWriter::pad
   // Entries of swap_src and swap_dst: first device -> host, then host -> device; all before copy_src -> copy_dst, and
   // that before the batch writes any KV.
@@ -87,6 +90,9 @@ class BatchWriter {
   // computed by steps before this one, come first. Returns the row of the token that is picked for it, -1 if tokens
   // remain to be computed.
   int32_t add(const Request& request, int64_t num_new, bool is_decode);
+  // The next `num_decodes` decodes begin with the same blocks, those of so many tokens; groups are all decodes, or
+  // none.
+  void add_prefix(int64_t num_decodes, int64_t num_tokens);
   const Batch& finish(const CopyList& copies, const CopyList& swap_outs, const CopyList& swap_ins);
 
  private:
@@ -98,7 +104,8 @@ class BatchWriter {
     float *temperature, *top_p, *min_p, *repetition_penalty;
     int32_t *top_k, *num_logprobs;
     int64_t* seeds;
-    int32_t *sample_positions, *adjust_start, *copy_src, *copy_dst, *kv_start, *kv_blocks, *adjust_ids;
+    int32_t *sample_positions, *adjust_start, *copy_src, *copy_dst, *prefix_start, *prefix_lens, *kv_start, *kv_blocks,
+        *adjust_ids;
     float* adjust_add;
     int32_t *adjust_flags, *swap_src, *swap_dst;
   };

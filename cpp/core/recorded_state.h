@@ -106,6 +106,7 @@ void visit_config(Visit&& visit, auto& config) {
   visit(config.max_adjustments);
   visit(config.num_host_blocks);
   visit(config.swap_cost);
+  visit(config.min_shared_tokens);
 }
 
 }  // namespace hybrid

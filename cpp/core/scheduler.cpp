@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "common/check.h"
+#include "core/prefix_groups.h"
 
 namespace hybrid {
 
@@ -112,7 +113,27 @@ void Scheduler::plan(Request& request, int64_t num_new, bool is_decode) {
   kv_.publish(request, std::min(request.num_computed + num_new, std::ssize(request.tokens)));
 }
 
+// Brings decodes that begin alike together.
+void Scheduler::order_plan() {
+  const auto is_before = [](const Planned& a, const Planned& b) {
+    if (!a.is_decode || !b.is_decode) return a.is_decode && !b.is_decode;
+    return begins_before(a.request->kv.blocks(), b.request->kv.blocks());
+  };
+  std::ranges::stable_sort(plan_, is_before);
+}
+
+void Scheduler::write_prefixes() {
+  std::vector<BlockList> decodes;
+  for (const auto& [request, num_new, is_decode] : plan_)
+    if (is_decode)
+      decodes.push_back(
+          request->kv.blocks().first(static_cast<size_t>((request->num_computed - num_new) / config_.block_size)));
+  for (const PrefixGroup& group : group_prefixes(decodes, config_.blocks_for(config_.min_shared_tokens)))
+    writer_.add_prefix(group.decodes, group.blocks * config_.block_size);
+}
+
 const Batch* Scheduler::write_batch() {
+  if (config_.min_shared_tokens > 0) order_plan();
   InFlight& in_flight = batch_of(next_step_);
   in_flight.rows.clear();
   writer_.begin(next_step_);
@@ -129,6 +150,7 @@ const Batch* Scheduler::write_batch() {
       in_flight.rows.push_back({request, num_new, request->num_computed, request->num_preemptions, sampled_row});
     }
   }
+  if (config_.min_shared_tokens > 0) write_prefixes();
   const Batch& batch = writer_.finish(copies_, swap_outs_, swap_ins_);
   totals_.blocks_swapped_out += batch.num_swap_outs;
   totals_.blocks_swapped_in += batch.num_swap_ins;

@@ -97,6 +97,8 @@ class Scheduler {
   void note(StepEvent event, const Request& request, int64_t value, WaitedFor waited_for = WaitedFor::nothing);
   void plan(Request& request, int64_t num_new, bool is_decode);
   const Batch* write_batch();
+  void order_plan();
+  void write_prefixes();
 
   // lifecycle.cpp: how a request comes and goes
   void queue(std::vector<std::unique_ptr<Request>> choices);

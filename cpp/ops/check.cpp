@@ -233,6 +233,13 @@ void check(const PlanDecode& a) {
   call.packed("kv_start", a.kv_start, DType::i32, {seqs + 1});
   call.packed("num_decodes", a.num_decodes, DType::i64, {1});
   check_plan(call, a.plan, a.max_decodes);
+  if (!a.num_prefixes.defined()) return;
+  call.packed("num_prefixes", a.num_prefixes, DType::i64, {1});
+  call.packed("prefix_start", a.prefix_start, DType::i32, {any});
+  call.packed("prefix_lens", a.prefix_lens, DType::i32, {any});
+  call.need(a.prefix_start.shape[0] > a.prefix_lens.shape[0], "prefix_start has ", a.prefix_start.shape[0],
+            " elements, prefix_lens ", a.prefix_lens.shape[0], ", expected more of the former");
+  call.need(a.block_size > 0, "block_size is ", a.block_size, ", must be positive");
 }
 
 void check(const PagedAttention& a) {
@@ -257,6 +264,7 @@ void check(const PagedAttention& a) {
   call.need(a.max_decodes == 0 || a.num_decodes.defined(), "max_decodes is ", a.max_decodes,
             ", but num_decodes is missing");
   if (a.plan.defined()) check_plan(call, a.plan, a.max_decodes);
+  call.need(a.plan.defined() || !a.shares_prefixes, "shares_prefixes is set, but plan is missing");
   call.need(a.max_prompts >= seqs - a.max_decodes, seqs, " sequences, but at most ", a.max_decodes, " decodes and ",
             a.max_prompts, " others");
   check_sequences(call, a);

@@ -12,7 +12,7 @@ namespace hybrid {
 void not_a_float_type(DType dtype) { throw InternalError(concat("kernel called with ", name_of(dtype))); }
 
 // Of cuda/decode_plan.cuh, for every device: a fixed part and 32 units of 4 numbers a sequence.
-int64_t decode_plan_size(int64_t max_decodes) { return 1024 + 128 * max_decodes; }
+int64_t decode_plan_size(int64_t max_decodes) { return 9216 + 128 * max_decodes; }
 
 namespace {
 

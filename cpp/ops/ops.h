@@ -105,6 +105,14 @@ struct PlanDecode {
   TensorView num_decodes;                      // i64 [1]
   int64_t max_decodes;
   int64_t heads, kv_heads, head_dim;  // of the model
+  // Decodes whose sequences begin with the same cache blocks, so that these are read once for all of them: group g of
+  // num_prefixes is the decodes [prefix_start[g], prefix_start[g + 1]), which have the first prefix_lens[g] tokens in
+  // common, none of them the newest. The groups are all decodes, in order; one of decodes with nothing in common has 0.
+  // Undefined: nothing is shared. A row's sum is then cut by what others share with it: no bits may be promised.
+  TensorView prefix_start;  // i32 [num_prefixes + 1 or more]
+  TensorView prefix_lens;   // i32 [num_prefixes or more]
+  TensorView num_prefixes;  // i64 [1]
+  int64_t block_size = 0;   // of the cache; used with the above only
   Stream stream;
 };
 int64_t decode_plan_size(int64_t max_decodes);  // elements
@@ -126,6 +134,7 @@ struct PagedAttention {
   int64_t max_query_len;
   float scale;
   TensorView plan;  // i32, of plan_decode with the same columns, bounds and heads; undefined: the call makes its own
+  bool shares_prefixes = false;  // whether plan_decode was given some
   Stream stream;
 };
 

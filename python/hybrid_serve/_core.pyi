@@ -27,6 +27,7 @@ class Config:
     decode_sizes: list[int]  # sizes that batches are padded to, ascending: decodes only,
     mixed_seq_sizes: list[int]  # and others; a batch above the last one keeps its own
     mixed_token_sizes: list[int]
+    min_shared_tokens: int  # decodes that begin alike are listed where that spares reading so many; 0: never
     def __init__(
         self,
         *,
@@ -46,6 +47,7 @@ class Config:
         decode_sizes: Sequence[int] = (),
         mixed_seq_sizes: Sequence[int] = (),
         mixed_token_sizes: Sequence[int] = (),
+        min_shared_tokens: int = 0,
     ) -> None: ...
 
 def batch_layout(config: Config) -> tuple[int, dict[str, tuple[int, str, int]]]:
@@ -66,6 +68,7 @@ class Batch:
     num_swap_outs: int  # the first entries of swap_src and swap_dst, device -> host; before the copies
     num_swap_ins: int  # those behind them, host -> device
     num_adjustments: int
+    num_prefixes: int  # groups of decodes that begin with the same blocks; 0: none
     bytes_used: int
     padded_tokens: int  # rows of the columns that hold values
     padded_seqs: int

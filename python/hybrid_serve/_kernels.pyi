@@ -39,6 +39,10 @@ def plan_decode(
     heads: int,
     kv_heads: int,
     head_dim: int,
+    prefix_start: Any | None,
+    prefix_lens: Any | None,
+    num_prefixes: Any | None,
+    block_size: int,
 ) -> None: ...
 def paged_attention(
     out: Any,
@@ -55,6 +59,7 @@ def paged_attention(
     max_query_len: int,
     scale: float,
     plan: Any | None,
+    shares_prefixes: bool,
 ) -> None: ...
 def copy_blocks(cache: Any, src: Any, dst: Any) -> None: ...
 def swap_blocks(dst_cache: Any, src_cache: Any, dst: Any, src: Any) -> None: ...

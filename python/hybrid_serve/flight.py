@@ -53,6 +53,7 @@ _CONFIG_NAMES = (
     "max_adjustments",
     "num_host_blocks",
     "swap_cost",
+    "min_shared_tokens",
 )
 _ATTEMPTS = 200  # at a moment when the scheduler of a running engine is not at work
 

@@ -127,11 +127,30 @@ def plan_decode(
     heads: int,
     kv_heads: int,
     head_dim: int,
+    prefix_start: Tensor | None = None,
+    prefix_lens: Tensor | None = None,
+    num_prefixes: Tensor | None = None,
+    block_size: int = 0,
 ) -> Tensor:
     """What ``paged_attention`` of every layer needs to share out a step's decodes; called once a step, behind
-    ``copy_blocks``. i32 [decode_plan_size(max_decodes)], undefined on a CPU, which needs none."""
+    ``copy_blocks``. i32 [decode_plan_size(max_decodes)], undefined on a CPU, which needs none. ``prefix_start`` and so
+    on: decodes that begin alike, see cpp/ops/ops.h."""
     plan = seq_lens.new_empty(_kernels.decode_plan_size(max_decodes))
-    _kernels.plan_decode(plan, query_start, seq_lens, kv_start, num_decodes, max_decodes, heads, kv_heads, head_dim)
+    _kernels.plan_decode(
+        plan,
+        query_start,
+        seq_lens,
+        kv_start,
+        num_decodes,
+        max_decodes,
+        heads,
+        kv_heads,
+        head_dim,
+        prefix_start,
+        prefix_lens,
+        num_prefixes,
+        block_size,
+    )
     return plan
 
 
@@ -150,9 +169,10 @@ def paged_attention(
     scale: float,
     out: Tensor | None = None,
     plan: Tensor | None = None,
+    shares_prefixes: bool = False,
 ) -> Tensor:
     """q: T [rows, heads, dim] -> the same shape; see cpp/ops/ops.h for the ragged columns. ``plan``: ``plan_decode``'s,
-    or None: the call makes its own."""
+    or None: the call makes its own. ``shares_prefixes``: whether that was told of some."""
     if out is None:
         out = torch.empty_like(q)
     _kernels.paged_attention(
@@ -170,6 +190,7 @@ def paged_attention(
         max_query_len,
         scale,
         plan,
+        shares_prefixes,
     )
     return out
 

@@ -183,7 +183,7 @@ class FakeExecutor {
     const int64_t expected[] = {
         batch.step,          batch.num_tokens,  batch.num_seqs,      batch.num_decodes,     batch.num_sampled,
         batch.max_query_len, batch.max_seq_len, batch.num_copies,    batch.num_adjustments, batch.bytes_used,
-        batch.padded_tokens, batch.padded_seqs, batch.num_swap_outs, batch.num_swap_ins};
+        batch.padded_tokens, batch.padded_seqs, batch.num_swap_outs, batch.num_swap_ins,    batch.num_prefixes};
     invariant(std::equal(std::begin(expected), std::end(expected), header), "the header differs from the batch");
     invariant(batch.num_tokens <= config_.max_num_batched_tokens && batch.num_seqs <= config_.max_num_seqs, "S1, S2");
     invariant(batch.num_tokens > 0 && at<int32_t>(batch, Col::query_start)[batch.num_seqs] == batch.num_tokens,
@@ -192,6 +192,23 @@ class FakeExecutor {
     for (int64_t seq = 0; seq < batch.num_seqs; ++seq)
       invariant(seq >= batch.num_decodes || start[seq + 1] - start[seq] == 1, "a decode with other than one row");
     check_padding(batch);
+    if (batch.num_prefixes > 0) check_prefixes(batch);
+  }
+
+  // Groups are all decodes, and those of one have the blocks in common that it says, filled before this step.
+  void check_prefixes(const Batch& batch) const {
+    const auto *start = at<int32_t>(batch, Col::prefix_start), *lens = at<int32_t>(batch, Col::prefix_lens);
+    const auto *kv_start = at<int32_t>(batch, Col::kv_start), *blocks = at<int32_t>(batch, Col::kv_blocks);
+    invariant(config_.min_shared_tokens > 0 && start[0] == 0 && start[batch.num_prefixes] == batch.num_decodes,
+              "groups are not all decodes");
+    for (int64_t g = 0; g < batch.num_prefixes; ++g) {
+      invariant(start[g] < start[g + 1] && lens[g] % config_.block_size == 0, "an empty group, or half a block");
+      for (int64_t seq = start[g]; seq < start[g + 1]; ++seq)
+        invariant(lens[g] < at<int32_t>(batch, Col::seq_lens)[seq] &&
+                      std::equal(blocks + kv_start[seq], blocks + kv_start[seq] + lens[g] / config_.block_size,
+                                 blocks + kv_start[start[g]]),
+                  "a decode does not begin like its group");
+    }
   }
 
   // What runs with the padded sizes must not store, attend or read anything for the rows beyond the batch's own.

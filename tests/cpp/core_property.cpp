@@ -99,6 +99,7 @@ class RandomSession {
     config.num_host_blocks = chance(60) ? below(2 * config.num_blocks) : 0;
     config.swap_cost = chance(70) ? 0 : below(2 * config.block_size);
     config.max_adjustments = 8 + below(16);
+    config.min_shared_tokens = below(6);
     if (below(2) == 0) config.decode_sizes = config.mixed_seq_sizes = {1 + below(config.max_num_seqs)};
     config.mixed_token_sizes = {config.max_num_batched_tokens};
     return config;

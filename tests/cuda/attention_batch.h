@@ -35,6 +35,9 @@ class Batch {
         kv_start({size() + 1}),
         kv_blocks({blocks_of(shape, sequences) + 3}),
         num_decodes({1}),
+        prefix_start({size() + 1}),
+        prefix_lens({size()}),
+        num_prefixes({1}),
         plan({decode_plan_size(size())}),
         decodes_(decodes) {
     if (decodes_ < 0)
@@ -78,12 +81,43 @@ class Batch {
     a.scale = 1.0f / std::sqrt(static_cast<float>(shape_.dim));
     return a;
   }
-  // The same with the plan of all layers, which is made here.
+  // The decodes of group g = 0, 1, ..., the next groups[g].first ones, from now on begin with the same blocks, those of
+  // the first groups[g].second tokens of its first one.
+  void share(const std::vector<std::pair<int32_t, int32_t>>& groups) {
+    num_prefixes.host()[0] = static_cast<int64_t>(groups.size());
+    for (size_t g = 0; g < groups.size(); ++g) {
+      const auto first = static_cast<size_t>(prefix_start.host()[g]), count = static_cast<size_t>(groups[g].first);
+      prefix_start.host()[g + 1] = static_cast<int32_t>(first + count);
+      prefix_lens.host()[g] = groups[g].second;
+      const auto blocks = kv_blocks.host().begin();
+      for (size_t s = first + 1; s < first + count; ++s)
+        std::copy_n(blocks + kv_start.host()[first], groups[g].second / shape_.block_size, blocks + kv_start.host()[s]);
+    }
+    prefix_start.upload(), prefix_lens.upload(), num_prefixes.upload(), kv_blocks.upload();
+  }
+  // args() with the plan of all layers, which is made here, and with what share() was told.
   PagedAttention planned_args(Stream stream = nullptr) {
     PagedAttention a = args(Device::cuda);
-    a.plan = plan.on(Device::cuda), a.stream = stream;
-    plan_decode({a.plan, a.query_start, a.seq_lens, a.kv_start, a.num_decodes, a.max_decodes, shape_.heads,
-                 shape_.kv_heads, shape_.dim, stream});
+    a.plan = plan.on(Device::cuda), a.stream = stream, a.shares_prefixes = num_prefixes.host()[0] > 0;
+    PlanDecode p{a.plan,
+                 a.query_start,
+                 a.seq_lens,
+                 a.kv_start,
+                 a.num_decodes,
+                 a.max_decodes,
+                 shape_.heads,
+                 shape_.kv_heads,
+                 shape_.dim,
+                 {},
+                 {},
+                 {},
+                 0,
+                 stream};
+    if (a.shares_prefixes) {
+      p.prefix_start = prefix_start.on(Device::cuda), p.prefix_lens = prefix_lens.on(Device::cuda);
+      p.num_prefixes = num_prefixes.on(Device::cuda), p.block_size = shape_.block_size;
+    }
+    plan_decode(p);
     return a;
   }
   // On the GPU with a plan and without: no bit may differ.
@@ -131,6 +165,8 @@ class Batch {
   Twin<T> cache, qkv, out;
   Twin<int32_t> query_start, seq_lens, kv_start, kv_blocks;
   Twin<int64_t> num_decodes;
+  Twin<int32_t> prefix_start, prefix_lens;
+  Twin<int64_t> num_prefixes;
   Twin<int32_t> plan;
 
  private:

@@ -85,6 +85,7 @@ TEST(GpuAttentionLarge, addresses_caches_beyond_two_billion_elements) {
                      2,
                      0.1f,
                      {},
+                     false,
                      nullptr});
   }
   const std::vector<BFloat16> wanted = near_out.download(), got = far_out.download();

@@ -37,7 +37,9 @@ class Generator:
     enable_prefix_caching: bool = True
     num_host_blocks: int = 0
     pad_sizes: PadSizes = field(default_factory=PadSizes)
+    min_shared_tokens: int = 0
     results: list[StepResult] = field(default_factory=list)  # of every step of the last call
+    num_prefixes: int = 0  # groups of decodes that begin alike, of all steps
 
     def __post_init__(self) -> None:
         config = _core.Config(
@@ -53,6 +55,7 @@ class Generator:
             decode_sizes=self.pad_sizes.decodes,
             mixed_seq_sizes=self.pad_sizes.mixed_seqs,
             mixed_token_sizes=self.pad_sizes.mixed_tokens,
+            min_shared_tokens=self.min_shared_tokens,
         )
         size, layout = _core.batch_layout(config)
         arenas = [mmap.mmap(-1, size) for _ in range(self.runner.device.depth + 1)]
@@ -74,6 +77,7 @@ class Generator:
         in_flight: deque[tuple[_core.Batch, Pending]] = deque()
         while True:
             while len(in_flight) < self.runner.device.depth and (batch := self.scheduler.schedule()) is not None:
+                self.num_prefixes += batch.num_prefixes
                 in_flight.append((batch, self.runner.submit(batch)))
             if not in_flight:
                 break

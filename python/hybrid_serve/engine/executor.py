@@ -59,6 +59,7 @@ class ExecutorFacts(NamedTuple):
     dtype: str
     device: str
     pad_sizes: tuple[tuple[int, ...], ...] = ((), (), ())  # decodes, mixed sequences, mixed tokens; see core/config.h
+    min_shared_tokens: int = 0  # see core/config.h
     memory: tuple[tuple[str, int], ...] = ()  # what takes how many bytes, for people
     notes: tuple[str, ...] = ()  # on what was fitted to the memory, for people
     max_num_seqs: int = MAX_NUM_SEQS
@@ -109,6 +110,7 @@ class InlineExecutor:
             dtype=facts.dtype,
             device=facts.device,
             pad_sizes=plan.pad_sizes,
+            min_shared_tokens=facts.min_shared_tokens,
             memory=plan.rows,
             notes=plan.notes,
             max_num_seqs=plan.max_num_seqs,

@@ -132,6 +132,7 @@ def make_core(config: Config, executor: Executor, facts: ExecutorFacts, num_clie
             decode_sizes=facts.pad_sizes[0],
             mixed_seq_sizes=facts.pad_sizes[1],
             mixed_token_sizes=facts.pad_sizes[2],
+            min_shared_tokens=facts.min_shared_tokens,
         )
     except ValueError as error:
         raise StartupError(

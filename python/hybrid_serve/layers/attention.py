@@ -92,5 +92,6 @@ class Attention:
             self.scale,
             scratch.mixed,
             batch.plan,
+            batch.prefixes is not None,
         )
         return self.output(scratch.mixed_rows, scratch.out)

@@ -9,6 +9,16 @@ from torch import Tensor
 from .. import ops
 
 
+class Prefixes(NamedTuple):
+    """Decodes that begin with the same cache blocks: the first ``lens[g]`` tokens of the sequences of decodes
+    [start[g], start[g + 1]), for ``num`` groups, which are all decodes."""
+
+    start: Tensor  # i32
+    lens: Tensor  # i32
+    num: Tensor  # i64 [1], of groups
+    block_size: int
+
+
 class BatchView(NamedTuple):
     """T tokens of S sequences, R of them sampled. Sequence s owns query rows [query_start[s], query_start[s + 1]) and
     cache blocks kv_blocks[kv_start[s] .. kv_start[s + 1]); the first ``num_decodes`` sequences are decodes: one
@@ -28,6 +38,7 @@ class BatchView(NamedTuple):
     max_decodes: int  # bounds known on the host, see ops.h
     max_prompts: int
     max_query_len: int
+    prefixes: Prefixes | None = None  # None: each decode reads all its tokens itself
     plan: Tensor | None = None  # of the decodes, for all layers
 
     def with_plan(self, num_heads: int, num_kv_heads: int, head_dim: int) -> BatchView:
@@ -41,5 +52,6 @@ class BatchView(NamedTuple):
             num_heads,
             num_kv_heads,
             head_dim,
+            *(self.prefixes or ()),
         )
         return self._replace(plan=plan)

@@ -12,7 +12,7 @@ from torch import Tensor
 from typing_extensions import Buffer
 
 Layout = Mapping[str, tuple[int, str, int]]  # column -> (byte offset, numpy type, capacity)
-NUM_DECODES = 3  # entry of the header column, as in cpp/core/batch.h
+NUM_DECODES, NUM_PREFIXES = 3, 14  # entries of the header column, as in cpp/core/batch.h
 _TYPES = {"int32": torch.int32, "int64": torch.int64, "float32": torch.float32}
 
 
@@ -41,6 +41,8 @@ class Batch(Protocol):
     def num_swap_ins(self) -> int: ...
     @property
     def num_adjustments(self) -> int: ...
+    @property
+    def num_prefixes(self) -> int: ...
     @property
     def bytes_used(self) -> int: ...
     @property

@@ -33,6 +33,7 @@ from .step import (
 
 STAGING_BYTES = 32 * 2**20  # per loading thread
 HEAD_SIZES = (64, 80, 96, 128, 256)  # by_head_dim in cuda/attention.cuh
+SPARED_BYTES = 100 * 10**6  # of a layer's KV: what one more kernel costs, see docs/gpu.md
 
 
 class CudaDevice:
@@ -43,7 +44,8 @@ class CudaDevice:
 
     def __init__(self, config: Config) -> None:
         self.torch_device = torch.device("cuda", torch.cuda.current_device())
-        _kernels.set_batch_invariant(config.engine.batch_invariant)
+        self._is_invariant = config.engine.batch_invariant
+        _kernels.set_batch_invariant(self._is_invariant)
         self.captures = not config.engine.enforce_eager
         self.machine = sizes.CUDA._replace(total_bytes=torch.cuda.get_device_properties(self.torch_device).total_memory)
         self._utilization = config.cache.gpu_memory_utilization
@@ -70,6 +72,10 @@ class CudaDevice:
 
     def host_memory(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, pin_memory=True)
+
+    def min_shared_tokens(self, token_bytes: int) -> int:
+        # Read together, rows would depend on their company.
+        return 0 if self._is_invariant else -(-SPARED_BYTES // token_bytes)
 
     def write(self, out: Tensor, values: Array) -> None:
         flat, target = values.reshape(-1), out.view(-1)

@@ -56,6 +56,11 @@ class Device(Protocol):
         """On the host, as the device copies from and to it fastest; not initialised."""
         ...
 
+    def min_shared_tokens(self, token_bytes: int) -> int:
+        """From how many tokens on, each with ``token_bytes`` of KV in a layer, that need not be read again it pays to
+        read what decodes begin with alike only once; 0: never."""
+        ...
+
     def write(self, out: Tensor, values: Array) -> None:
         """``values`` (bfloat16 as uint16) into ``out``, a tensor of this device. Returns when ``values`` may go."""
         ...
@@ -86,6 +91,9 @@ class CpuDevice:
 
     def host_memory(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype)
+
+    def min_shared_tokens(self, token_bytes: int) -> int:
+        return 0
 
     def write(self, out: Tensor, values: Array) -> None:
         # torch knows no read-only tensors and warns of them; numpy writes through a view of `out` instead.

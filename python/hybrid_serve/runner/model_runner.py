@@ -12,12 +12,12 @@ from .. import ops
 from ..checkpoint.checkpoint import open_checkpoint
 from ..checkpoint.hub import ResolvedModel
 from ..config import Config
-from ..layers.batch import BatchView
+from ..layers.batch import BatchView, Prefixes
 from ..models import family_of
 from ..models.decoder import Decoder, build_decoder
 from ..models.weights import DTYPES, DummyWeights, WeightReader, Weights, check_tensors
 from . import memory
-from .arena import NUM_DECODES, Batch, Layout
+from .arena import NUM_DECODES, NUM_PREFIXES, Batch, Layout
 from .device import Device, Steps, open_device
 from .limits import MemoryPlan, check_swap_space, plan_memory
 from .pad_sizes import PadSizes
@@ -40,6 +40,7 @@ class ModelFacts:
     device: str
     block_bytes: int  # of one KV block, all layers
     weight_bytes: int
+    min_shared_tokens: int  # from where on reading beginnings that decodes share only once pays; 0: never
 
 
 class ModelRunner:
@@ -81,6 +82,7 @@ class ModelRunner:
             device=device.describe(),
             block_bytes=config.cache.block_size * sizes.token_bytes,
             weight_bytes=sizes.weight_bytes,
+            min_shared_tokens=device.min_shared_tokens(sizes.token_bytes // spec.num_layers),
         )
         return ModelRunner(config, sizes, device, decoder, facts)
 
@@ -151,6 +153,14 @@ class ModelRunner:
                 max_decodes=shape.max_decodes,
                 max_prompts=shape.max_prompts,
                 max_query_len=shape.max_query_len,
+                prefixes=Prefixes(
+                    columns["prefix_start"],
+                    columns["prefix_lens"],
+                    columns["header"][NUM_PREFIXES : NUM_PREFIXES + 1],
+                    self.config.cache.block_size,
+                )
+                if shape.shares_prefixes
+                else None,
             ).with_plan(self.spec.num_heads, self.spec.num_kv_heads, self.spec.head_dim)
         )
         return sample(logits, columns, shape, self._picked[: shape.num_sampled])

@@ -29,6 +29,7 @@ class StepShape(NamedTuple):
     num_blocks: int  # entries of kv_blocks
     num_adjustments: int  # entries of adjust_ids
     num_copies: int
+    shares_prefixes: bool  # whether decodes that begin with the same blocks are listed
 
 
 class Sampled(NamedTuple):
@@ -83,6 +84,7 @@ def exact_shape(batch: Batch, views: ArenaViews) -> StepShape:
         int(views.arrays["kv_start"][batch.num_seqs]),
         batch.num_adjustments,
         batch.num_copies,
+        batch.num_prefixes > 0,
     )
 
 
@@ -91,12 +93,16 @@ def padded_shape(batch: Batch, views: ArenaViews) -> StepShape:
     decodes_only = batch.num_decodes == batch.num_seqs
     entries = views.arrays["kv_blocks"].size, views.arrays["adjust_ids"].size
     shape = _shape_of_size(batch.padded_tokens, batch.padded_seqs, decodes_only, *entries)
-    return shape._replace(logprobs_width=_logprobs_width(batch, views), num_copies=batch.num_copies)
+    return shape._replace(
+        logprobs_width=_logprobs_width(batch, views),
+        num_copies=batch.num_copies,
+        shares_prefixes=batch.num_prefixes > 0,
+    )
 
 
 def likely_shapes(sizes: PadSizes, layout: Layout) -> list[StepShape]:
     """What ``padded_shape`` gives for batches of these sizes, the most likely first: decodes, then pieces of prompts
-    beside few sequences. Without log-probabilities, which few ask for."""
+    beside few sequences. Without log-probabilities, which few ask for, and shared beginnings, which few have."""
     entries = layout["kv_blocks"][2], layout["adjust_ids"][2]
     shapes = [_shape_of_size(size, size, True, *entries) for size in sizes.decodes]
     for fewer, seqs in zip((0, *sizes.mixed_seqs), sizes.mixed_seqs, strict=False):
@@ -107,7 +113,7 @@ def likely_shapes(sizes: PadSizes, layout: Layout) -> list[StepShape]:
 
 def _shape_of_size(tokens: int, seqs: int, decodes_only: bool, num_blocks: int, num_adjustments: int) -> StepShape:
     prompts, query_len = (0, 1) if decodes_only else (seqs, tokens)
-    return StepShape(tokens, seqs, seqs, seqs, prompts, query_len, 0, num_blocks, num_adjustments, 0)
+    return StepShape(tokens, seqs, seqs, seqs, prompts, query_len, 0, num_blocks, num_adjustments, 0, False)
 
 
 def _logprobs_width(batch: Batch, views: ArenaViews) -> int:

@@ -9,6 +9,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -130,6 +131,22 @@ def test_forked_choices_share_a_prompt_and_copy_its_last_block(tmp_path: Path) -
     assert generator(folder, "bfloat16").generate(prompts_of([21]), **params) == plain.generate(
         prompts_of([21]), **params
     )
+
+
+def test_decodes_that_begin_alike_give_what_each_gives_for_itself(tmp_path: Path) -> None:
+    folder = make_tiny_model(tmp_path, "qwen3", **WIDE)
+    beginning, *ends = prompts_of([300, 3, 20, 5, 9, 33, 1, 17, 2])
+    prompts = [beginning + end for end in ends]
+    found = {}
+    for min_shared_tokens in (0, 256):
+        run = generator(folder, "float16", min_shared_tokens=min_shared_tokens)
+        for _ in range(3):  # the last one is replayed
+            run.generate(prompts, max_tokens=4, num_logprobs=3)
+        assert (run.num_prefixes > 0) == (min_shared_tokens > 0)
+        logprobs = [result.logprobs for result in run.results if result.logprobs is not None]
+        # Rows of a step are in no order.
+        found[min_shared_tokens] = np.concatenate([np.sort(step, axis=0) for step in logprobs[:2]])
+    np.testing.assert_allclose(found[256], found[0], rtol=0, atol=0.02)
 
 
 def test_a_request_gets_the_same_logits_alone_and_in_200_mixes(tmp_path: Path) -> None:

@@ -83,10 +83,14 @@ def test_attention_with_a_plan_is_attention_without_one() -> None:
     plan = ops.plan_decode(query_start, seq_lens, kv_start, one, 1, heads=4, kv_heads=2, head_dim=64)
     columns = (q, cache, cache, query_start, seq_lens, kv_start, ints(2, 0, 1), one, 1, 1, 1, 0.1)
     assert torch.equal(ops.paged_attention(*columns, plan=plan), ops.paged_attention(*columns))
-    with pytest.raises(ValueError, match="plan has 1151 elements, 1 decodes need 1152"):
-        ops.paged_attention(*columns, plan=plan[:1151])
+    with pytest.raises(ValueError, match="plan has 9343 elements, 1 decodes need 9344"):
+        ops.paged_attention(*columns, plan=plan[:9343])
     with pytest.raises(ValueError, match="4 query heads cannot share 3 key/value heads"):
         ops.plan_decode(query_start, seq_lens, kv_start, one, 1, heads=4, kv_heads=3, head_dim=64)
+    with pytest.raises(ValueError, match="prefix_lens is missing"):
+        ops.plan_decode(query_start, seq_lens, kv_start, one, 1, 4, 2, 64, ints(0, 1), None, one, 16)
+    with pytest.raises(ValueError, match="shares_prefixes is set, but plan is missing"):
+        ops.paged_attention(*columns, shares_prefixes=True)
 
 
 def test_a_negative_slot_is_padding_and_one_too_large_is_an_error() -> None:
