@@ -241,15 +241,11 @@ class SupervisionConfig:
 
     max_restarts: Annotated[int, Option("restarts of each process within 5 minutes, then the server ends")] = 3
     restart_delay: Annotated[float, Option("seconds before the second restart; doubles with each further one")] = 1.0
-    engine_heartbeat_timeout: Annotated[
-        float, Option("seconds without a sign of life after which the engine is restarted")
-    ] = 10.0
+    engine_heartbeat_timeout: Annotated[float, Option("seconds without a sign of life until it is restarted")] = 10.0
     engine_iteration_timeout: Annotated[
         float, Option("seconds a step may take before the engine is restarted, and 0.1 s more a token")
     ] = 60.0
-    flight_recorder_dir: Annotated[
-        str, Option("folder for the last steps of an engine that died or hung; default: the temporary folder", "DIR")
-    ] = ""
+    flight_recorder_dir: Annotated[str, Option("where dead engines leave their last steps; default: /tmp", "DIR")] = ""
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import msgspec
@@ -85,6 +86,11 @@ class WatchedEngine:
         log.handle(log.makeRecord(log.name, logging.ERROR, __file__, 0, f"{what}: {reason}", (), None, sinfo=stacks))
         fix = "the stacks above show where; if it was only slow, a longer limit"
         return StartupFailure("HS-E203", what, reason, fix, exit_code)
+
+
+def keep_recordings(engines: Iterable[WatchedEngine]) -> None:
+    for engine in engines:
+        engine.keep_recording("asked for by signal")
 
 
 def make_heartbeats(config: Config) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import socket
+from collections.abc import Callable
 
 
 class Signals:
@@ -12,7 +13,9 @@ class Signals:
     RECORD = signal.SIGUSR2  # keep a flight recording
     HANDLED = (signal.SIGINT, signal.SIGTERM, RECORD)
 
-    def __init__(self) -> None:
+    def __init__(self, record: Callable[[], None] = lambda: None) -> None:
+        """``record``: what RECORD asks for; the others are given out by ``take``."""
+        self._record = record
         self.readable, self._written = socket.socketpair()
         self.readable.setblocking(False)
         self._written.setblocking(False)
@@ -21,9 +24,12 @@ class Signals:
 
     def take(self) -> list[int]:
         try:
-            return [number for number in self.readable.recv(64) if number in self.HANDLED]
+            numbers = [number for number in self.readable.recv(64) if number in self.HANDLED]
         except BlockingIOError:
             return []
+        if self.RECORD in numbers:
+            self._record()
+        return [number for number in numbers if number != self.RECORD]
 
     def close(self) -> None:
         for number, handler in self._old.items():

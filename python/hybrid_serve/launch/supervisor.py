@@ -28,7 +28,7 @@ from ..wire import (
 )
 from . import listener, ray
 from .counts import shared_counts
-from .engines import WatchedEngine, close_all, make_heartbeats
+from .engines import WatchedEngine, close_all, keep_recordings, make_heartbeats
 from .handshake import device_refusal, refusal
 from .local import Child, death, start
 from .nodes import Alone, Neighbours, Nodes
@@ -109,7 +109,7 @@ class Supervisor:
         self._control = bind_router(self._context, control_address(directory))
         self._poller = zmq.Poller()
         self._poller.register(self._control, zmq.POLLIN)
-        self._signals = Signals()
+        self._signals = Signals(lambda: keep_recordings(self.engines.values()))
         self._poller.register(self._signals.readable, zmq.POLLIN)
         neighbours.on_status, neighbours.on_end = self._take_news, self._told_to_end
         if neighbours.socket is not None:
@@ -260,10 +260,7 @@ class Supervisor:
     # What ends, and starts again
 
     def _signalled(self, number: int) -> None:
-        if number == Signals.RECORD:
-            for engine in self.engines.values():
-                engine.keep_recording("asked for by signal")
-        elif self.phase is Phase.SERVING:
+        if self.phase is Phase.SERVING:
             self.phase = Phase.DRAINING
             self.reporter.draining(self.config.server.shutdown_timeout)
             self._tell("api", pack(Kind.SHUTDOWN, Empty()))
