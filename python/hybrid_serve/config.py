@@ -118,19 +118,13 @@ class ParallelConfig:
     data_parallel_rank: Annotated[
         int, Option("this server is the engine of that rank alone, and something else balances; -1: no", "N")
     ] = -1
-    data_parallel_address: Annotated[str, Option("address of the head: where it listens for headless engines")] = (
-        "127.0.0.1"
-    )
+    data_parallel_address: Annotated[str, Option("where the head listens for headless engines")] = "127.0.0.1"
     data_parallel_rpc_port: Annotated[int, Option("port of the head for headless engines")] = 29550
     data_parallel_key_file: Annotated[
         str, Option("key that head and headless engines share; hybrid-serve keys makes one", "FILE")
     ] = ""
-    data_parallel_hybrid_lb: Annotated[
-        bool, Option("API servers use the engines of their own machine only; something else balances over machines")
-    ] = False
-    data_parallel_external_lb: Annotated[
-        bool, Option("each engine has an API server of its own, and something else balances; needs the rank")
-    ] = False
+    data_parallel_hybrid_lb: Annotated[bool, Option("API servers use the engines of their own machine only")] = False
+    data_parallel_external_lb: Annotated[bool, Option("each engine is a server of its own; needs the rank")] = False
     data_parallel_backend: Annotated[
         Literal["mp", "ray"],
         Option("ray: engines run on nodes of a Ray cluster; needs the extra", short="--distributed-executor-backend"),
@@ -346,33 +340,28 @@ def _parallel_problems(config: Config) -> list[tuple[str, str]]:
     is_external, is_hybrid = parallel.data_parallel_rank >= 0, parallel.data_parallel_hybrid_lb
     size, headless, is_ray = parallel.data_parallel_size, parallel.headless, parallel.data_parallel_backend == "ray"
     is_outside = bool(ranks) and ranks[-1] >= size and not (headless and size == 1)  # headless need not know the size
-    cases = {
-        ("data_parallel_rank", "is needed with data_parallel_external_lb: it says whose server this is"): (
-            parallel.data_parallel_external_lb and not is_external
-        ),
-        ("data_parallel_rank", "is for a server with one engine: no hybrid_lb, no size_local above 1"): (
-            is_external and (is_hybrid or parallel.data_parallel_size_local > 1)
-        ),
-        ("headless", "engines have no API server that data_parallel_rank or hybrid_lb could be about"): (
-            headless and (is_external or is_hybrid)
-        ),
-        ("headless", f"means no API servers, api_server_count is {config.server.api_server_count}"): (
-            headless and config.server.api_server_count > 1
-        ),
-        ("data_parallel_size_local", "is 0: there would be no engine"): not ranks and (headless or is_hybrid),
-        ("data_parallel_size", f"is {size}, but this machine has ranks {list(ranks)}"): is_outside,
-        ("headless", "or data_parallel_hybrid_lb is needed with data_parallel_start_rank: a head begins with 0"): (
-            parallel.data_parallel_start_rank > 0 and not (headless or is_hybrid or is_external)
-        ),
-        ("data_parallel_key_file", "is needed for engines on several machines: hybrid-serve keys FILE makes it"): (
-            bool(headless or (parallel.remote_ranks and not is_ray)) and not parallel.data_parallel_key_file
-        ),
-        ("data_parallel_backend", "is ray, which places all engines: no headless, hybrid_lb, rank, size_local"): (
-            is_ray and (headless or is_hybrid or is_external or parallel.data_parallel_size_local >= 0)
-        ),
-        ("data_parallel_address", "is empty, use 127.0.0.1 for this machine only"): not parallel.data_parallel_address,
-    }
-    return [problem for problem, is_there in cases.items() if is_there]
+    found: list[tuple[str, str]] = []
+    if parallel.data_parallel_external_lb and not is_external:
+        found.append(("data_parallel_rank", "is needed with data_parallel_external_lb: it says whose server this is"))
+    if is_external and (is_hybrid or parallel.data_parallel_size_local > 1):
+        found.append(("data_parallel_rank", "is for a server with one engine: no hybrid_lb, no size_local above 1"))
+    if headless and (is_external or is_hybrid):
+        found.append(("headless", "engines have no API server that data_parallel_rank or hybrid_lb could be about"))
+    if headless and config.server.api_server_count > 1:
+        found.append(("headless", f"means no API servers, api_server_count is {config.server.api_server_count}"))
+    if not ranks and (headless or is_hybrid):
+        found.append(("data_parallel_size_local", "is 0: there would be no engine"))
+    if is_outside:
+        found.append(("data_parallel_size", f"is {size}, but this machine has ranks {list(ranks)}"))
+    if parallel.data_parallel_start_rank > 0 and not (headless or is_hybrid or is_external):
+        found.append(("headless", "or data_parallel_hybrid_lb is needed with data_parallel_start_rank: a head has 0"))
+    if (headless or (parallel.remote_ranks and not is_ray)) and not parallel.data_parallel_key_file:
+        found.append(("data_parallel_key_file", "is needed for engines on several machines: hybrid-serve keys FILE"))
+    if is_ray and (headless or is_hybrid or is_external or parallel.data_parallel_size_local >= 0):
+        found.append(("data_parallel_backend", "is ray, which places all engines: no headless, _lb, rank, size_local"))
+    if not parallel.data_parallel_address:
+        found.append(("data_parallel_address", "is empty, use 127.0.0.1 for this machine only"))
+    return found
 
 
 def _server_problems(server: ServerConfig) -> list[tuple[str, str]]:

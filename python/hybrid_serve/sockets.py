@@ -12,7 +12,7 @@ from .wire import MAX_FRAME_BYTES
 RECONNECT_MS = 20  # a peer that is just starting is found this soon
 RECONNECT_MAX_MS = 1000  # over a network, after several tries
 HANDSHAKE_MS = 5000
-HEARTBEAT_MS = 2000  # over a network: a peer whose machine is gone says nothing more
+HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS = 2000, 10000  # over a network: a machine that is gone says nothing more
 
 
 def bind_router(context: zmq.Context[Any], address: str, gate: Gate | None = None) -> zmq.Socket[bytes]:
@@ -81,6 +81,7 @@ def _set_common(socket: zmq.Socket[bytes], address: str, keys: Keys | None) -> N
         socket.setsockopt(zmq.CURVE_SECRETKEY, keys.secret.encode())
         socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
         socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
+        socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
         socket.setsockopt(zmq.IPV6, int("[" in address))
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)

@@ -4,7 +4,8 @@ A message is a list of ZMQ frames: ``[kind, header, array, ...]``. ``kind`` is o
 Struct, arrays are raw little-endian bytes (so token ids never become Python objects on the way).
 
 Topology: the supervisor binds one ROUTER (control: HELLO, STATUS), each engine binds one ROUTER (data); engines and API
-servers connect DEALERs. Request ids are unique in a server, one per choice: see ``first_request_id``.
+servers connect DEALERs. A head of headless engines binds one ROUTER more, for their nodes. Request ids are unique in a
+server, one per choice: see ``first_request_id``.
 """
 
 from __future__ import annotations

@@ -26,19 +26,21 @@ class Dealers:
         """``keys``: for addresses of other machines."""
         self._identity, self._keys = identity, keys
         self._takers: dict[zmq.Socket[bytes], Take] = {}
+        self._monitors: dict[zmq.Socket[bytes], zmq.Socket[bytes]] = {}
 
     def start(self) -> None:
         """Call it inside the event loop."""
         self._loop = asyncio.get_running_loop()
         self._context = zmq.Context()
 
-    def open(self, address: str, take: Take) -> zmq.Socket[bytes]:
-        """The other end may still be to come."""
-        keys = self._keys if address.startswith("tcp:") else None
-        socket = connect_dealer(self._context, address, self._identity, keys)
-        self._takers[socket] = take
-        self._loop.add_reader(socket, self._receive, socket)
-        self._loop.call_soon(self._receive, socket)
+    def open(self, address: str, take: Take, on_break: Callable[[], None] | None = None) -> zmq.Socket[bytes]:
+        """The other end may still be to come. ``on_break``: called when a connection over a network ended: it would be
+        made again in silence, without what was on its way."""
+        is_network = address.startswith("tcp:")
+        socket = connect_dealer(self._context, address, self._identity, self._keys if is_network else None)
+        if is_network and on_break is not None:
+            self._watch(socket, on_break)
+        self._read(socket, take)
         return socket
 
     def send(self, socket: zmq.Socket[bytes], message: list[Any]) -> None:
@@ -46,8 +48,28 @@ class Dealers:
         if readable(socket):  # the send may have swallowed the event that the loop waits for
             self._loop.call_soon(self._receive, socket)
 
+    def _watch(self, socket: zmq.Socket[bytes], on_break: Callable[[], None]) -> None:
+        monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+
+        def event(frames: list[bytes]) -> None:
+            if socket in self._takers:
+                on_break()
+
+        self._monitors[socket] = monitor
+        self._read(monitor, event)
+
+    def _read(self, socket: zmq.Socket[bytes], take: Take) -> None:
+        self._takers[socket] = take
+        self._loop.add_reader(socket, self._receive, socket)
+        self._loop.call_soon(self._receive, socket)  # until it was asked once, a socket signals nothing
+
     def drop(self, socket: zmq.Socket[bytes]) -> None:
         """Takes what has arrived; what has not goes with the socket."""
+        if (monitor := self._monitors.pop(socket, None)) is not None:
+            self._loop.remove_reader(monitor)
+            del self._takers[monitor]
+            socket.disable_monitor()
+            monitor.close()
         self._loop.remove_reader(socket)
         take = self._takers.pop(socket)
         while readable(socket):
@@ -59,6 +81,7 @@ class Dealers:
             self._loop.remove_reader(socket)
         self._context.destroy(linger=200)  # what was sent a moment ago still goes out
         self._takers.clear()
+        self._monitors.clear()
 
     def _receive(self, socket: zmq.Socket[bytes]) -> None:
         take = self._takers.get(socket)

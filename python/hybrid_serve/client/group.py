@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from time import monotonic
@@ -32,6 +33,7 @@ from .router import Router
 from .steps import event_in_step, events_of_step, outputs_of_step
 from .streams import ZmqStream
 
+log = logging.getLogger(__name__)
 _QUARANTINED = "The engine died twice while it worked on this request; it is not tried again."
 _GONE = ("dead", "away")  # phases of an engine that does not come back by itself
 
@@ -105,9 +107,11 @@ class EngineGroup:
         for stream in streams:
             stream.fail(error)
 
-    def _ask(self, stream: ZmqStream, requests: Iterable[tuple[AddRequest, bytes]]) -> None:
-        """Sends them to the engine that the router picks: one that is ready, else one that will be."""
-        links = [link for link in self.links if link.is_ready]
+    def _ask(self, stream: ZmqStream, requests: Iterable[tuple[AddRequest, bytes]], lost: Link | None = None) -> None:
+        """Sends them to the engine that the router picks: one that is ready, else one that will be; another one than
+        ``lost`` if there is."""
+        ready = [link for link in self.links if link.is_ready]
+        links = [link for link in ready if link is not lost] or ready
         links = links or [link for link in self.links if link.status.phase not in _GONE]
         if not links:
             self._give_up(stream, EngineDead(self.status.message or "no engine is left"))
@@ -152,7 +156,7 @@ class EngineGroup:
                 lost.append(link)
         self._sum_up()
         for link in lost:
-            self._replay(link, status)
+            self._replay(link, status.suspects, status.culprits)
 
     def _sum_up(self) -> None:
         """The phase of all together is ready when one is and every one has been: a server that has begun to serve goes
@@ -170,11 +174,17 @@ class EngineGroup:
         coming = [status for status in others if status.phase not in _GONE]
         self.status = (coming or others)[0]
 
-    def _replay(self, link: Link, status: Status) -> None:
+    def _broken(self, link: Link) -> None:
+        """The connection to an engine elsewhere ended, and with it what was on its way. Whether the engine did, we are
+        told: its requests need not wait for that. An engine that lives ends them when we join again."""
+        log.warning("the connection to engine %d ended", link.index)
+        self._replay(link, b"", b"")
+
+    def _replay(self, link: Link, suspects: bytes, culprits: bytes) -> None:
         """What the engine had is lost. Who was to blame fails; the others are asked for again, from where they are.
 
         What has arrived counts; what has not goes with the old socket, lest it comes a second time."""
-        running, to_blame = set(array("Q", status.suspects)), set(array("Q", status.culprits))
+        running, to_blame = set(array("Q", suspects)), set(array("Q", culprits))
         before = self.num_replayed, self.num_quarantined
         if link.socket is not None:
             self._dealers.drop(link.socket)
@@ -184,7 +194,7 @@ class EngineGroup:
         for stream in streams:
             if to_blame.isdisjoint(stream.live_ids):
                 self.num_replayed += 1
-                self._ask(stream, stream.replay(running))
+                self._ask(stream, stream.replay(running), link)
             else:
                 self.num_quarantined += 1
                 self._give_up(stream, EngineRejected(500, _QUARANTINED, "request_quarantined"))
@@ -194,7 +204,8 @@ class EngineGroup:
     def _connect(self, link: Link) -> None:
         if not link.address or link.status.phase == "away":
             return
-        link.socket = self._dealers.open(link.address, lambda frames: self._take(link, frames))
+        take, on_break = (lambda frames: self._take(link, frames)), (lambda: self._broken(link))
+        link.socket = self._dealers.open(link.address, take, on_break)
         self._send(link, pack(Kind.JOIN, Join(self._api_index)))
         self._send_limit(link)
 

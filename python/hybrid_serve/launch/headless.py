@@ -77,6 +77,7 @@ class Head:
         identity = b"node-%d-" % self._ranks[0] + secrets.token_hex(4).encode()
         self.socket = connect_dealer(self._context, self.address, identity, keys)
         self._heard = time.monotonic()
+        self._last: dict[int, Status] = {}
 
     def join(self) -> Joined | int:
         """Waits until the head takes us, or for a signal, whose number it is. Raises StartupError if it refuses."""
@@ -99,6 +100,7 @@ class Head:
                 poller.poll(int(ASK_SECONDS * 1000))
         finally:
             self.socket.disable_monitor()
+            monitor.close()
             signals.close()
 
     def _refusals(self, so_far: int, event: int) -> int:
@@ -147,6 +149,8 @@ class Head:
                 log.warning("message of the head, of %d frames, dropped: %s", len(frames), error)
 
     def look(self) -> None:
+        for status in self._last.values():  # again: a connection that was made anew may have lost one
+            self._send(pack(Kind.STATUS, status))
         self._send(pack(Kind.PULSE, Empty()))
         silence = time.monotonic() - self._heard
         if silence > self._limit:
@@ -154,6 +158,7 @@ class Head:
             self.on_end(StartupFailure("HS-E204", f"the head at {self.address} is gone", why, fix, 20))
 
     def publish(self, status: Status) -> None:
+        self._last[status.engine] = status
         self._send(pack(Kind.STATUS, status))
 
     def given_up(self, status: Status) -> None:

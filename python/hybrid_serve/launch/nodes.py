@@ -193,7 +193,9 @@ class Nodes:
             raise ValueError(f"status of engine {status.engine} from a node with {node.ranks}")
         before = self._statuses[status.engine]
         restarts, facts = status.restarts + node.base[status.engine], status.facts or before.facts
-        self._tell(msgspec.structs.replace(status, restarts=restarts, facts=facts))
+        status = msgspec.structs.replace(status, restarts=restarts, facts=facts)
+        if status != before:  # each is said again from time to time
+            self._tell(status)
 
     def _lost(self, identity: bytes, why: str) -> None:
         node = self._nodes.pop(identity)

@@ -116,6 +116,25 @@ def test_a_header_names_the_engine_and_one_that_is_not_there_is_refused_with_the
         assert "engines 0 to 1" in error["message"]
 
 
+def test_prompts_with_the_same_beginning_go_to_the_same_engine(pair: Server) -> None:
+    """S12, prefix affinity: and find it in its cache."""
+    queries, hits = "vllm:prefix_cache_queries_total", "vllm:prefix_cache_hits_total"
+    before = by_engine(pair, queries), by_engine(pair, hits)
+    with httpx.Client(timeout=60) as client:  # one connection, hence one API server
+        for index in range(6):
+            prompt = "the same instructions for everybody " * 10 + f"question {index}"
+            assert client.post(pair.url + COMPLETIONS, json=body(1, prompt=prompt)).status_code == 200
+
+    def deltas() -> list[tuple[float, float]]:
+        after = by_engine(pair, queries), by_engine(pair, hits)
+        return sorted((after[0][one] - before[0][one], after[1][one] - before[1][one]) for one in "01")
+
+    wait_until(lambda: deltas()[1][1] > 0, "the engine's word")
+    idle, busy = deltas()
+    assert idle == (0, 0)
+    assert busy[1] > 0.7 * busy[0]
+
+
 def test_streams_of_a_killed_engine_end_as_if_it_had_lived(pair: Server) -> None:
     """F-09: greedy and sampled, with the real kernels; /ready says which engine is away and stays 200."""
 

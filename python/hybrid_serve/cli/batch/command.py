@@ -49,6 +49,8 @@ def run_batch(argv: list[str]) -> int:
     arguments, rest = parser.parse_known_args(dashed(argv))
     chosen = options.parse(rest, os.environ)
     config = _private(chosen.config, chosen.origins)
+    if config.parallel.headless:
+        raise UsageError("--headless: a batch needs an API server")
     if not (arguments.input and arguments.output):
         raise UsageError("-i FILE and -o FILE must both be given")
     source = BatchInput(arguments.input)
