@@ -155,21 +155,24 @@ class Actors:
         self._places: dict[Any, tuple[int, float]] = {}  # by reference to where it is: rank, since when it is asked
 
     def run(self) -> None:
-        while not self._is_told_to_end():
-            now = time.monotonic()
-            for rank in [rank for rank, when in self._due.items() if when <= now]:
-                del self._due[rank]
-                self._start(rank)
-            references = [*self._places, *self._running]
-            if not references:
-                time.sleep(LOOK_SECONDS)
-                continue
-            for reference in self._ray.wait(references, timeout=LOOK_SECONDS)[0]:
+        news: list[Any] = []
+        while not self._is_told_to_end():  # asked before an end is taken for a loss: engines are told, too
+            for reference in news:
                 if reference in self._places:
                     self._placed(reference)
                 else:
                     self._ended(reference)
+            now = time.monotonic()
+            for rank in [rank for rank, when in self._due.items() if when <= now]:
+                del self._due[rank]
+                self._start(rank)
             self._complain()
+            references = [*self._places, *self._running]
+            if references:
+                news = self._ray.wait(references, timeout=LOOK_SECONDS)[0]
+            else:
+                news = []
+                time.sleep(LOOK_SECONDS)
 
     def _start(self, rank: int) -> None:
         actor = self._class.remote()
@@ -250,6 +253,8 @@ class NodeActor:
         """``order``: a ``local.Order`` without the key file and the addresses of this machine, as JSON; ``keys``: the
         key file. The StartupFailure with which the engine ended."""
         told = msgspec.json.decode(order, type=Order)
+        if not told.spec.arguments["num_cores"]:
+            os.environ.pop("OMP_NUM_THREADS", None)  # Ray's 1 for an actor without CPUs of its own
         with RunDirectory() as directory, zmq.Context() as context:
             key_file, control = directory / KEY_NAME, control_address(directory)
             key_file.touch(mode=0o600)

@@ -361,6 +361,7 @@ class Supervisor:
     def _stop(self) -> None:
         self.phase = Phase.STOPPING
         self._due.clear()
+        self._tell("ray", pack(Kind.SHUTDOWN, Empty()))
         self._neighbours.leave()
 
     def _stop_when_drained(self) -> None:
@@ -371,7 +372,6 @@ class Supervisor:
     def _end_engines(self) -> None:
         self._stop()
         self._tell("engine", pack(Kind.SHUTDOWN, Empty()))
-        self._tell("ray", pack(Kind.SHUTDOWN, Empty()))
         for child in self._running("engine"):
             if not self.engines[child.spec.identity].is_ready:  # it loads, and listens to nobody
                 child.kill()

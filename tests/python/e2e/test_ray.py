@@ -148,6 +148,19 @@ def test_a_killed_server_leaves_no_engine_behind(cluster: RayCluster, server: Se
     wait_until(lambda: not any(process.is_running() for process in left[1:]), "nothing of it is left")
 
 
+def test_streams_of_the_only_engine_wait_for_the_next_and_a_stop_is_no_loss(
+    model: Path, cluster: RayCluster, undisturbed: list[str]
+) -> None:
+    """F-11, F-12: exit code 0, and nothing is started again."""
+    port = ("--data-parallel-rpc-port", str(free_port()))
+    with serving(str(model), *RAY, *port, env=cluster.environment, patience=200) as server:
+        assert texts(server, actor_of(engines(cluster)["0"]).kill) == undisturbed
+        server.process.terminate()
+        assert server.process.wait(60) == 0
+        assert server.log().count("is started again") == 1
+    wait_until(lambda: not cluster.processes("hybrid-serve: "), "nothing of it is left")
+
+
 def test_a_cluster_without_token_is_refused() -> None:
     """ADV-43."""
     with RayCluster(has_token=False, has_worker=False) as cluster:
