@@ -149,6 +149,24 @@ void linear_case(const std::string& shape, int64_t n, int64_t k, int64_t rows) {
          2 * r * static_cast<double>(n) * static_cast<double>(k));
 }
 
+void gated_case(const std::string& shape, int64_t dim, int64_t k, int64_t rows) {
+  const std::string name = "linear_silu_mul " + shape + " rows " + std::to_string(rows);
+  if (!selected(name)) return;
+  Memory memory;
+  const double weight_bytes = 4.0 * static_cast<double>(dim * k);
+  const int64_t sets = sets_of(weight_bytes), elements = packed_size(2 * dim, k);
+  const TensorView weights = memory.random({sets, elements}), x = memory.random({rows, k}),
+                   out = memory.random({rows, dim}), gate_up = memory.random({rows, 2 * dim});
+  const double time = time_of_launch(sets, [&](int64_t i) {
+    TensorView weight = weights;
+    weight.ndim = 1, weight.shape[0] = elements, weight.strides[0] = 1;
+    weight.data = weights.as<BFloat16>() + i * elements;
+    linear_silu_mul({out, x, weight, {}, gate_up, k, stream});
+  });
+  const auto r = static_cast<double>(rows);
+  report(name, time, weight_bytes + 2 * r * static_cast<double>(dim + k), 4 * r * static_cast<double>(dim * k));
+}
+
 void linear_cases() {
   const std::tuple<const char*, int64_t, int64_t> shapes[] = {
       {"0.5b qkv 1152x896", 1152, 896},  {"0.5b o 896x896", 896, 896},           {"0.5b gate_up 9728x896", 9728, 896},
@@ -157,6 +175,11 @@ void linear_cases() {
   for (const auto& [name, n, k] : shapes)
     for (int64_t rows : {1, 4, 8, 16, 32, 64, 128, 256, 2048})
       if (rows < 2048 || n < 100000) linear_case(name, n, k, rows);
+  for (int64_t rows : {16, 32, 64, 128, 256, 512, 1024, 1536, 2048, 4096, 8192}) {
+    gated_case("0.5b 9728x896", 4864, 896, rows);
+    gated_case("1b 16384x2048", 8192, 2048, rows);
+    gated_case("8b 28672x4096", 14336, 4096, rows);
+  }
 }
 
 void rotate_and_store_case(const Heads& h, bool normed, int64_t rows) {

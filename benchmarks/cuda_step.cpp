@@ -110,7 +110,7 @@ int main(int count, char** arguments) {
   using namespace hybrid;
   std::vector<int64_t> rows;
   for (int i = 1; i < count; ++i) rows.push_back(std::atoll(arguments[i]));
-  if (rows.empty()) rows = {1, 8, 16, 32, 64, 128, 256};
+  if (rows.empty()) rows = {1, 8, 16, 24, 32, 64, 128, 256, 512};
   bench::begin();
   for (const bench::Model& model : bench::models) {
     BFloat16* const weights = bench::random_memory(bench::weight_elements(model));

@@ -1,10 +1,12 @@
 // linear: x @ weight^T + bias, weight row-major [n, k].
 //
-// 16-bit types run on the tensor cores: few rows by a kernel that streams the weights (gemv.cu), more by cuBLASLt or,
-// without it or where a row's bits may not depend on its batch, by one that tiles (gemm.cu); our two add in the order
-// of linear.cuh and agree bit for bit. Float has its own plain kernel for any number of rows, below.
+// 16-bit types run on the tensor cores: few rows by a kernel that streams the weights (gemv.cu), more by warpgroup
+// products (linear_sm90.cu) or by cuBLASLt, whichever was measured to be faster. Without either, or where a row's bits
+// may not depend on its batch, by one that tiles (gemm.cu); it and the first add in the order of linear.cuh and agree
+// bit for bit. Float has its own plain kernel for any number of rows, below.
 #include "cublaslt.cuh"
 #include "linear.cuh"
+#include "linear_sm90.cuh"
 #include "ops/dispatch.h"
 
 namespace hybrid::cuda {
@@ -70,13 +72,17 @@ LinearParams<T> params_of(const char* op, const Linear& a) {
   return p;
 }
 
-// Which kernel, from measurements on an H100: ours stream weights at 90 to 100 % of a copy's bandwidth up to 16 rows,
-// fused and ahead of the previous kernel; cuBLASLt at some 85 % up to 64 rows, and it is ahead from 17 on, but for
-// weights so small that launches count (0.4 us less of 3.9 at 896 x 896). False: no fused kernel for this many rows.
+// Which kernel, from measurements on an H100: ours streams weights at 90 to 100 % of a copy's bandwidth up to 16 rows,
+// fused and ahead of the previous kernel, and up to 32 rows weights so small that launches count (0.4 us less than
+// cuBLASLt's 3.9 at 896 x 896). Above, see plan_tiles(). False: no fused kernel for this many rows.
 template <bool gated, class T>
 bool half_linear(const LinearParams<T>& p, Stream stream) {
   const bool few_rows = p.rows <= 16 || (p.rows <= skinny_rows && p.n * p.k < 4'000'000);
   if (!few_rows && !batch_invariant()) {
+    if (const auto plan = plan_tiles(gated, p.rows, p.n, p.k)) {
+      warpgroup_linear(p, gated, *plan, stream);
+      return true;
+    }
     if constexpr (gated) return false;
     if (library_linear(p, stream)) return true;
   }

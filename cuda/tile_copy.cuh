@@ -35,6 +35,15 @@ __device__ inline void arrive(uint32_t barrier) {
 __device__ inline void arrive_expecting(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
+// The same at the barrier of another block of the cluster. It orders nothing there but the copies that wait for it: a
+// release to the cluster would cost a trip to L2.
+__device__ inline void arrive_at(uint32_t barrier, int block) {
+  asm volatile(
+      "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(barrier),
+      "r"(block)
+      : "memory");
+}
 // Returns when the latest phase of this parity has ended.
 __device__ inline void wait_barrier(uint32_t barrier, uint32_t parity) {
   asm volatile(
@@ -68,12 +77,52 @@ __device__ inline void copy_box(uint32_t to, const CUtensorMap* map, int x, int 
       "l"(map), "r"(x), "r"(y), "r"(z), "r"(w), "r"(barrier)
       : "memory");
 }
+// The same for data that is read once: the first to go from L2.
+__device__ inline uint64_t read_once() {
+  uint64_t policy;
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+__device__ inline void copy_box(uint32_t to, const CUtensorMap* map, int x, int y, int z, int w, uint32_t barrier,
+                                uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, "
+      "%3, %4, %5}], [%6], %7;" ::"r"(to),
+      "l"(map), "r"(x), "r"(y), "r"(z), "r"(w), "r"(barrier), "l"(policy)
+      : "memory");
+}
+// The same into all `blocks` blocks of the cluster, each of which counts the bytes for its own barrier.
+template <int blocks>
+__device__ inline void copy_box_to_all(uint32_t to, const CUtensorMap* map, int x, int y, int z, int w,
+                                       uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, "
+      "{%2, %3, %4, %5}], [%6], %7;" ::"r"(to),
+      "l"(map), "r"(x), "r"(y), "r"(z), "r"(w), "r"(barrier), "h"(static_cast<uint16_t>((1 << blocks) - 1))
+      : "memory");
+}
 __device__ inline void prefetch_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
 // Makes ordinary writes to shared memory visible to the copy engine and to wgmma; a barrier must follow.
 __device__ inline void publish_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// All threads of a cluster: what was written before the one is seen after the other.
+__device__ inline void arrive_in_cluster() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+__device__ inline void wait_for_cluster() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+
+// A count in memory that orders what was written before it, on any block, against what is read after it was seen.
+__device__ inline int add_release(int32_t* count, int n) {
+  int before;
+  asm volatile("atom.release.gpu.global.add.s32 %0, [%1], %2;" : "=r"(before) : "l"(count), "r"(n) : "memory");
+  return before;
+}
+__device__ inline int read_acquire(const int32_t* count) {
+  int value;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(count) : "memory");
+  return value;
+}
 
 // Named barriers (1 to 15) among `threads` threads: meet waits for the others, pass does not.
 __device__ inline void meet(int name, int threads) {

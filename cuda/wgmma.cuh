@@ -29,19 +29,22 @@ __device__ inline void wait_products() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
 }
 
-// Keeps the compiler from moving uses of registers that a product in the background works on.
+// Keeps the compiler from moving uses of registers, as of those that a product in the background works on.
+__device__ inline void pin(float (&c)[4]) {
+#pragma unroll
+  for (int j = 0; j < 4; ++j) asm volatile("" : "+f"(c[j])::"memory");
+}
 template <int columns>
 __device__ inline void pin(float (&c)[columns][4]) {
 #pragma unroll
-  for (int n = 0; n < columns; ++n)
-#pragma unroll
-    for (int j = 0; j < 4; ++j) asm volatile("" : "+f"(c[n][j])::"memory");
+  for (int n = 0; n < columns; ++n) pin(c[n]);
 }
 
 #define HYBRID_C2(c, n)                                                                                                \
   "+f"(c[n][0]), "+f"(c[n][1]), "+f"(c[n][2]), "+f"(c[n][3]), "+f"(c[n + 1][0]), "+f"(c[n + 1][1]), "+f"(c[n + 1][2]), \
       "+f"(c[n + 1][3])
 #define HYBRID_C8(c, n) HYBRID_C2(c, n), HYBRID_C2(c, n + 2), HYBRID_C2(c, n + 4), HYBRID_C2(c, n + 6)
+#define HYBRID_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define HYBRID_32                                                                                   \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, " \
   "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
@@ -49,6 +52,14 @@ __device__ inline void pin(float (&c)[columns][4]) {
   HYBRID_32                                                                                      \
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, " \
   "%50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define HYBRID_96                                                                    \
+  HYBRID_64                                                                          \
+  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79" \
+  ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define HYBRID_128                                                                               \
+  HYBRID_96                                                                                      \
+  ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111" \
+  ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 
 // c = a . b^T or, with `add`, c += a . b^T: 64 x 128 elements over a depth of 16; both operands' rows run along the
 // depth.
@@ -65,6 +76,28 @@ __device__ inline void product(float (&c)[16][4], uint64_t a, uint64_t b, bool a
     HYBRID_PRODUCT("f16");
 #undef HYBRID_PRODUCT
 }
+
+// c = a . b^T or, with `add`, c += a . b^T, of as many columns as c has: 64 x 8 for each element of c.
+#define HYBRID_PRODUCT(type, shape, list, at_a, at_b, at_add, ...)                                             \
+  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" at_add ", 0;\nwgmma.mma_async.sync.aligned.m64n" shape \
+               "k16.f32." type "." type " {" list "}, %" at_a ", %" at_b ", add, 1, 1, 0, 0;\n}"               \
+               : __VA_ARGS__                                                                                   \
+               : "l"(a), "l"(b), "r"(static_cast<int>(add)))
+#define HYBRID_PRODUCT_OF(columns, shape, list, at_a, at_b, at_add, ...)                     \
+  template <class T>                                                                         \
+  __device__ inline void product(float (&c)[columns][4], uint64_t a, uint64_t b, bool add) { \
+    if constexpr (std::is_same_v<T, BFloat16>)                                               \
+      HYBRID_PRODUCT("bf16", shape, list, at_a, at_b, at_add, __VA_ARGS__);                  \
+    else                                                                                     \
+      HYBRID_PRODUCT("f16", shape, list, at_a, at_b, at_add, __VA_ARGS__);                   \
+  }
+HYBRID_PRODUCT_OF(4, "32", HYBRID_16, "16", "17", "18", HYBRID_C2(c, 0), HYBRID_C2(c, 2))
+HYBRID_PRODUCT_OF(8, "64", HYBRID_32, "32", "33", "34", HYBRID_C8(c, 0))
+HYBRID_PRODUCT_OF(24, "192", HYBRID_96, "96", "97", "98", HYBRID_C8(c, 0), HYBRID_C8(c, 8), HYBRID_C8(c, 16))
+HYBRID_PRODUCT_OF(32, "256", HYBRID_128, "128", "129", "130", HYBRID_C8(c, 0), HYBRID_C8(c, 8), HYBRID_C8(c, 16),
+                  HYBRID_C8(c, 24))
+#undef HYBRID_PRODUCT_OF
+#undef HYBRID_PRODUCT
 
 // c += a . b: a in registers as by mma.sync, the rows of b run along the columns of c, 64 or 128 of them.
 template <class T>
@@ -96,7 +129,10 @@ __device__ inline void add_product(float (&c)[8][4], const uint32_t (&a)[4], uin
 
 #undef HYBRID_C2
 #undef HYBRID_C8
+#undef HYBRID_16
 #undef HYBRID_32
 #undef HYBRID_64
+#undef HYBRID_96
+#undef HYBRID_128
 
 }  // namespace hybrid::cuda

@@ -87,7 +87,7 @@ TYPED_TEST(GpuLinear, followed_by_silu_mul_equals_its_cpu_twin) {
     Weight<T> weight(2 * dim, k, this->rng);
     Twin<T> bias({2 * dim});
     bias.fill_random(this->rng);
-    for (int64_t rows : {1, 3, 8, 16, 17, 32, 50}) {
+    for (int64_t rows : {1, 3, 8, 16, 17, 32, 50, 65, 127, 129}) {
       Twin<T> x({rows, 2 * k}), out({rows, dim}), gate_up({rows, 2 * dim});
       x.fill_random(this->rng, 1.0f / std::sqrt(static_cast<float>(k))), out.poison(), gate_up.poison();
       for (Device device : {Device::cpu, Device::cuda})
@@ -232,7 +232,7 @@ TEST(GpuLinearLarge, addresses_weights_beyond_two_billion_elements) {
   cuda::check(cudaMalloc(&weight, static_cast<size_t>(packed_size(n, k)) * 2));
   cuda::check(cudaMemset(weight, 0, static_cast<size_t>(packed_size(n, k)) * 2));
   cuda::check(cudaMemcpy(weight + (n - tail) * k, last.host().data(), tail * k * 2, cudaMemcpyHostToDevice));
-  for (const auto& [rows, ours] : {std::pair<int64_t, bool>{3, true}, {150, true}, {150, false}}) {
+  for (const auto& [rows, ours] : {std::pair<int64_t, bool>{3, true}, {50, false}, {150, true}, {150, false}}) {
     set_batch_invariant(ours);
     Twin<BFloat16> x({rows, k});
     Twin<float> out({rows, n}), expected({rows, tail});
