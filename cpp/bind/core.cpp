@@ -75,9 +75,9 @@ class ReadBuffer {
 Config make_config(const py::object& num_blocks, const py::object& block_size, const py::object& max_num_seqs,
                    const py::object& max_num_batched_tokens, const py::object& max_model_len,
                    const py::object& vocab_size, const py::object& num_clients, const py::object& depth,
-                   bool enable_prefix_caching, const py::object& max_adjustments, const py::bytes& hash_key,
-                   std::vector<int64_t> decode_sizes, std::vector<int64_t> mixed_seq_sizes,
-                   std::vector<int64_t> mixed_token_sizes) {
+                   bool enable_prefix_caching, const py::object& num_host_blocks, const py::object& swap_cost,
+                   const py::object& max_adjustments, const py::bytes& hash_key, std::vector<int64_t> decode_sizes,
+                   std::vector<int64_t> mixed_seq_sizes, std::vector<int64_t> mixed_token_sizes) {
   Config config;
   config.num_blocks = integer("num_blocks", num_blocks);
   config.block_size = integer("block_size", block_size);
@@ -88,6 +88,8 @@ Config make_config(const py::object& num_blocks, const py::object& block_size, c
   config.num_clients = integer("num_clients", num_clients);
   config.depth = integer("depth", depth);
   config.enable_prefix_caching = enable_prefix_caching;
+  config.num_host_blocks = integer("num_host_blocks", num_host_blocks);
+  config.swap_cost = integer("swap_cost", swap_cost);
   config.max_adjustments = integer("max_adjustments", max_adjustments);
   config.decode_sizes = std::move(decode_sizes);
   config.mixed_seq_sizes = std::move(mixed_seq_sizes);
@@ -255,9 +257,9 @@ void bind_config(py::module_& m) {
   py::class_<Config>(m, "Config")
       .def(py::init(&make_config), py::kw_only(), "num_blocks"_a, "block_size"_a, "max_num_seqs"_a,
            "max_num_batched_tokens"_a, "max_model_len"_a, "vocab_size"_a, "num_clients"_a = 1, "depth"_a = 1,
-           "enable_prefix_caching"_a = true, "max_adjustments"_a = 0, "hash_key"_a = py::bytes(),
-           "decode_sizes"_a = std::vector<int64_t>{}, "mixed_seq_sizes"_a = std::vector<int64_t>{},
-           "mixed_token_sizes"_a = std::vector<int64_t>{})
+           "enable_prefix_caching"_a = true, "num_host_blocks"_a = 0, "swap_cost"_a = 0, "max_adjustments"_a = 0,
+           "hash_key"_a = py::bytes(), "decode_sizes"_a = std::vector<int64_t>{},
+           "mixed_seq_sizes"_a = std::vector<int64_t>{}, "mixed_token_sizes"_a = std::vector<int64_t>{})
       .def_readonly("num_blocks", &Config::num_blocks)
       .def_readonly("block_size", &Config::block_size)
       .def_readonly("max_num_seqs", &Config::max_num_seqs)
@@ -267,6 +269,8 @@ void bind_config(py::module_& m) {
       .def_readonly("num_clients", &Config::num_clients)
       .def_readonly("depth", &Config::depth)
       .def_readonly("enable_prefix_caching", &Config::enable_prefix_caching)
+      .def_readonly("num_host_blocks", &Config::num_host_blocks)
+      .def_readonly("swap_cost", &Config::swap_cost)
       .def_readonly("max_adjustments", &Config::max_adjustments)
       .def_readonly("decode_sizes", &Config::decode_sizes)
       .def_readonly("mixed_seq_sizes", &Config::mixed_seq_sizes)
@@ -288,6 +292,8 @@ void bind_results(py::module_& m) {
       .def_readonly("max_query_len", &Batch::max_query_len)
       .def_readonly("max_seq_len", &Batch::max_seq_len)
       .def_readonly("num_copies", &Batch::num_copies)
+      .def_readonly("num_swap_outs", &Batch::num_swap_outs)
+      .def_readonly("num_swap_ins", &Batch::num_swap_ins)
       .def_readonly("num_adjustments", &Batch::num_adjustments)
       .def_readonly("bytes_used", &Batch::bytes_used)
       .def_readonly("padded_tokens", &Batch::padded_tokens)
@@ -324,6 +330,11 @@ void bind_results(py::module_& m) {
       .def_readonly("num_waiting", &Stats::num_waiting)
       .def_readonly("blocks_used", &Stats::blocks_used)
       .def_readonly("blocks_total", &Stats::blocks_total)
+      .def_readonly("num_swapped", &Stats::num_swapped)
+      .def_readonly("host_blocks_used", &Stats::host_blocks_used)
+      .def_readonly("host_blocks_total", &Stats::host_blocks_total)
+      .def_readonly("blocks_swapped_out", &Stats::blocks_swapped_out)
+      .def_readonly("blocks_swapped_in", &Stats::blocks_swapped_in)
       .def_readonly("num_preemptions", &Stats::num_preemptions)
       .def_readonly("prefix_queries", &Stats::prefix_queries)
       .def_readonly("prefix_hits", &Stats::prefix_hits)

@@ -36,6 +36,8 @@ BatchLayout::BatchLayout(const Config& config) {
       {"adjust_ids", "int32", 4, adjustments, 0},
       {"adjust_add", "float32", 4, adjustments, 0},
       {"adjust_flags", "int32", 4, adjustments, 0},
+      {"swap_src", "int32", 4, config.num_host_blocks, 0},
+      {"swap_dst", "int32", 4, config.num_host_blocks, 0},
   };
   for (Column& column : columns_) {
     column.offset = bytes_;
@@ -71,6 +73,8 @@ BatchWriter::BatchWriter(const Config& config, const BatchLayout& layout, std::s
     column(Col::adjust_ids, a.adjust_ids);
     column(Col::adjust_add, a.adjust_add);
     column(Col::adjust_flags, a.adjust_flags);
+    column(Col::swap_src, a.swap_src);
+    column(Col::swap_dst, a.swap_dst);
     arenas_.push_back(a);
   }
 }
@@ -167,20 +171,29 @@ void BatchWriter::pad() {
   }
 }
 
-const Batch& BatchWriter::finish(const CopyList& copies) {
+const Batch& BatchWriter::finish(const CopyList& copies, const CopyList& swap_outs, const CopyList& swap_ins) {
   invariant(copies.size() <= static_cast<size_t>(config_.max_num_seqs), "more copies than sequences");
   for (const auto& [source, destination] : copies) {
     at_.copy_src[batch_.num_copies] = source;
     at_.copy_dst[batch_.num_copies++] = destination;
   }
+  batch_.num_swap_outs = std::ssize(swap_outs), batch_.num_swap_ins = std::ssize(swap_ins);
+  invariant(batch_.num_swap_outs + batch_.num_swap_ins <= config_.num_host_blocks, "more swaps than host blocks");
+  int64_t swap = 0;
+  for (const CopyList* swaps : {&swap_outs, &swap_ins}) {
+    for (const auto& [source, destination] : *swaps) {
+      at_.swap_src[swap] = source;
+      at_.swap_dst[swap++] = destination;
+    }
+  }
   pad();
   const Column& last = layout_[batch_.num_adjustments > 0 ? Col::adjust_flags : Col::kv_blocks];
   batch_.bytes_used = last.offset + last.item_bytes * (batch_.num_adjustments > 0 ? batch_.num_adjustments
                                                                                   : at_.kv_start[batch_.num_seqs]);
-  const int64_t header[BatchLayout::header_size] = {batch_.step,        batch_.num_tokens,    batch_.num_seqs,
-                                                    batch_.num_decodes, batch_.num_sampled,   batch_.max_query_len,
-                                                    batch_.max_seq_len, batch_.num_copies,    batch_.num_adjustments,
-                                                    batch_.bytes_used,  batch_.padded_tokens, batch_.padded_seqs};
+  const int64_t header[BatchLayout::header_size] = {
+      batch_.step,          batch_.num_tokens,  batch_.num_seqs,      batch_.num_decodes,     batch_.num_sampled,
+      batch_.max_query_len, batch_.max_seq_len, batch_.num_copies,    batch_.num_adjustments, batch_.bytes_used,
+      batch_.padded_tokens, batch_.padded_seqs, batch_.num_swap_outs, batch_.num_swap_ins};
   std::memcpy(at_.header, header, sizeof header);
   return batch_;
 }

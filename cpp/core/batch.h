@@ -20,6 +20,7 @@ struct Column {
 };
 
 // Order of the columns. The ragged ones come last, hence the used range of most batches is one prefix of the arena.
+// What is swapped stands behind that: only the host reads it.
 enum class Col : uint8_t {
   header,
   token_ids,
@@ -43,7 +44,9 @@ enum class Col : uint8_t {
   kv_blocks,
   adjust_ids,
   adjust_add,
-  adjust_flags
+  adjust_flags,
+  swap_src,
+  swap_dst
 };
 
 // Where each column lies; a function of the configuration.
@@ -67,6 +70,9 @@ struct Batch {
   int64_t step = 0, num_tokens = 0, num_seqs = 0, num_decodes = 0, num_sampled = 0;
   int64_t max_query_len = 0, max_seq_len = 0, num_copies = 0, num_adjustments = 0, bytes_used = 0;
   int64_t padded_tokens = 0, padded_seqs = 0;  // rows of the columns that hold values, see BatchWriter::pad
+  // Entries of swap_src and swap_dst: first device -> host, then host -> device; all before copy_src -> copy_dst, and
+  // that before the batch writes any KV.
+  int64_t num_swap_outs = 0, num_swap_ins = 0;
   bool is_padded = false;  // to sizes of the configuration; false: the batch is larger than those. Not in the header.
   int64_t arena = 0;       // not in the header: which of the scheduler's arenas holds it
 };
@@ -81,7 +87,7 @@ class BatchWriter {
   // computed by steps before this one, come first. Returns the row of the token that is picked for it, -1 if tokens
   // remain to be computed.
   int32_t add(const Request& request, int64_t num_new, bool is_decode);
-  const Batch& finish(const CopyList& copies);
+  const Batch& finish(const CopyList& copies, const CopyList& swap_outs, const CopyList& swap_ins);
 
  private:
   struct Arena {
@@ -94,7 +100,7 @@ class BatchWriter {
     int64_t* seeds;
     int32_t *sample_positions, *adjust_start, *copy_src, *copy_dst, *kv_start, *kv_blocks, *adjust_ids;
     float* adjust_add;
-    int32_t* adjust_flags;
+    int32_t *adjust_flags, *swap_src, *swap_dst;
   };
   // A captured graph runs with fixed sizes: up to one of those, tokens that belong to nobody and are not stored, and
   // sequences that own nothing and pick a token that nobody reads.

@@ -34,6 +34,8 @@ void Config::validate() {
   in_range("vocab_size", vocab_size, 1, 1 << 28);
   in_range("num_clients", num_clients, 1, 1 << 16);
   in_range("depth", depth, 1, 2);
+  in_range("num_host_blocks", num_host_blocks, 0, i32_max - 1);
+  in_range("swap_cost", swap_cost, 0, 1 << 24);
   if (max_adjustments == 0) max_adjustments = 4 * vocab_size;
   in_range("max_adjustments", max_adjustments, 1, i32_max);
   sizes("decode_sizes", decode_sizes, max_num_seqs);

@@ -18,6 +18,8 @@ struct Config {
   int64_t num_clients = 1;
   int64_t depth = 1;  // batches in flight
   bool enable_prefix_caching = true;
+  int64_t num_host_blocks = 0;  // for preempted requests; 0: they compute everything again
+  int64_t swap_cost = 0;        // tokens that are computed in the time that a block takes to the host and back
   int64_t max_adjustments = 0;  // of one batch; 0: validate() makes it 4 * vocab_size
   SipHash128::Key hash_key{};
   // Sizes that batches are padded to, ascending; a batch above the last of its kind keeps its own. Of batches of

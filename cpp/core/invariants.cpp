@@ -47,9 +47,14 @@ void Scheduler::check_request(const Request& request) const {
       [[fallthrough]];
     case State::waiting:
       invariant(request.kv.empty() && request.num_computed == 0, "S8: blocks without running");
+      invariant(request.host.empty()
+                    ? request.num_on_host == 0
+                    : request.host.size() == config_.blocks_for(request.num_on_host) - request.first_on_host,
+                "I3: tokens on the host without a block");
       break;
     case State::running:
       invariant(!request.leader && length < request.length_limit, "S3: runs past its end");
+      invariant(request.host.empty(), "S8: runs, and still has blocks on the host");
       break;
     case State::finished:
       invariant(request.in_flight > 0, "S8: finished, but still here");
@@ -60,10 +65,14 @@ void Scheduler::check_request(const Request& request) const {
 }
 
 void Scheduler::check_blocks() const {
-  std::vector<int32_t> references(static_cast<size_t>(config_.num_blocks));
-  for (const auto& [id, request] : requests_)
+  std::vector<int32_t> references(static_cast<size_t>(config_.num_blocks)),
+      on_host(static_cast<size_t>(config_.num_host_blocks));
+  for (const auto& [id, request] : requests_) {
     for (const BlockId block : request->kv.blocks()) ++references[static_cast<size_t>(block)];
+    for (const BlockId block : request->host.blocks()) ++on_host[static_cast<size_t>(block)];
+  }
   kv_.pool().check_invariants(references);
+  kv_.host_pool().check_invariants(on_host);
   const auto block_size = static_cast<size_t>(config_.block_size);
   for (const auto& [id, request] : requests_) {
     const auto blocks = request->kv.blocks();

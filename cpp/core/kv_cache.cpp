@@ -6,7 +6,8 @@
 
 namespace hybrid {
 
-KVCacheManager::KVCacheManager(const Config& config) : config_(config), pool_(config.num_blocks) {
+KVCacheManager::KVCacheManager(const Config& config)
+    : config_(config), pool_(config.num_blocks), host_pool_(config.num_host_blocks) {
   found_.reserve(static_cast<size_t>(config.max_blocks_per_seq()));
   fresh_.reserve(1);
 }
@@ -46,7 +47,7 @@ void KVCacheManager::find_prefix(Request& request) {
   }
 }
 
-bool KVCacheManager::admit(Request& request, int64_t headroom) {
+bool KVCacheManager::admit(Request& request, int64_t headroom, CopyList& swap_ins) {
   invariant(request.kv.empty() && request.num_computed == 0, "a request is admitted twice");
   const bool fork = may_fork(request);
   int64_t num_computed;
@@ -68,7 +69,36 @@ bool KVCacheManager::admit(Request& request, int64_t headroom) {
   for (const BlockId block : found_) request.kv.share(block);
   request.num_computed = num_computed;
   request.num_published = whole;
+  swap_in(request, swap_ins);
   return true;
+}
+
+void KVCacheManager::swap_out(Request& request, CopyList& swap_outs) {
+  const auto blocks = request.kv.blocks().first(static_cast<size_t>(config_.blocks_for(request.num_computed)));
+  const auto kept = [&](BlockId block) { return pool_.published(block) && pool_.references(block) > 1; };
+  const int64_t first = std::ranges::find_if_not(blocks, kept) - blocks.begin(),
+                num_blocks = std::ssize(blocks) - first;
+  if (num_blocks * config_.swap_cost >= request.num_computed - first * config_.block_size) return;
+  if (!request.host.extend(num_blocks)) return;
+  for (int64_t i = 0; i < num_blocks; ++i) swap_outs.emplace_back(blocks[first + i], request.host.blocks()[i]);
+  request.first_on_host = first;
+  request.num_on_host = request.num_computed;
+  request.may_publish_host = request.may_publish;
+}
+
+// Behind the prefix that was found; not if there is a gap between them, where what is kept on the host has no use.
+void KVCacheManager::swap_in(Request& request, CopyList& swap_ins) {
+  const int64_t found = request.kv.size(), first = request.first_on_host;
+  if (found >= first && request.num_computed < request.num_on_host) {
+    const auto kept = request.host.blocks();
+    const int64_t end = first + std::ssize(kept);
+    invariant(request.kv.extend(end - found), "no blocks to swap into");
+    for (int64_t i = found; i < end; ++i) swap_ins.emplace_back(kept[i - first], request.kv.blocks()[i]);
+    request.num_computed = request.num_on_host;
+    request.may_publish = request.may_publish_host;
+  }
+  request.host.release();
+  request.num_on_host = 0;
 }
 
 bool KVCacheManager::grow(Request& request, int64_t num_new, CopyList& copies) {

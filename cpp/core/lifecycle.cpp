@@ -39,7 +39,7 @@ void Scheduler::add(const RequestSpec& spec) {
   const Recorder::Call call(recorder_.get());
   std::vector<std::unique_ptr<Request>> choices;
   for (int64_t i = 0; i < spec.n; ++i)
-    choices.push_back(std::make_unique<Request>(spec, i, next_arrival_ + i, config_, kv_.pool()));
+    choices.push_back(std::make_unique<Request>(spec, i, next_arrival_ + i, config_, kv_.pool(), kv_.host_pool()));
   if (recorder_) record_add(spec, *choices[0]);
   queue(std::move(choices));
 }
@@ -217,7 +217,12 @@ Stats Scheduler::stats() const {
   Stats stats = totals_;
   stats.num_running = std::ssize(running_);
   stats.num_waiting = waiting_.size();
-  for (const auto& [id, request] : requests_) stats.num_waiting += request->state == Request::State::held;
+  for (const auto& [id, request] : requests_) {
+    stats.num_waiting += request->state == Request::State::held;
+    stats.num_swapped += request->state == Request::State::waiting && !request->host.empty();
+  }
+  stats.host_blocks_total = kv_.host_pool().num_blocks();
+  stats.host_blocks_used = stats.host_blocks_total - kv_.host_pool().num_free();
   stats.blocks_total = kv_.pool().num_blocks();
   stats.blocks_used = stats.blocks_total - kv_.pool().num_free();
   return stats;
@@ -227,8 +232,10 @@ bool Scheduler::forget_prefixes() {
   const Recorder::Call call(recorder_.get());
   if (recorder_) recorder_->event(Event::forget);
   kv_.forget_hashes();
-  for (const auto& [id, request] : requests_)
+  for (const auto& [id, request] : requests_) {
     if (!request->kv.empty()) request->may_publish = false;
+    request->may_publish_host = false;
+  }
   return kv_.pool().num_free() == kv_.pool().num_blocks();
 }
 

@@ -54,7 +54,7 @@ RecordedRequest recorded(const Request& request) {
           .adjustment_traits = request.adjustments.traits()};
 }
 
-std::unique_ptr<Request> request_of(const RecordedRequest& recorded, const Config& config, BlockPool& pool) {
+std::unique_ptr<Request> request_of(const RecordedRequest& recorded, const Config& config, KVCacheManager& kv) {
   const int64_t most = std::min(config.max_model_len, config.pool_tokens());
   require(0 < recorded.num_prompt && recorded.num_prompt <= recorded.num_known &&
               recorded.num_known <= recorded.length_limit && recorded.length_limit <= most && 0 <= recorded.client &&
@@ -71,7 +71,7 @@ std::unique_ptr<Request> request_of(const RecordedRequest& recorded, const Confi
                    .max_tokens = recorded.length_limit - recorded.num_prompt,
                    .min_tokens = recorded.min_tokens,
                    .stop_token_ids = {stop_token}};
-  auto request = std::make_unique<Request>(spec, 0, recorded.arrival, config, pool);
+  auto request = std::make_unique<Request>(spec, 0, recorded.arrival, config, kv.pool(), kv.host_pool());
   request->adjustments = Adjustments(recorded.num_adjustments, recorded.adjustment_traits);
   return request;
 }
@@ -123,6 +123,16 @@ void RecordedState::visit(Words& words, Scheduler& scheduler, Request& request) 
   words(request.num_published);
   words(request.may_publish);
   visit_list(words, request.kv.blocks_);
+  words(request.first_on_host);
+  words(request.num_on_host);
+  words(request.may_publish_host);
+  // Which of the host's blocks are free follows from these; in what order decides nothing.
+  int64_t num_on_host = visit_size(words, request.host.size());
+  for (int64_t i = 0; i < num_on_host; ++i) {
+    BlockId block = Words::reads ? 0 : request.host.blocks()[static_cast<size_t>(i)];
+    words(block);
+    if constexpr (Words::reads) request.host.share(block);
+  }
   const int64_t num_hashes = visit_size(words, std::ssize(request.hashes));
   if constexpr (Words::reads) request.hashes.resize(static_cast<size_t>(num_hashes));
   for (Hash128& hash : request.hashes) words(hash.lo);
@@ -173,7 +183,7 @@ void RecordedState::visit(Words& words, Scheduler& scheduler) {
     RecordedRequest what = Words::reads ? RecordedRequest{} : recorded(*requests[static_cast<size_t>(i)]);
     hybrid::visit(words, what);
     if constexpr (Words::reads) {
-      auto made = request_of(what, scheduler.config_, scheduler.kv_.pool());
+      auto made = request_of(what, scheduler.config_, scheduler.kv_);
       require(!scheduler.requests_.contains(what.id), "the recording has request ", what.id, " twice");
       requests.push_back(made.get());
       scheduler.requests_.emplace(what.id, std::move(made));
@@ -199,6 +209,9 @@ void RecordedState::check(Scheduler& scheduler) {
                 0 <= request->num_published && request->num_published <= request->kv.size() &&
                 request->state <= Request::State::finished,
             "the recording has a request ", id, " in no possible state");
+    require(0 <= request->first_on_host && 0 <= request->num_on_host &&
+                request->num_on_host <= config.max_blocks_per_seq() * config.block_size,
+            "the recording has a request ", id, " with ", request->num_on_host, " tokens on the host");
     for (const BlockId block : request->kv.blocks()) {
       require(0 <= block && block < pool.num_blocks(), "the recording has no block ", block);
       ++references[static_cast<size_t>(block)];

@@ -12,6 +12,7 @@
 
 namespace hybrid {
 
+class KVCacheManager;
 class Scheduler;
 
 struct WordWriter {
@@ -71,7 +72,7 @@ struct RecordedRequest {
 inline constexpr Token plain_token = 0, stop_token = 1, first_new_token = 2;
 
 RecordedRequest recorded(const Request& request);
-std::unique_ptr<Request> request_of(const RecordedRequest& recorded, const Config& config, BlockPool& pool);
+std::unique_ptr<Request> request_of(const RecordedRequest& recorded, const Config& config, KVCacheManager& kv);
 
 struct RecordedState {
   static void write(Scheduler& scheduler, Recorder& out);
@@ -103,6 +104,8 @@ void visit_config(Visit&& visit, auto& config) {
   visit(config.depth);
   visit(config.enable_prefix_caching);
   visit(config.max_adjustments);
+  visit(config.num_host_blocks);
+  visit(config.swap_cost);
 }
 
 }  // namespace hybrid

@@ -134,7 +134,7 @@ void Replay::add(WordReader& words) {
   for (int64_t i = 0; i < n; ++i, ++what.id) {
     require(!scheduler_->requests_.contains(what.id), "request ", what.id, " of the recording is added twice");
     what.arrival = scheduler_->next_arrival_ + i;
-    choices.push_back(request_of(what, config_, scheduler_->kv_.pool()));
+    choices.push_back(request_of(what, config_, scheduler_->kv_));
     choices.back()->state = i == 0 ? Request::State::waiting : Request::State::held;
   }
   scheduler_->queue(std::move(choices));

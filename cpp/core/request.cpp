@@ -138,7 +138,8 @@ Hash128 root_hash(const RequestSpec& spec, const Config& config) {
 
 }  // namespace
 
-Request::Request(const RequestSpec& spec, int64_t choice, int64_t arrival_, const Config& config, BlockPool& pool)
+Request::Request(const RequestSpec& spec, int64_t choice, int64_t arrival_, const Config& config, BlockPool& pool,
+                 BlockPool& host_pool)
     : id(spec.id + static_cast<RequestId>(choice)),
       client(static_cast<int32_t>(spec.client)),
       priority(spec.priority),
@@ -152,6 +153,7 @@ Request::Request(const RequestSpec& spec, int64_t choice, int64_t arrival_, cons
       tokens(spec.tokens.begin(), spec.tokens.end()),
       adjustments(spec),
       kv(pool),
+      host(host_pool),
       root_hash(hybrid::root_hash(spec, config)) {
   tokens.insert(tokens.end(), spec.generated.begin(), spec.generated.end());
   for (const Token token : spec.generated) adjustments.observe(token);

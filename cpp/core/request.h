@@ -59,7 +59,8 @@ class Request {
   enum class State : uint8_t { held, waiting, running, finished };
 
   // Choice `choice` of a valid spec. `arrival` orders requests of one priority.
-  Request(const RequestSpec& spec, int64_t choice, int64_t arrival, const Config& config, BlockPool& pool);
+  Request(const RequestSpec& spec, int64_t choice, int64_t arrival, const Config& config, BlockPool& pool,
+          BlockPool& host_pool);
 
   // Tokens known or picked by a batch in flight; and those of them that no batch has computed yet.
   int64_t num_tokens() const { return static_cast<int64_t>(tokens.size()) + num_unknown; }
@@ -95,8 +96,12 @@ class Request {
   int64_t scheduled_at = -1;   // the caller's clock when it first ran; -1 before that and once told
 
   KVAllocation kv;
-  int64_t num_published = 0;        // blocks of kv whose hash the pool was told
-  bool may_publish = true;          // false for KV computed before forget_prefixes()
+  int64_t num_published = 0;  // blocks of kv whose hash the pool was told
+  bool may_publish = true;    // false for KV computed before forget_prefixes()
+  // While it waits: the KV of its first `num_on_host` tokens, from block `first_on_host` on.
+  KVAllocation host;
+  int64_t first_on_host = 0, num_on_host = 0;
+  bool may_publish_host = true;
   Hash128 root_hash;                // parent of the first block's hash
   std::vector<Hash128> hashes;      // of the blocks that tokens fill, as far as they were needed
   Request* leader = nullptr;        // the first choice, while it lives and this one has not started

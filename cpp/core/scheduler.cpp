@@ -16,6 +16,8 @@ const Batch* Scheduler::schedule(int64_t now) {
   now_ = now;
   plan_.clear();
   copies_.clear();
+  swap_outs_.clear();
+  swap_ins_.clear();
   tokens_left_ = config_.max_num_batched_tokens;
   adjustments_left_ = config_.max_adjustments;
   short_of_blocks_ = false;
@@ -54,11 +56,13 @@ bool Scheduler::make_room(Request& request, int64_t num_new) {
   return true;
 }
 
-// It keeps its tokens and computes them again later, except those whose blocks are still in the cache by then. A batch
-// in flight may still write its blocks: batches run in order, so whoever gets them next writes after that.
+// It keeps its tokens and computes them again later, except those whose blocks are still in the cache by then, or on
+// the host. A batch in flight may still write its blocks: batches run in order, so whoever gets them next writes after
+// that, and what goes to the host is read after that and before the batch that is being planned writes.
 void Scheduler::preempt(Request& request) {
   if (recorder_) recorder_->event(Event::preempt, request.id);
   note(StepEvent::preempted, request, request.num_computed);
+  kv_.swap_out(request, swap_outs_);
   kv_.release(request);
   running_.pop_back();
   request.move_to(Request::State::waiting);
@@ -74,7 +78,7 @@ void Scheduler::admit_waiting() {
     Request& head = waiting_.head();
     if (!head.ready()) return;
     if (head.adjustments.size() > adjustments_left_) return block(WaitedFor::adjustments);
-    if (!kv_.admit(head, std::ssize(running_))) return block(WaitedFor::blocks);
+    if (!kv_.admit(head, std::ssize(running_), swap_ins_)) return block(WaitedFor::blocks);
     waiting_.remove(head);
     head.move_to(Request::State::running);
     running_.insert(std::ranges::upper_bound(running_, &head, ServedBefore{}), &head);
@@ -125,7 +129,9 @@ const Batch* Scheduler::write_batch() {
       in_flight.rows.push_back({request, num_new, request->num_computed, request->num_preemptions, sampled_row});
     }
   }
-  const Batch& batch = writer_.finish(copies_);
+  const Batch& batch = writer_.finish(copies_, swap_outs_, swap_ins_);
+  totals_.blocks_swapped_out += batch.num_swap_outs;
+  totals_.blocks_swapped_in += batch.num_swap_ins;
   in_flight.num_tokens = batch.num_tokens;
   in_flight.num_sampled = batch.num_sampled;
   in_flight.scheduled = now_;

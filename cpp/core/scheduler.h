@@ -131,7 +131,7 @@ class Scheduler {
 
   // of the batch being planned
   std::vector<Planned> plan_;
-  CopyList copies_;
+  CopyList copies_, swap_outs_, swap_ins_;
   int64_t tokens_left_ = 0, adjustments_left_ = 0;
   bool short_of_blocks_ = false;
   int64_t now_ = 0;

@@ -12,6 +12,9 @@ inline constexpr std::array<int64_t, 15> kStepTokenBounds{1,   2,   4,    8,    
 struct Stats {
   int64_t num_running = 0, num_waiting = 0;
   int64_t blocks_used = 0, blocks_total = 0;
+  int64_t num_swapped = 0;  // of the waiting ones, those that the host keeps KV of
+  int64_t host_blocks_used = 0, host_blocks_total = 0;
+  int64_t blocks_swapped_out = 0, blocks_swapped_in = 0;
   int64_t num_preemptions = 0;
   int64_t prefix_queries = 0, prefix_hits = 0;  // prompt tokens looked up, and found, when a choice first ran
   int64_t steps = 0, step_tokens = 0;           // batches, and the tokens they computed

@@ -20,6 +20,8 @@ class Config:
     num_clients: int  # API servers; outputs are grouped by client
     depth: int  # batches in flight: 1 plain, 2 overlapped
     enable_prefix_caching: bool
+    num_host_blocks: int  # that preempted requests may leave their KV in
+    swap_cost: int  # tokens that are computed in the time that a block takes to the host and back
     max_adjustments: int  # entries of the ragged logit adjustments of one batch
     hash_key: bytes  # 16 bytes, keys the prefix hash
     decode_sizes: list[int]  # sizes that batches are padded to, ascending: decodes only,
@@ -37,6 +39,8 @@ class Config:
         num_clients: int = 1,
         depth: int = 1,
         enable_prefix_caching: bool = True,
+        num_host_blocks: int = 0,
+        swap_cost: int = 0,
         max_adjustments: int = 0,  # 0: 4 * vocab_size
         hash_key: bytes = b"",  # empty: a fixed key (tests); the engine passes a random one
         decode_sizes: Sequence[int] = (),
@@ -59,6 +63,8 @@ class Batch:
     max_query_len: int
     max_seq_len: int
     num_copies: int
+    num_swap_outs: int  # the first entries of swap_src and swap_dst, device -> host; before the copies
+    num_swap_ins: int  # those behind them, host -> device
     num_adjustments: int
     bytes_used: int
     padded_tokens: int  # rows of the columns that hold values
@@ -92,6 +98,11 @@ class Stats:
     num_waiting: int
     blocks_used: int
     blocks_total: int
+    num_swapped: int  # of the waiting ones: the host keeps their KV
+    host_blocks_used: int
+    host_blocks_total: int
+    blocks_swapped_out: int
+    blocks_swapped_in: int
     num_preemptions: int
     prefix_queries: int
     prefix_hits: int

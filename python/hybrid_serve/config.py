@@ -73,6 +73,9 @@ class CacheConfig:
         float, Option("share of the GPU's memory that may be used, by all of this process", common=True)
     ] = 0.9
     enable_prefix_caching: Annotated[bool, Option("reuse the KV of equal prompt beginnings")] = True
+    swap_space: Annotated[
+        float, Option("GiB of the host's memory for the KV of preempted requests; 0: it is computed again", "GIB")
+    ] = 0.0
 
 
 @dataclass(frozen=True)
@@ -280,6 +283,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "num_gpu_blocks_override": (0, _INT32_MAX),
     "kv_cache_memory_bytes": (0, 2**63 - 1),
     "gpu_memory_utilization": (0.05, 1),
+    "swap_space": (0, 2**20),
     "max_num_seqs": (0, _INT32_MAX),
     "max_num_batched_tokens": (0, _INT32_MAX),
     "max_num_queued_reqs": (0, _INT32_MAX),

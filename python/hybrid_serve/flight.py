@@ -51,6 +51,8 @@ _CONFIG_NAMES = (
     "depth",
     "enable_prefix_caching",
     "max_adjustments",
+    "num_host_blocks",
+    "swap_cost",
 )
 _ATTEMPTS = 200  # at a moment when the scheduler of a running engine is not at work
 

@@ -173,6 +173,11 @@ class EngineStats(msgspec.Struct, array_like=True, frozen=True):
     step_token_counts: tuple[int, ...] = ()  # steps of at most STEP_TOKEN_BOUNDS[i] tokens; the last: of more
     step_gap_us: int = 0  # that the device had nothing to do between two steps, although there was work
     step_gap_counts: tuple[int, ...] = ()  # gaps of at most STEP_GAP_BOUNDS[i]; the last: longer ones
+    num_swapped: int = 0  # of those that wait: the host keeps their KV
+    host_blocks_used: int = 0
+    host_blocks_total: int = 0
+    blocks_swapped_out: int = 0
+    blocks_swapped_in: int = 0
 
 
 class Hello(msgspec.Struct, array_like=True, frozen=True):

@@ -9,6 +9,7 @@ namespace {
 TEST(BatchLayout, columns_are_aligned_and_do_not_overlap) {
   const BatchLayout layout([] {
     Config config = small_config();
+    config.num_host_blocks = 5;
     config.validate();
     return config;
   }());

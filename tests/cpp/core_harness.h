@@ -29,6 +29,7 @@ struct SchedulerTest {
     const auto found = s.requests_.find(id);
     return found == s.requests_.end() ? nullptr : found->second.get();
   }
+  static BlockPool& host_pool(Scheduler& s) { return s.kv_.host_pool(); }
   static void lose(Scheduler& s) { s.running_.pop_back(); }
 };
 
@@ -149,11 +150,15 @@ class Arenas {
 class FakeExecutor {
  public:
   FakeExecutor(const Config& config, const Arenas& arenas)
-      : config_(config), arenas_(arenas), kv_(static_cast<size_t>(config.pool_tokens())) {}
+      : config_(config),
+        arenas_(arenas),
+        kv_(static_cast<size_t>(config.pool_tokens())),
+        host_(static_cast<size_t>(config.num_host_blocks * config.block_size)) {}
 
   // Runs a batch; batches must come in order. Checks what every reader of a batch relies on.
   const std::vector<Token>& run(const Batch& batch) {
     check_header(batch);
+    swap_blocks(batch);
     copy_blocks(batch);
     write_kv(batch);
     attend(batch);
@@ -175,10 +180,10 @@ class FakeExecutor {
 
   void check_header(const Batch& batch) const {
     const auto* header = at<int64_t>(batch, Col::header);
-    const int64_t expected[] = {batch.step,        batch.num_tokens,    batch.num_seqs,
-                                batch.num_decodes, batch.num_sampled,   batch.max_query_len,
-                                batch.max_seq_len, batch.num_copies,    batch.num_adjustments,
-                                batch.bytes_used,  batch.padded_tokens, batch.padded_seqs};
+    const int64_t expected[] = {
+        batch.step,          batch.num_tokens,  batch.num_seqs,      batch.num_decodes,     batch.num_sampled,
+        batch.max_query_len, batch.max_seq_len, batch.num_copies,    batch.num_adjustments, batch.bytes_used,
+        batch.padded_tokens, batch.padded_seqs, batch.num_swap_outs, batch.num_swap_ins};
     invariant(std::equal(std::begin(expected), std::end(expected), header), "the header differs from the batch");
     invariant(batch.num_tokens <= config_.max_num_batched_tokens && batch.num_seqs <= config_.max_num_seqs, "S1, S2");
     invariant(batch.num_tokens > 0 && at<int32_t>(batch, Col::query_start)[batch.num_seqs] == batch.num_tokens,
@@ -213,6 +218,17 @@ class FakeExecutor {
     for (int64_t i = 0; i < batch.num_copies; ++i) {
       for (int64_t j = 0; j < batch.num_copies; ++j) invariant(src[i] != dst[j], "a copy's source is a destination");
       for (int64_t k = 0; k < config_.block_size; ++k) slot(dst[i], k) = slot(src[i], k);
+    }
+  }
+
+  void swap_blocks(const Batch& batch) {
+    const auto *src = at<int32_t>(batch, Col::swap_src), *dst = at<int32_t>(batch, Col::swap_dst);
+    for (int64_t i = 0; i < batch.num_swap_outs + batch.num_swap_ins; ++i) {
+      const bool out = i < batch.num_swap_outs;
+      for (int64_t k = 0; k < config_.block_size; ++k) {
+        Entry& host = host_.at(static_cast<size_t>((out ? dst[i] : src[i]) * config_.block_size + k));
+        (out ? host : slot(dst[i], k)) = out ? slot(src[i], k) : host;
+      }
     }
   }
 
@@ -300,7 +316,7 @@ class FakeExecutor {
 
   const Config config_;
   const Arenas& arenas_;
-  std::vector<Entry> kv_;
+  std::vector<Entry> kv_, host_;
   std::vector<Token> sampled_;  // of the last batch
   std::vector<float> logits_;
 };

@@ -60,6 +60,7 @@ class RandomSession {
     }
     invariant(choices_.empty(), "S9: a choice never ended");
     invariant(scheduler_.stats().blocks_used == 0, "S8: blocks leaked");
+    invariant(scheduler_.stats().host_blocks_used == 0 && scheduler_.stats().num_swapped == 0, "S8: blocks leaked");
   }
 
   // The last `num_steps` steps, in so many words.
@@ -95,6 +96,8 @@ class RandomSession {
     config.num_clients = 1 + below(3);
     config.depth = 1 + below(2);
     config.enable_prefix_caching = chance(80);
+    config.num_host_blocks = chance(60) ? below(2 * config.num_blocks) : 0;
+    config.swap_cost = chance(70) ? 0 : below(2 * config.block_size);
     config.max_adjustments = 8 + below(16);
     if (below(2) == 0) config.decode_sizes = config.mixed_seq_sizes = {1 + below(config.max_num_seqs)};
     config.mixed_token_sizes = {config.max_num_batched_tokens};
@@ -229,7 +232,7 @@ class Property : public testing::TestWithParam<uint64_t> {};
 TEST_P(Property, random_operations_keep_every_invariant_and_give_the_reference_tokens) {
   // Many short sessions, each of another configuration, cover more than a long one.
   constexpr int64_t session_length = 2000;
-  int64_t num_finished = 0, num_preemptions = 0, num_hits = 0, num_copies = 0;
+  int64_t num_finished = 0, num_preemptions = 0, num_hits = 0, num_copies = 0, num_swapped_in = 0;
   for (int64_t done = 0; done < num_operations(); done += session_length) {
     const uint64_t seed = mix(GetParam(), static_cast<uint64_t>(done));
     RandomSession session(seed, 1000);
@@ -244,12 +247,14 @@ TEST_P(Property, random_operations_keep_every_invariant_and_give_the_reference_t
     num_preemptions += session.stats().num_preemptions;
     num_hits += session.stats().prefix_hits;
     num_copies += session.num_copies();
+    num_swapped_in += session.stats().blocks_swapped_in;
   }
   // The test means something only if all of it happened.
   EXPECT_GT(num_finished, num_operations() / 100);
   EXPECT_GT(num_preemptions, num_operations() / 1000);
   EXPECT_GT(num_hits, num_operations() / 1000);
   EXPECT_GT(num_copies, num_operations() / 10000);
+  EXPECT_GT(num_swapped_in, num_operations() / 10000);
 }
 
 INSTANTIATE_TEST_SUITE_P(Seeds, Property, testing::Range<uint64_t>(0, 10));

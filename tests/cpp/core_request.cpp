@@ -144,7 +144,7 @@ TEST(Request, an_impossible_transition_is_an_internal_error) {
   Config config = small_config();
   BlockPool pool(4);
   const std::vector<Token> tokens = counting(5);
-  Request request({.tokens = tokens}, 0, 0, config, pool);
+  Request request({.tokens = tokens}, 0, 0, config, pool, pool);
   EXPECT_THROW(request.move_to(Request::State::waiting), InternalError);
   request.move_to(Request::State::running);
   request.move_to(Request::State::finished);

@@ -86,18 +86,21 @@ class FakeExecutor:
         slow_at: int = -1,
         slow: float = 0.0,
         poison_length: int = MAX_MODEL_LEN + 1,
+        num_host_blocks: int = 0,
     ) -> None:
         self._slow_at, self._slow, self._poison_length = slow_at, slow, poison_length
         self.depth, self._delay, self._crash_at, self.on_step = depth, delay, crash_at, on_step
         self._num_blocks, self._block_size = num_blocks, block_size
         self._cache = np.full((num_blocks, block_size), -1, np.int64)
+        self._host = np.full((num_host_blocks, block_size), -1, np.int64)
         self._last = np.empty(0, np.int32)
         self.preparations: list[Callable[[], None]] = []
         self._columns: list[dict[str, NDArray[Any]]] = []
 
     def allocate(self) -> ExecutorFacts:
         length = min(MAX_MODEL_LEN, self._num_blocks * self._block_size)
-        return ExecutorFacts(VOCAB_SIZE, length, self._num_blocks, 512, "int64", "fake")
+        host = len(self._host)
+        return ExecutorFacts(VOCAB_SIZE, length, self._num_blocks, 512, "int64", "fake", num_host_blocks=host)
 
     def bind(self, arenas: Sequence[Buffer], layout: Layout) -> None:
         self._columns = [
@@ -123,6 +126,10 @@ class FakeExecutor:
 
     def _compute(self, batch: Batch) -> FakeResult:
         columns = self._columns[batch.arena]
+        end = batch.num_swap_outs + batch.num_swap_ins
+        for index, (source, target) in enumerate(zip(columns["swap_src"][:end], columns["swap_dst"], strict=False)):
+            to, of = (self._host, self._cache) if index < batch.num_swap_outs else (self._cache, self._host)
+            to[target] = of[source]
         for source, target in zip(columns["copy_src"][: batch.num_copies], columns["copy_dst"], strict=False):
             self._cache[target] = self._cache[source]
         ids = columns["token_ids"][: batch.num_tokens].astype(np.int64)

@@ -35,6 +35,7 @@ class Generator:
     max_num_seqs: int = 32
     max_num_batched_tokens: int = 2048
     enable_prefix_caching: bool = True
+    num_host_blocks: int = 0
     pad_sizes: PadSizes = field(default_factory=PadSizes)
     results: list[StepResult] = field(default_factory=list)  # of every step of the last call
 
@@ -47,6 +48,7 @@ class Generator:
             max_model_len=min(self.runner.facts.max_model_len, self.num_blocks * self.runner.config.cache.block_size),
             vocab_size=self.runner.facts.vocab_size,
             enable_prefix_caching=self.enable_prefix_caching,
+            num_host_blocks=self.num_host_blocks,
             depth=self.runner.device.depth,
             decode_sizes=self.pad_sizes.decodes,
             mixed_seq_sizes=self.pad_sizes.mixed_seqs,
@@ -55,7 +57,7 @@ class Generator:
         size, layout = _core.batch_layout(config)
         arenas = [mmap.mmap(-1, size) for _ in range(self.runner.device.depth + 1)]
         self.scheduler = _core.Scheduler(config, arenas)
-        self.runner.allocate(self.num_blocks)
+        self.runner.allocate(self.num_blocks, self.num_host_blocks)
         self.runner.bind(arenas, layout, self.pad_sizes)
         self._next_id = 0
 

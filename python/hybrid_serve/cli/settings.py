@@ -27,7 +27,7 @@ _VLLM_ONLY = """
     override-generation-config pipeline-parallel-size pp prefix-caching-hash-algo profiler-config quantization
     reasoning-parser reasoning-parser-plugin response-role return-tokens-as-token-ids scheduling-policy
     show-hidden-metrics-for-version skip-tokenizer-init speculative-config stream-interval structured-outputs-config
-    swap-space task tensor-parallel-size tokenizer-mode tokens-only tool-call-parser tool-parser-plugin tp
+    task tensor-parallel-size tokenizer-mode tokens-only tool-call-parser tool-parser-plugin tp
     trust-remote-code uvicorn-log-level watermark
 """
 NOT_SUPPORTED = frozenset(_VLLM_ONLY.split())

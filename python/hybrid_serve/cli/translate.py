@@ -21,7 +21,6 @@ _VLLM_NOTES = {
     "enable-chunked-prefill": "not needed: always on",
     "enable-prompt-tokens-details": "not needed: always in usage",
     "kv-cache-memory": "there is --kv-cache-memory-bytes SIZE; hybrid-serve fit MODEL says which",
-    "swap-space": "not needed: a preempted request is computed again",
     "trust-remote-code": "never: no code of a model folder is run",
 }
 # llama-server's flag -> ours ("MODEL": the positional one); flags without a value are in the second table.

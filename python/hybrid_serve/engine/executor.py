@@ -62,6 +62,8 @@ class ExecutorFacts(NamedTuple):
     memory: tuple[tuple[str, int], ...] = ()  # what takes how many bytes, for people
     notes: tuple[str, ...] = ()  # on what was fitted to the memory, for people
     max_num_seqs: int = MAX_NUM_SEQS
+    num_host_blocks: int = 0
+    swap_cost: int = 0  # see core/config.h
 
 
 class Executor(Protocol):
@@ -98,7 +100,7 @@ class InlineExecutor:
         self._pad_sizes = plan.pad_sizes
         if plan.notes:
             log.warning("fitted to the memory: %s", "; ".join(plan.notes))
-        self._runner.allocate(plan.num_blocks)
+        self._runner.allocate(plan.num_blocks, plan.num_host_blocks)
         return ExecutorFacts(
             vocab_size=facts.vocab_size,
             max_model_len=plan.max_model_len,
@@ -110,6 +112,8 @@ class InlineExecutor:
             memory=plan.rows,
             notes=plan.notes,
             max_num_seqs=plan.max_num_seqs,
+            num_host_blocks=plan.num_host_blocks,
+            swap_cost=plan.swap_cost,
         )
 
     def bind(self, arenas: Sequence[Buffer], layout: Layout) -> None:

@@ -74,6 +74,11 @@ class Outbox:
             step_token_counts=tuple(stats.step_token_counts),
             step_gap_us=round(self._gaps.total_us),
             step_gap_counts=tuple(self._gaps.counts),
+            num_swapped=stats.num_swapped,
+            host_blocks_used=stats.host_blocks_used,
+            host_blocks_total=stats.host_blocks_total,
+            blocks_swapped_out=stats.blocks_swapped_out,
+            blocks_swapped_in=stats.blocks_swapped_in,
         )
         self._peers.send_to_all(pack(Kind.STATS, message))
 

@@ -115,6 +115,8 @@ def make_core(config: Config, executor: Executor, facts: ExecutorFacts, num_clie
             num_clients=num_clients,
             depth=executor.depth,
             enable_prefix_caching=config.cache.enable_prefix_caching,
+            num_host_blocks=facts.num_host_blocks,
+            swap_cost=facts.swap_cost,
             hash_key=secrets.token_bytes(16),  # nobody can construct prompts whose blocks collide
             decode_sizes=facts.pad_sizes[0],
             mixed_seq_sizes=facts.pad_sizes[1],

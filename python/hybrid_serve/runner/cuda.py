@@ -25,6 +25,7 @@ from .step import (
     Sampled,
     StepResult,
     StepShape,
+    Swap,
     exact_shape,
     likely_shapes,
     padded_shape,
@@ -67,6 +68,9 @@ class CudaDevice:
         free, total = torch.cuda.mem_get_info(self.torch_device)
         return int(free - total * (1 - self._utilization))
 
+    def host_memory(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, pin_memory=True)
+
     def write(self, out: Tensor, values: Array) -> None:
         flat, target = values.reshape(-1), out.view(-1)
         staging = self._staging(target.dtype)
@@ -106,9 +110,11 @@ class CudaSteps:
         self._tokens = torch.empty((len(views), layout["sample_rows"][2]), dtype=torch.int32, pin_memory=True)
         torch.cuda.synchronize(device.torch_device)  # weights and cache were made on another stream
 
-    def submit(self, batch: Batch, compute: Compute) -> CudaPending:
+    def submit(self, batch: Batch, compute: Compute, swap: Swap) -> CudaPending:
         views = self._views[batch.arena]
         with torch.cuda.stream(self._stream):
+            if batch.num_swap_outs or batch.num_swap_ins:
+                swap(views.tensors, batch)
             self._memory[: batch.bytes_used].copy_(views.memory[: batch.bytes_used], non_blocking=True)
             if self._graphs is not None and batch.is_padded:
                 sampled = self._graphs.run(compute, self._columns, padded_shape(batch, views))

@@ -18,7 +18,7 @@ from . import memory, sizes
 from .arena import ArenaViews, Batch, Layout
 from .pad_sizes import PadSizes
 from .sizes import Machine
-from .step import Compute, Done, Pending, StepResult, exact_shape
+from .step import Compute, Done, Pending, StepResult, Swap, exact_shape
 
 log = logging.getLogger(__name__)
 
@@ -26,8 +26,9 @@ log = logging.getLogger(__name__)
 class Steps(Protocol):
     """Takes batches to the device and results back."""
 
-    def submit(self, batch: Batch, compute: Compute) -> Pending:
-        """``compute`` gets the columns on the device, and the shape they have there."""
+    def submit(self, batch: Batch, compute: Compute, swap: Swap) -> Pending:
+        """``compute`` gets the columns on the device, and the shape they have there. ``swap`` comes before it, if the
+        batch has anything to swap, and gets the columns on the host."""
         ...
 
     def preparation(self, compute: Compute) -> Callable[[], None] | None:
@@ -49,6 +50,10 @@ class Device(Protocol):
 
     def free_bytes(self) -> int:
         """What may be used; below 0 where others have taken more than was left to them."""
+        ...
+
+    def host_memory(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """On the host, as the device copies from and to it fastest; not initialised."""
         ...
 
     def write(self, out: Tensor, values: Array) -> None:
@@ -79,6 +84,9 @@ class CpuDevice:
         """Memory that can be taken without swapping, within the limit of the control group if there is one."""
         return memory.free_bytes()
 
+    def host_memory(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype)
+
     def write(self, out: Tensor, values: Array) -> None:
         # torch knows no read-only tensors and warns of them; numpy writes through a view of `out` instead.
         target = out.view(torch.uint16) if out.dtype == torch.bfloat16 else out
@@ -94,8 +102,10 @@ class CpuSteps:
     def __init__(self, views: Sequence[ArenaViews]) -> None:
         self._views = views
 
-    def submit(self, batch: Batch, compute: Compute) -> Done:
+    def submit(self, batch: Batch, compute: Compute, swap: Swap) -> Done:
         views = self._views[batch.arena]
+        if batch.num_swap_outs or batch.num_swap_ins:
+            swap(views.tensors, batch)
         sampled = compute(views.tensors, exact_shape(batch, views))
         tokens, *logprobs = sampled
         # Copied, as the next step's tokens take the place of these.

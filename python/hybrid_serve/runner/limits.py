@@ -37,6 +37,8 @@ class MemoryPlan:
     pad_sizes: PadSizes
     rows: tuple[tuple[str, int], ...]
     notes: tuple[str, ...] = ()
+    num_host_blocks: int = 0
+    swap_cost: int = 0  # see core/config.h
 
 
 class _DoesNotFit(Exception):
@@ -55,6 +57,15 @@ def plan_memory(config: Config, model: ModelSizes, machine: Machine, free_bytes:
         fixes = _fixes(config, model, machine, free_bytes, failure)
         otherwise = "a smaller model, or a machine with more memory"
         raise StartupError("HS-E026", failure.what, failure.why, ", or ".join(fixes) or otherwise) from None
+
+
+def check_swap_space(config: Config, model: ModelSizes, free_bytes: int) -> None:
+    """``free_bytes``: of the host. Raises StartupError (HS-E026)."""
+    num_bytes = int(config.cache.swap_space * 2**30)
+    if num_bytes > free_bytes:
+        what = f"a swap space of {config.cache.swap_space:g} GiB does not fit in the host's memory"
+        fits = max(free_bytes, 0) / 2**30 * 0.9
+        raise StartupError("HS-E026", what, f"{_mib(free_bytes)} are free", f"--swap-space {fits:.1f}, or leave it out")
 
 
 def room_for_cache(config: Config, model: ModelSizes, machine: Machine, free_bytes: int) -> int:
@@ -88,6 +99,7 @@ def _plan(config: Config, model: ModelSizes, machine: Machine, free_bytes: int) 
         ("weights", model.weight_bytes),
         ("table of positions", model.rotary_bytes),
         *steps.rows(model, machine, block_size),
+        *([("swap space", _swap_bytes(config, machine))] if _swap_bytes(config, machine) else []),
         (f"KV cache, {num_blocks} blocks of {block_size} tokens", cache_bytes),
         ("left free", room - cache_bytes),
     )
@@ -99,6 +111,8 @@ def _plan(config: Config, model: ModelSizes, machine: Machine, free_bytes: int) 
         steps.pad_sizes,
         rows,
         tuple(notes),
+        model.num_host_blocks(config),
+        model.swap_cost(config, machine),
     )
 
 
@@ -106,7 +120,7 @@ def _fit_steps(
     config: Config, model: ModelSizes, machine: Machine, free_bytes: int
 ) -> tuple[StepLimits, int, list[str]]:
     """The steps, what they leave to the cache, and what was fitted."""
-    left = free_bytes - model.weight_bytes - model.rotary_bytes
+    left = free_bytes - model.weight_bytes - model.rotary_bytes - _swap_bytes(config, machine)
     if left < 0:
         takes = f"its weights take {_mib(model.weight_bytes)}"
         raise _DoesNotFit("the model does not fit in memory", f"{takes}, {_mib(free_bytes)} are free")
@@ -134,6 +148,11 @@ def _fit_steps(
     ]
     notes = [", ".join(changes) + f", as the model leaves {_mib(left)}"] if changes else []
     return steps, left - num_bytes(steps), notes
+
+
+def _swap_bytes(config: Config, machine: Machine) -> int:
+    """Of the memory that is planned; a GPU's swap space is not in its own."""
+    return int(config.cache.swap_space * 2**30) if machine.is_host else 0
 
 
 def _wanted_steps(config: Config, machine: Machine) -> StepLimits:

@@ -16,9 +16,10 @@ from ..layers.batch import BatchView
 from ..models import family_of
 from ..models.decoder import Decoder, build_decoder
 from ..models.weights import DTYPES, DummyWeights, WeightReader, Weights, check_tensors
+from . import memory
 from .arena import NUM_DECODES, Batch, Layout
 from .device import Device, Steps, open_device
-from .limits import MemoryPlan, plan_memory
+from .limits import MemoryPlan, check_swap_space, plan_memory
 from .pad_sizes import PadSizes
 from .sampler import sample
 from .sizes import ModelSizes
@@ -48,7 +49,7 @@ class ModelRunner:
         self.config, self.spec, self.device, self.decoder, self.facts = config, sizes.spec, device, decoder, facts
         self._sizes = sizes
         self._steps: Steps
-        self._cache = torch.empty(0)
+        self._cache = self._host_cache = torch.empty(0)
         self._picked = torch.empty(0)  # tokens of the last step, for the next one to refer to
 
     @staticmethod
@@ -87,16 +88,19 @@ class ModelRunner:
         """What of the memory goes where, now that the model is in it. Raises StartupError (HS-E026, exit code 12)."""
         sizes = self._sizes
         free_bytes = self.device.free_bytes() + sizes.weight_bytes + sizes.rotary_bytes
+        check_swap_space(self.config, sizes, memory.free_bytes())
         return plan_memory(self.config, sizes, self.device.machine, free_bytes)
 
-    def allocate(self, num_blocks: int) -> None:
-        """The KV cache: one piece, [block][layer][K|V][kv_head][token][dim], a block's bytes side by side."""
+    def allocate(self, num_blocks: int, num_host_blocks: int = 0) -> None:
+        """The KV cache: one piece, [block][layer][K|V][kv_head][token][dim], a block's bytes side by side; and as many
+        such blocks as preempted requests may leave on the host."""
         spec = self.spec
         shape = (num_blocks, spec.num_layers, 2, spec.num_kv_heads, self.config.cache.block_size, spec.head_dim)
         # Not initialised; on a CPU the system provides pages as they are first written.
         cache = torch.empty(shape, dtype=DTYPES[self.facts.dtype], device=self.device.torch_device)
         self.decoder.bind_cache(cache)
         self._cache = cache.view(num_blocks, -1)
+        self._host_cache = self.device.host_memory((num_host_blocks, self._cache.shape[1]), cache.dtype)
 
     def bind(self, arenas: Sequence[Buffer], layout: Layout, pad_sizes: PadSizes = NOT_PADDED) -> None:
         """``arenas``: the buffers that the scheduler writes batches to; ``layout``: where their columns are;
@@ -108,7 +112,7 @@ class ModelRunner:
     @torch.inference_mode()
     def submit(self, batch: Batch) -> Pending:
         """Starts one batch. Negative token ids, -(row + 1), stand for what row ``row`` of the previous step sampled."""
-        return self._steps.submit(batch, self._compute)
+        return self._steps.submit(batch, self._compute, self._swap)
 
     def preparation(self) -> Callable[[], None] | None:
         """A piece of work that makes later steps faster, for when none is under way; None: there is none."""
@@ -117,6 +121,15 @@ class ModelRunner:
     def step(self, batch: Batch) -> StepResult:
         """Runs one batch to its end."""
         return self.submit(batch).result()
+
+    def _swap(self, columns: Columns, batch: Batch) -> None:
+        """In the order of the steps: behind what earlier ones wrote, ahead of what this one writes and reads."""
+        src, dst, outs = columns["swap_src"], columns["swap_dst"], batch.num_swap_outs
+        if outs:
+            ops.swap_blocks(self._host_cache, self._cache, dst[:outs], src[:outs])
+        if batch.num_swap_ins:
+            end = outs + batch.num_swap_ins
+            ops.swap_blocks(self._cache, self._host_cache, dst[outs:end], src[outs:end])
 
     def _compute(self, columns: Columns, shape: StepShape) -> Sampled:
         tokens, seqs, copies = shape.num_tokens, shape.num_seqs, shape.num_copies

@@ -5,23 +5,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+Sizes = tuple[int, ...]
+
 
 class PadSizes(NamedTuple):
     """What the core pads batches to; empty: it does not."""
 
-    decodes: tuple[int, ...] = ()
-    mixed_seqs: tuple[int, ...] = ()
-    mixed_tokens: tuple[int, ...] = ()
+    decodes: Sizes = ()
+    mixed_seqs: Sizes = ()
+    mixed_tokens: Sizes = ()
 
     @property
     def num_shapes(self) -> int:
         return len(self.decodes) + len(self.mixed_seqs) * len(self.mixed_tokens)
 
 
-DECODE_SIZES = (1, 2, 4, *range(8, 64, 8), *range(64, 257, 16), *range(288, 513, 32), 640, 768, 896, 1024)
-MIXED_SEQ_SIZES = (4, 16, 64, 256, 1024)
+DECODE_SIZES: Sizes = (1, 2, 4, *range(8, 64, 8), *range(64, 257, 16), *range(288, 513, 32), 640, 768, 896, 1024)
+MIXED_SEQ_SIZES: Sizes = (4, 16, 64, 256, 1024)
 # Padding costs a large model a few percent of a step; every size costs its capture once.
-MIXED_TOKEN_SIZES = (*range(16, 129, 16), *range(160, 513, 32), *range(576, 1025, 64), *range(1152, 2049, 128))
+MIXED_TOKEN_SIZES: Sizes = (*range(16, 129, 16), *range(160, 513, 32), *range(576, 1025, 64), *range(1152, 2049, 128))
 
 
 def pad_sizes(max_num_seqs: int, max_num_batched_tokens: int) -> PadSizes:

@@ -30,15 +30,37 @@ class Machine(NamedTuple):
     arenas: int  # copies of a batch in its memory
     captures: bool
     takes_all: bool  # a cache of which nothing is said takes all that is left, not what a server needs
+    copy_rate: float  # bytes a second between device and host
+    compute_rate: float  # operations a second in long prompts
+    is_host: bool  # its memory is the host's
     total_bytes: int = 0  # that --gpu-memory-utilization is a share of; 0: it is not one
 
 
 # A step of 512 tokens takes about 0.25 s on two cores with a model of 135M: that is how long a long prompt makes a
 # running stream wait. More would lengthen the wait and, measured, not add throughput. A thread's scratch is KiB, and of
 # a batch's memory those pages are taken that are written.
-CPU = Machine(batched_tokens=512, workspace_bytes=0, arenas=0, captures=False, takes_all=False)
+CPU = Machine(
+    batched_tokens=512,
+    workspace_bytes=0,
+    arenas=0,
+    captures=False,
+    takes_all=False,
+    copy_rate=5e9,
+    compute_rate=2 * 135e6 * 512 / 0.25,
+    is_host=True,
+)
 # cuBLASLt's 32 MiB, the kernels' scratch, 70 MiB at most; it grows by doubling, and what it outgrew stays.
-CUDA = Machine(batched_tokens=8192, workspace_bytes=2**28, arenas=1, captures=True, takes_all=True)
+# Rates as measured on an H100 (docs/gpu.md): swap_blocks from 2 MB a piece, and 64 prompts of 4096 with 8B.
+CUDA = Machine(
+    batched_tokens=8192,
+    workspace_bytes=2**28,
+    arenas=1,
+    captures=True,
+    takes_all=True,
+    copy_rate=51e9,
+    compute_rate=2 * 8e9 * 40_302,
+    is_host=False,
+)
 
 
 @dataclass(frozen=True)
@@ -74,6 +96,15 @@ class ModelSizes:
     def token_bytes(self) -> int:
         """Of KV cache."""
         return 2 * self.spec.num_layers * self.spec.num_kv_heads * self.spec.head_dim * self.item_bytes
+
+    def num_host_blocks(self, config: Config) -> int:
+        return int(config.cache.swap_space * 2**30) // (config.cache.block_size * self.token_bytes)
+
+    def swap_cost(self, config: Config, machine: Machine) -> int:
+        """Tokens that are computed in the time that a block takes to the host and back; attention left out, which
+        makes the later tokens of long requests dearer."""
+        seconds = 2 * config.cache.block_size * self.token_bytes / machine.copy_rate
+        return math.ceil(seconds * machine.compute_rate / (2 * self.num_parameters))
 
     def activation_bytes(self, tokens: int, rows: int) -> int:
         """Intermediate results of a step: ``tokens`` through a layer, ``rows`` of them to logits."""

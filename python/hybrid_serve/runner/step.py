@@ -67,6 +67,7 @@ class Done(NamedTuple):
 
 
 Compute = Callable[[Columns, StepShape], Sampled]
+Swap = Callable[[Columns, Batch], None]  # the columns on the host
 
 
 def exact_shape(batch: Batch, views: ArenaViews) -> StepShape:

@@ -108,14 +108,15 @@ class Exposition(Collector):
         return info | {"num_gpu_blocks": str(facts.num_blocks) if facts is not None else "0"}
 
     def _older_names(self, engines: list[OfEngine]) -> Iterator[Metric]:
-        """What dashboards of earlier years query; nothing is swapped here, hence the zeros."""
+        """What dashboards of earlier years query."""
         usages = [(each.labels, usage(each.stats)) for each in engines]
-        none = [(each.labels, 0) for each in engines]
+        on_host = [(each.labels, host_usage(each.stats)) for each in engines]
+        swapped = [(each.labels, each.stats.num_swapped) for each in engines]
         queries = [(each.labels, each.stats.prefix_queries) for each in engines]
         hits = [(each.labels, each.stats.prefix_hits) for each in engines]
         yield self._gauge("gpu_cache_usage_perc", "Older name of kv_cache_usage_perc.", usages)
-        yield self._gauge("cpu_cache_usage_perc", "Older name: share of swap space in use; there is none.", none)
-        yield self._gauge("num_requests_swapped", "Older name: requests in swap space; there is none.", none)
+        yield self._gauge("cpu_cache_usage_perc", "Share of the swap space in use, 0 to 1.", on_host)
+        yield self._gauge("num_requests_swapped", "Requests that wait with their KV in swap space.", swapped)
         yield self._counter("gpu_prefix_cache_queries", "Older name of prefix_cache_queries.", queries)
         yield self._counter("gpu_prefix_cache_hits", "Older name of prefix_cache_hits.", hits)
         latencies = [(each.labels, each.counts.histograms["inter_token_latency_seconds"]) for each in engines]
@@ -179,6 +180,10 @@ class Exposition(Collector):
         text = "Microseconds that the device waited for the host between steps; of one that runs ahead the least."
         gaps = [(each.labels, each.stats.step_gap_counts, each.stats.step_gap_us) for each in engines]
         yield step_histogram(f"{OURS}step_gap_us", text, STEP_GAP_BOUNDS, gaps)
+        text = "KV blocks that preempted requests took to swap space, and back."
+        swapped = [((*each.labels, "out"), each.stats.blocks_swapped_out) for each in engines]
+        swapped += [((*each.labels, "in"), each.stats.blocks_swapped_in) for each in engines]
+        yield counters(f"{OURS}swapped_blocks", text, (*_ENGINE, "direction"), swapped)
         text = "Requests that API servers work on."
         yield gauges(f"{OURS}open_requests", text, _MODEL, [((self._model,), metrics.num_open)])
         text = "Seconds that a phase of the engine's start took."
@@ -200,6 +205,11 @@ class Exposition(Collector):
 def usage(stats: EngineStats) -> float:
     """Share of KV blocks in use."""
     return stats.kv_blocks_used / stats.kv_blocks_total if stats.kv_blocks_total else 0.0
+
+
+def host_usage(stats: EngineStats) -> float:
+    """Share of the swap space in use."""
+    return stats.host_blocks_used / stats.host_blocks_total if stats.host_blocks_total else 0.0
 
 
 def gauges(name: str, text: str, labels: Sequence[str], rows: _Rows) -> Metric:

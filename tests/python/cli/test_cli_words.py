@@ -86,10 +86,10 @@ def test_commands_of_others_become_ours(command: str, words: str, left_out: list
 
 
 def test_translate_prints_a_command_that_a_shell_takes(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["translate", "vllm serve 'my model' --swap-space 4 --port 1"]) == 0
+    assert main(["translate", "vllm serve 'my model' --trust-remote-code --port 1"]) == 0
     shown = capsys.readouterr()
     assert shown.out == "hybrid-serve serve 'my model' --port 1\n"
-    assert shown.err == "left out: --swap-space 4: not needed: a preempted request is computed again\n"
+    assert shown.err == "left out: --trust-remote-code: never: no code of a model folder is run\n"
     assert main(["translate", "--", "vllm", "serve", "m", "--port", "x"]) == 2
     assert "--port: 'x' is not a whole number" in capsys.readouterr().err
 

@@ -65,8 +65,11 @@ def test_choices_of_one_prompt_share_it_and_go_their_own_ways(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("depth", [1, 2])
-def test_64_streams_in_a_tiny_pool_are_all_right_although_they_preempt_each_other(tmp_path: Path, depth: int) -> None:
-    """F-19, and depth 1 = depth 2 token for token: both equal the reference."""
+@pytest.mark.parametrize("num_host_blocks", [0, 200])
+def test_64_streams_in_a_tiny_pool_are_all_right_although_they_preempt_each_other(
+    tmp_path: Path, depth: int, num_host_blocks: int
+) -> None:
+    """F-19, and depth 1 = depth 2 token for token: both equal the reference; also with KV that is swapped (S47)."""
 
     async def main(engine: EngineThread) -> None:
         async with engine.client() as client:
@@ -80,8 +83,13 @@ def test_64_streams_in_a_tiny_pool_are_all_right_although_they_preempt_each_othe
             await until(lambda: client.engines[0].stats.steps > 0 and client.engines[0].stats.num_running == 0)
             assert client.engines[0].stats.kv_blocks_used == 0
             assert client.engines[0].stats.num_preemptions > 5
+            stats = client.engines[0].stats
+            assert stats.host_blocks_total == num_host_blocks
+            assert stats.host_blocks_used == stats.num_swapped == 0
+            swapped = stats.blocks_swapped_out, stats.blocks_swapped_in
+            assert min(swapped) > 5 if num_host_blocks else swapped == (0, 0)
 
-    executor = FakeExecutor(num_blocks=24, depth=depth)
+    executor = FakeExecutor(num_blocks=24, depth=depth, num_host_blocks=num_host_blocks)
     with EngineThread(tmp_path, executor, scheduler=SchedulerConfig(max_num_seqs=32)) as engine:
         run(main(engine))
 

@@ -48,6 +48,16 @@ def test_a_batch_gives_what_scheduler_and_runner_alone_give_and_each_prompt_alon
     assert together == expected
 
 
+def test_a_swap_space_is_used_and_changes_no_token(llm: LLM, model: Path) -> None:  # S47
+    prompts = ["the bat sat on the mat and was fat", "to be or not to be, that is", "a bat", "fat is the cat"]
+    expected = [output.outputs[0].token_ids for output in llm.generate(prompts, greedy(60))]
+    swapping = LLM(str(model), **OPTIONS | {"num_gpu_blocks_override": 17, "swap_space": 0.001})
+    assert [output.outputs[0].token_ids for output in swapping.generate(prompts, greedy(60))] == expected
+    stats = swapping.core.stats()
+    assert stats.host_blocks_total == int(0.001 * 2**30) // swapping._executor._runner.facts.block_bytes
+    assert stats.blocks_swapped_in > 0
+
+
 def test_text_ids_and_reasons_belong_together(llm: LLM) -> None:
     (output,) = llm.generate([llm.tokenizer.encode("the bat").tolist()], greedy(8))
     assert output.prompt is None

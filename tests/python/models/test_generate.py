@@ -7,6 +7,7 @@ exactly if every token of it is the most likely one after those before.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -69,6 +70,24 @@ def test_preemption_gives_the_same(reference: Reference) -> None:
     generator = Generator(reference.runner, num_blocks=14, max_num_batched_tokens=64, enable_prefix_caching=False)
     assert generator.generate(PROMPTS, max_tokens=NUM_TOKENS) == reference.replies
     assert generator.scheduler.stats().num_preemptions > 0
+
+
+@pytest.mark.parametrize("enable_prefix_caching", [True, False])
+def test_swapped_blocks_give_the_same(reference: Reference, enable_prefix_caching: bool) -> None:  # F-19, S47
+    options: dict[str, Any] = {"num_blocks": 8, "enable_prefix_caching": enable_prefix_caching}
+    fitting = [(prompt, reply) for prompt, reply in zip(PROMPTS, reference.replies, strict=True) if len(prompt) < 70]
+    prompts, replies = [prompt for prompt, _ in fitting], [reply for _, reply in fitting]
+    generator = Generator(reference.runner, num_host_blocks=100, **options)
+    assert generator.generate(prompts, max_tokens=NUM_TOKENS) == replies
+    stats = generator.scheduler.stats()
+    assert stats.blocks_swapped_out >= stats.blocks_swapped_in > 0
+    assert (stats.host_blocks_used, stats.host_blocks_total, stats.num_swapped) == (0, 100, 0)
+    sampled: dict[str, Any] = {"n": 2, "temperature": 1.0, "seed": 3, "max_tokens": NUM_TOKENS}
+    alone = Generator(reference.runner)
+    expected = [reply for prompt in prompts for reply in alone.generate([prompt], **sampled)]
+    again = Generator(reference.runner, num_host_blocks=100, **options)  # the runner serves the last one made
+    assert again.generate(prompts, **sampled) == expected
+    assert again.scheduler.stats().blocks_swapped_in > 0
 
 
 def test_prefix_hits_give_the_same(reference: Reference) -> None:

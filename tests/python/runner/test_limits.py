@@ -14,7 +14,7 @@ from hybrid_serve.checkpoint.model_spec import ModelSpec
 from hybrid_serve.cli import options
 from hybrid_serve.config import Config
 from hybrid_serve.errors import StartupError
-from hybrid_serve.runner.limits import MIB, MemoryPlan, plan_memory
+from hybrid_serve.runner.limits import MIB, MemoryPlan, check_swap_space, plan_memory
 from hybrid_serve.runner.sizes import CPU, CUDA, Machine, ModelSizes, longest_context
 from hybrid_serve.wire import StartupFailure
 from tiny_models import make_tiny_model
@@ -171,6 +171,31 @@ def test_a_cache_larger_than_the_free_memory_is_refused_with_the_numbers(spec: M
     assert "are free" in failure.why
     assert "--kv-cache-memory-bytes" in failure.fix
     assert "--num-gpu-blocks-override" in refused(spec, num_gpu_blocks_override=20_000).fix
+
+
+def test_a_swap_space_is_part_of_the_hosts_memory_and_not_of_a_gpus(spec: ModelSpec) -> None:  # S47
+    found = plan(spec, swap_space=1.5)
+    assert found.num_host_blocks == 1536
+    assert dict(found.rows)["swap space"] == 1.5 * GIB
+    assert sum(num_bytes for _, num_bytes in found.rows) == 10 * GIB
+    on_gpu = plan(spec, machine=CUDA, swap_space=100)
+    assert on_gpu.num_host_blocks == 102_400
+    assert "swap space" not in dict(on_gpu.rows)
+    sizes = ModelSizes.of(Config(), spec)
+    check_swap_space(config(swap_space=7), sizes, 8 * GIB)
+    with pytest.raises(StartupError, match="12 GiB does not fit") as caught:
+        check_swap_space(config(swap_space=12), sizes, 8 * GIB)
+    assert "--swap-space 7.2" in caught.value.failure.fix
+
+
+def test_whether_to_swap_or_to_compute_again_follows_from_the_rates(spec: ModelSpec) -> None:
+    """P17: by the rates that were measured, for a block of 16 tokens."""
+    shape: Any = {"hidden_size": 4096, "num_heads": 32, "head_dim": 128, "intermediate_size": 14336}
+    of_8b = ModelSizes.of(Config(), replace(spec, **shape))
+    assert of_8b.swap_cost(Config(), CUDA) == 4
+    assert of_8b.swap_cost(Config(), CPU) == 1
+    # A small model with as many KV heads as query heads: its keys and values are more than its weights are worth.
+    assert ModelSizes.of(Config(), spec).swap_cost(Config(), CUDA) > 16
 
 
 def test_a_model_that_does_not_fit_is_refused(spec: ModelSpec) -> None:

@@ -28,7 +28,7 @@ COLUMNS = {
     "sample_rows": "<i4", "temperature": "<f4", "top_p": "<f4", "min_p": "<f4", "repetition_penalty": "<f4",
     "top_k": "<i4", "num_logprobs": "<i4", "seeds": "<i8", "sample_positions": "<i4", "adjust_start": "<i4",
     "copy_src": "<i4", "copy_dst": "<i4", "kv_start": "<i4", "kv_blocks": "<i4", "adjust_ids": "<i4",
-    "adjust_add": "<f4", "adjust_flags": "<i4",
+    "adjust_add": "<f4", "adjust_flags": "<i4", "swap_src": "<i4", "swap_dst": "<i4",
 }  # fmt: skip
 CAPACITY = 32
 LAYOUT = {name: (index * 256, dtype, CAPACITY) for index, (name, dtype) in enumerate(COLUMNS.items())}
@@ -45,7 +45,14 @@ class OneSequence:
         self.columns = ArenaViews(arena, LAYOUT).arrays
         self.computed = 0
 
-    def step(self, token_ids: list[int], copies: list[tuple[int, int]] | None = None, num_logprobs: int = -1) -> Any:
+    def step(
+        self,
+        token_ids: list[int],
+        copies: list[tuple[int, int]] | None = None,
+        num_logprobs: int = -1,
+        swap_outs: list[tuple[int, int]] | None = None,
+        swap_ins: list[tuple[int, int]] | None = None,
+    ) -> Any:
         count, columns = len(token_ids), self.columns
         positions = np.arange(self.computed, self.computed + count)
         self.computed += count
@@ -63,6 +70,8 @@ class OneSequence:
         columns["kv_blocks"][: len(self.blocks)] = self.blocks
         for index, (source, target) in enumerate(copies or []):
             columns["copy_src"][index], columns["copy_dst"][index] = source, target
+        for index, (source, target) in enumerate([*(swap_outs or []), *(swap_ins or [])]):
+            columns["swap_src"][index], columns["swap_dst"][index] = source, target
         return self.runner.step(
             SimpleNamespace(
                 step=0,
@@ -73,6 +82,8 @@ class OneSequence:
                 num_sampled=1,
                 max_query_len=count,
                 num_copies=len(copies or []),
+                num_swap_outs=len(swap_outs or []),
+                num_swap_ins=len(swap_ins or []),
                 num_adjustments=0,
             )
         )
@@ -81,7 +92,7 @@ class OneSequence:
 @pytest.fixture
 def runner(tmp_path: Path) -> ModelRunner:
     runner = load_runner(make_tiny_model(tmp_path))
-    runner.allocate(8)
+    runner.allocate(8, 4)
     return runner
 
 
@@ -108,6 +119,21 @@ def test_blocks_are_copied_before_the_step_reads_them(runner: ModelRunner) -> No
     fork = OneSequence(runner, [6, 7])
     fork.computed = len(PROMPT)
     assert fork.step([sampled], copies=[(3, 6), (5, 7)]).tokens.tolist() == expected
+
+
+def test_blocks_go_to_the_host_before_a_step_writes_and_come_back_before_it_copies_and_reads(
+    runner: ModelRunner,
+) -> None:  # S47
+    first = OneSequence(runner, [3, 5])
+    sampled = int(first.step(PROMPT).tokens[0])
+    expected = first.step([sampled]).tokens.tolist()
+    OneSequence(runner, [3, 5]).step(PROMPT[::-1], swap_outs=[(5, 1), (3, 2)])  # writes over what it swaps out
+    back = OneSequence(runner, [0, 7])
+    back.computed = len(PROMPT)
+    assert back.step([sampled], swap_ins=[(2, 0), (1, 7)]).tokens.tolist() == expected
+    fork = OneSequence(runner, [6, 4])
+    fork.computed = len(PROMPT)
+    assert fork.step([sampled], copies=[(1, 6), (2, 4)], swap_ins=[(2, 1), (1, 2)]).tokens.tolist() == expected
 
 
 def test_logprobs_come_as_wide_as_the_most_that_a_row_asked_for(runner: ModelRunner) -> None:
