@@ -20,7 +20,7 @@ VOCAB = 30_000
 class Recorded:
     """A busy scheduler with a small pool, whose last steps are recorded."""
 
-    def __init__(self, seed: int = 1, depth: int = 1, num_steps: int = 60) -> None:
+    def __init__(self, seed: int = 1, depth: int = 1, num_steps: int = 60, num_host_blocks: int = 0) -> None:
         self.random, self.next_id = random.Random(seed), 1 << 48
         config = _core.Config(
             num_blocks=24,
@@ -30,6 +30,7 @@ class Recorded:
             max_model_len=512,
             vocab_size=VOCAB,
             depth=depth,
+            num_host_blocks=num_host_blocks,
             hash_key=self.random.randbytes(16),
         )
         num_bytes, _ = _core.batch_layout(config)
@@ -69,12 +70,13 @@ class Recorded:
         return path
 
 
-@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize(("depth", "num_host_blocks"), [(1, 0), (2, 0), (1, 20), (2, 20)])
 def test_a_recording_replays_to_the_same_decisions_every_time(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], depth: int
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], depth: int, num_host_blocks: int
 ) -> None:
-    recorded = Recorded(depth=depth)
+    recorded = Recorded(depth=depth, num_host_blocks=num_host_blocks)
     recorded.run(500)
+    assert (recorded.core.stats().blocks_swapped_in > 0) == (num_host_blocks > 0)
     assert recorded.core.stats().num_preemptions > 0, "the test means nothing without"
     assert recorded.core.stats().prefix_hits > 0
     path = recorded.write(tmp_path / "a.jsonl")
