@@ -59,6 +59,8 @@ void Scheduler::queue(std::vector<std::unique_ptr<Request>> choices) {
 void Scheduler::limit_running(int64_t max_running) {
   require(1 <= max_running && max_running <= config_.max_num_seqs, "max_running is ", max_running, ", must be in [1, ",
           config_.max_num_seqs, "]");
+  const Recorder::Call call(recorder_.get());
+  if (recorder_) recorder_->event(Event::limit, max_running);
   max_running_ = max_running;
 }
 

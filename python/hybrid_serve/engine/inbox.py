@@ -48,16 +48,16 @@ class Inbox:
         self.stopping = False
         self.num_dropped = 0
         self._longest_prompt = longest_prompt
-        self._max_num_seqs = max_num_seqs
-        self.limit(max_num_queued_reqs)
+        self._most_running = max_num_seqs  # there is no room for more
+        self._limit_open(Limit(max_num_queued_reqs, max_num_seqs))
         self._poller = zmq.Poller()
         self._poller.register(peers.socket, zmq.POLLIN)
         self._poller.register(control, zmq.POLLIN)
 
-    def limit(self, max_num_queued_reqs: int) -> None:
-        """How many may wait from now on; 0: any number."""
+    def _limit_open(self, limit: Limit) -> None:
         # Counted together with the running ones: between two steps it is not known yet which of the new ones will wait.
-        self._max_open = self._max_num_seqs + max_num_queued_reqs if max_num_queued_reqs else 0
+        waiting = max(0, limit.max_num_queued_reqs)
+        self._max_open = limit.max_num_seqs + waiting if waiting else 0
 
     def wake_by(self, socket: zmq.Socket[bytes]) -> None:
         """A wait ends when this socket can be read, too."""
@@ -103,7 +103,11 @@ class Inbox:
         if client is None:
             raise BadMessage("the sender has not joined")
         if kind == Kind.LIMIT:
-            self.limit(max(0, unpack(header, Limit).max_num_queued_reqs))
+            limit = unpack(header, Limit)
+            if not 1 <= limit.max_num_seqs <= self._most_running:
+                raise BadMessage(f"{limit.max_num_seqs} requests cannot run at once, 1 to {self._most_running} can")
+            core.limit_running(limit.max_num_seqs)
+            self._limit_open(limit)
             return
         if len(arrays) != 1:
             raise BadMessage(f"{len(arrays)} arrays instead of one")

@@ -193,7 +193,7 @@ def test_requests_a_minute_are_counted_by_key_and_refused_with_the_seconds_to_wa
     assert refused.headers["x-ratelimit-reset-requests"] == "60.0s"
     error = refused.json()["error"]
     assert (error["code"], error["type"]) == ("rate_limit_exceeded", "rate_limit_error")
-    assert error["message"] == "This key may make 3 requests a minute."
+    assert error["message"] == "This key has 3 requests a minute."
     assert api.get("/v1/models", x_api_key="slow-key").status_code == 200, "reading costs nothing"
     other = api.post(CHAT, body, x_api_key="app-key")
     assert other.status_code == 200
