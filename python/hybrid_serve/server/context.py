@@ -21,7 +21,7 @@ from ..live import LiveOptions, with_values
 from ..shared_memory import SharedMemory
 from ..text.chat_template import ChatTemplate
 from ..text.tokenizer import Tokenizer
-from ..wire import EngineFacts
+from ..wire import EngineFacts, Status
 from .errors import ApiError
 from .exposition import Exposition
 from .headers import RANK_HEADER
@@ -78,6 +78,7 @@ class ServerContext:
     def set_text_model(self, text_model: TextModel) -> None:
         self.text_model = text_model
         self.lifecycle.text_is_loaded = True
+        self.lifecycle.changed()
 
     def take_news(self) -> None:
         """What was changed through any API server, or by SIGHUP, counts from now on."""
@@ -88,6 +89,11 @@ class ServerContext:
         log_lines.set_level(self.config.server.log_level)
         scheduler = self.config.scheduler
         self.client.limit(scheduler.max_num_queued_reqs, scheduler.max_num_seqs)
+
+    def status_changed(self, status: Status) -> None:
+        """The engine's."""
+        self.metrics.status_changed(status)
+        self.lifecycle.changed()
 
     @property
     def text(self) -> TextModel:

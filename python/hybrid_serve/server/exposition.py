@@ -94,8 +94,8 @@ class Exposition(Collector):
         # A dashboard that shows which models are up takes one without this for down.
         name, text = f"{self._prefix}engine_sleep_state", "1 for the state that the engine is in; it never sleeps."
         states = ("awake", "weights_offloaded", "discard_all")
-        rows = [((*each.labels, state), state == "awake") for each in engines for state in states]
-        yield gauges(name, text, (*_ENGINE, "sleep_state"), rows)
+        slept: _Rows = [((*each.labels, state), state == "awake") for each in engines for state in states]
+        yield gauges(name, text, (*_ENGINE, "sleep_state"), slept)
         usages = [(each.labels, usage(each.stats)) for each in engines]
         yield self._gauge("kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1.", usages)
         yield self._counter("num_preemptions", "Requests that lost their blocks for a while.", stats("num_preemptions"))

@@ -142,7 +142,7 @@ async def _serve(
     client.on_shutdown = stopping.begin
     context.metrics.add(counts.own())
     context.exposition.others = counts.others
-    client.on_status, client.group.on_replay = context.metrics.status_changed, context.metrics.replayed
+    client.on_status, client.group.on_replay = context.status_changed, context.metrics.replayed
     client.start()
     context.take_news()
     serving = asyncio.ensure_future(server.serve(sockets=[listener]))
