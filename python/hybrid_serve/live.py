@@ -47,7 +47,7 @@ def live_problems(started_with: Config, wanted: Config) -> list[tuple[str, str]]
     """What a server that was started with one configuration cannot take of another, as ``config.problems`` has it."""
     most = started_with.scheduler.max_num_seqs
     found = problems(wanted)
-    if wanted.scheduler.max_num_seqs > most:
+    if most and wanted.scheduler.max_num_seqs > most:
         found.append(("max_num_seqs", f"is {wanted.scheduler.max_num_seqs}, this server has room for {most}"))
     return found
 

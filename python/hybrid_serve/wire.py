@@ -124,7 +124,7 @@ class AddRequest(msgspec.Struct, array_like=True, frozen=True):
 
 class Limit(msgspec.Struct, array_like=True, frozen=True):
     max_num_queued_reqs: int  # 0: any number
-    max_num_seqs: int
+    max_num_seqs: int  # 0: as many as there is room for
 
 
 class Join(msgspec.Struct, array_like=True, frozen=True):

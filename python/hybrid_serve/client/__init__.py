@@ -112,7 +112,8 @@ class EngineClient(Protocol):
         ...
 
     def limit(self, max_num_queued_reqs: int, max_num_seqs: int) -> None:
-        """How many requests may wait (0: any number) and run in each engine from now on."""
+        """How many requests may wait (0: any number) and run (0: as many as there is room for) in each engine from now
+        on."""
         ...
 
     def generate(

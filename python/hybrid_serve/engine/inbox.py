@@ -49,15 +49,14 @@ class Inbox:
         self.num_dropped = 0
         self._longest_prompt = longest_prompt
         self._most_running = max_num_seqs  # there is no room for more
-        self._limit_open(Limit(max_num_queued_reqs, max_num_seqs))
+        self._limit_open(max_num_queued_reqs, max_num_seqs)
         self._poller = zmq.Poller()
         self._poller.register(peers.socket, zmq.POLLIN)
         self._poller.register(control, zmq.POLLIN)
 
-    def _limit_open(self, limit: Limit) -> None:
+    def _limit_open(self, waiting: int, running: int) -> None:
         # Counted together with the running ones: between two steps it is not known yet which of the new ones will wait.
-        waiting = max(0, limit.max_num_queued_reqs)
-        self._max_open = limit.max_num_seqs + waiting if waiting else 0
+        self._max_open = running + waiting if waiting else 0
 
     def wake_by(self, socket: zmq.Socket[bytes]) -> None:
         """A wait ends when this socket can be read, too."""
@@ -104,10 +103,11 @@ class Inbox:
             raise BadMessage("the sender has not joined")
         if kind == Kind.LIMIT:
             limit = unpack(header, Limit)
-            if not 1 <= limit.max_num_seqs <= self._most_running:
-                raise BadMessage(f"{limit.max_num_seqs} requests cannot run at once, 1 to {self._most_running} can")
-            core.limit_running(limit.max_num_seqs)
-            self._limit_open(limit)
+            if min(limit.max_num_queued_reqs, limit.max_num_seqs) < 0:
+                raise BadMessage(f"a limit of {limit.max_num_queued_reqs} and {limit.max_num_seqs} requests")
+            running = min(limit.max_num_seqs or self._most_running, self._most_running)
+            core.limit_running(running)
+            self._limit_open(limit.max_num_queued_reqs, running)
             return
         if len(arrays) != 1:
             raise BadMessage(f"{len(arrays)} arrays instead of one")

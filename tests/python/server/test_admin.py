@@ -15,7 +15,7 @@ from api_harness import CHAT, MESSAGES, Api
 from hybrid_serve import logging as log_lines
 from hybrid_serve import shared_memory
 from hybrid_serve.config import Config
-from hybrid_serve.live import LIVE
+from hybrid_serve.live import LIVE, with_values
 from hybrid_serve.shared_memory import SharedMemory
 
 MakeApi = Callable[..., Api]
@@ -89,7 +89,7 @@ def test_every_api_server_has_what_any_of_them_was_told_and_so_has_one_that_is_s
     values = [found[0][name] for name in ("max_logprobs", "max_num_queued_reqs", "strict_requests")]
     assert values == [3, 5, True]
     for api in (one, other, later):
-        assert api.engine.limits[-1] == (5, 256), "all tell an engine that is started again the same"
+        assert api.engine.limits[-1] == (5, 0), "all tell an engine that is started again the same"
         assert (
             api.post(CHAT, {"messages": MESSAGES}, x_api_key="k").json()["system_fingerprint"]
             == one.context.fingerprint
@@ -102,8 +102,8 @@ def test_every_api_server_has_what_any_of_them_was_told_and_so_has_one_that_is_s
     [
         ({"max_logprobs": -1}, "invalid_value", "max_logprobs"),
         ({"max_logprobs": "many"}, "invalid_type", "max_logprobs"),
-        ({"max_num_seqs": 257}, "invalid_value", "max_num_seqs"),
-        ({"max_num_seqs": 0}, "invalid_value", "max_num_seqs"),
+        ({"max_num_seqs": 33}, "invalid_value", "max_num_seqs"),
+        ({"max_num_seqs": -1}, "invalid_value", "max_num_seqs"),
         ({"log_level": "loud"}, "invalid_value", "log_level"),
         ({"port": 1}, None, None),
         ({}, "missing_required_parameter", None),
@@ -111,7 +111,9 @@ def test_every_api_server_has_what_any_of_them_was_told_and_so_has_one_that_is_s
     ],
 )
 def test_a_bad_change_changes_nothing(admin: Any, changes: dict[str, Any], code: str | None, param: str | None) -> None:
-    before = admin.api.context.config
+    context = admin.api.context
+    context.started_with = context.config = with_values(context.config, {"max_num_seqs": 32})
+    before = context.config
     response = admin(**changes)
     assert response.status_code == 400
     error = response.json()["error"]
