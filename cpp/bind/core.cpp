@@ -373,6 +373,13 @@ void bind_scheduler(py::module_& m) {
           },
           "now"_a = 0)
       .def("commit", &commit, "step"_a, "tokens"_a)
+      .def(
+          "limit_running",
+          [](PyScheduler& self, const py::object& max_running) {
+            const int64_t most = integer("max_running", max_running);
+            self.use([most](Scheduler& core) { core.limit_running(most); });
+          },
+          "max_running"_a)
       .def("ids_in_flight",
            [](PyScheduler& self) {
              const auto ids = self.use([](Scheduler& core) { return core.ids_in_flight(); });

@@ -33,7 +33,9 @@ const Hash128& KVCacheManager::hash(Request& request, int64_t i) const {
 
 bool KVCacheManager::may_fork(const Request& request) const {
   const Request* leader = request.leader;
-  return leader && leader->num_computed >= leader->num_prompt && request.num_tokens() == request.num_prompt;
+  // A partly filled block of the leader's is copied before the batch computes anything.
+  return leader && !leader->just_admitted && leader->num_computed >= leader->num_prompt &&
+         request.num_tokens() == request.num_prompt;
 }
 
 void KVCacheManager::find_prefix(Request& request) {

@@ -18,6 +18,7 @@ Config validated(Config config) {
 Scheduler::Scheduler(Config config, std::span<std::byte* const> arenas)
     : config_(validated(config)),
       kv_(config_),
+      max_running_(config_.max_num_seqs),
       writer_(config_, BatchLayout(config_), arenas),
       in_flight_(static_cast<size_t>(config_.depth)),
       outputs_(config_.num_clients, config_.max_num_seqs) {
@@ -55,6 +56,14 @@ void Scheduler::queue(std::vector<std::unique_ptr<Request>> choices) {
   waiting_.push(leader);
 }
 
+void Scheduler::limit_running(int64_t max_running) {
+  require(1 <= max_running && max_running <= config_.max_num_seqs, "max_running is ", max_running, ", must be in [1, ",
+          config_.max_num_seqs, "]");
+  const Recorder::Call call(recorder_.get());
+  if (recorder_) recorder_->event(Event::limit, max_running);
+  max_running_ = max_running;
+}
+
 int64_t Scheduler::abort(std::span<const RequestId> ids) {
   const Recorder::Call call(recorder_.get());
   if (recorder_) record_abort(ids);
@@ -82,6 +91,7 @@ void Scheduler::start(Request& request) {
     request.tokens.reserve(static_cast<size_t>(request.length_limit));
     request.hashes.reserve(static_cast<size_t>(request.length_limit / config_.block_size));
   }
+  request.just_admitted = true;
   leave_leader(request);
 }
 

@@ -174,6 +174,7 @@ void RecordedState::visit_in_flight(Words& words, Scheduler& scheduler) {
 template <class Words>
 void RecordedState::visit(Words& words, Scheduler& scheduler) {
   words(scheduler.next_arrival_);
+  words(scheduler.max_running_);
   visit(words, scheduler.kv_.pool());
   std::vector<Request*> requests;
   for (const auto& [id, request] : scheduler.requests_) requests.push_back(request.get());
@@ -202,6 +203,8 @@ void RecordedState::visit(Words& words, Scheduler& scheduler) {
 // A file may be damaged, or made by somebody: what would be a memory error later is refused here.
 void RecordedState::check(Scheduler& scheduler) {
   const Config& config = scheduler.config_;
+  require(1 <= scheduler.max_running_ && scheduler.max_running_ <= config.max_num_seqs, "in the recording ",
+          scheduler.max_running_, " may run");
   BlockPool& pool = scheduler.kv_.pool();
   std::vector<int32_t> references(static_cast<size_t>(pool.num_blocks()));
   for (auto& [id, request] : scheduler.requests_) {

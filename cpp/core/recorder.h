@@ -26,6 +26,7 @@ enum class Event : uint8_t {
   forget,
   schedule,  // now
   commit,    // step, Picked of each sampled row
+  limit,     // how many may run
   hash,      // id, block of its tokens, 64 bits of the hash: asked for the first time
   // What it decides.
   admit,    // id, tokens found in the cache, their blocks

@@ -108,6 +108,9 @@ void Replay::take(Event kind, WordReader words) {
     case Event::forget:
       scheduler_->forget_prefixes();
       return;
+    case Event::limit:
+      scheduler_->limit_running(words.next());
+      return;
     case Event::schedule:
       scheduler_->schedule(words.next());
       return;

@@ -96,8 +96,9 @@ class Request {
   int64_t scheduled_at = -1;   // the caller's clock when it first ran; -1 before that and once told
 
   KVAllocation kv;
-  int64_t num_published = 0;  // blocks of kv whose hash the pool was told
-  bool may_publish = true;    // false for KV computed before forget_prefixes()
+  int64_t num_published = 0;   // blocks of kv whose hash the pool was told
+  bool just_admitted = false;  // by the batch being planned, which may still compute what is in its blocks
+  bool may_publish = true;     // false for KV computed before forget_prefixes()
   // While it waits: the KV of its first `num_on_host` tokens, from block `first_on_host` on.
   KVAllocation host;
   int64_t first_on_host = 0, num_on_host = 0;

@@ -22,6 +22,8 @@ const Batch* Scheduler::schedule(int64_t now) {
   tokens_left_ = config_.max_num_batched_tokens;
   adjustments_left_ = config_.max_adjustments;
   short_of_blocks_ = false;
+  // Nothing of them goes to the host: there may be no batch now that would take it there.
+  while (std::ssize(running_) > max_running_) preempt(*running_.back());
   continue_running();
   if (short_of_blocks_)
     block(WaitedFor::blocks);
@@ -52,6 +54,7 @@ bool Scheduler::make_room(Request& request, int64_t num_new) {
   while (!kv_.grow(request, num_new, copies_)) {
     short_of_blocks_ = true;
     if (running_.back() == &request) return false;
+    kv_.swap_out(*running_.back(), swap_outs_);
     preempt(*running_.back());
   }
   return true;
@@ -63,7 +66,6 @@ bool Scheduler::make_room(Request& request, int64_t num_new) {
 void Scheduler::preempt(Request& request) {
   if (recorder_) recorder_->event(Event::preempt, request.id);
   note(StepEvent::preempted, request, request.num_computed);
-  kv_.swap_out(request, swap_outs_);
   kv_.release(request);
   running_.pop_back();
   request.move_to(Request::State::waiting);
@@ -75,7 +77,7 @@ void Scheduler::preempt(Request& request) {
 // In order; a head that does not fit stops everyone behind it, so that nobody starves. Each running request could still
 // take a block afterwards, lest the newcomer is preempted at once.
 void Scheduler::admit_waiting() {
-  while (!waiting_.empty() && tokens_left_ > 0 && std::ssize(running_) < config_.max_num_seqs) {
+  while (!waiting_.empty() && tokens_left_ > 0 && std::ssize(running_) < max_running_) {
     Request& head = waiting_.head();
     if (!head.ready()) return;
     if (head.adjustments.size() > adjustments_left_) return block(WaitedFor::adjustments);
@@ -143,6 +145,7 @@ const Batch* Scheduler::write_batch() {
       const int32_t sampled_row = writer_.add(*request, num_new, is_decode);
       request->num_computed += num_new;
       ++request->in_flight;
+      request->just_admitted = false;
       if (sampled_row >= 0) {
         request->sampled_row = sampled_row;
         ++request->num_unknown;

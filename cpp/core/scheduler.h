@@ -39,6 +39,10 @@ class Scheduler {
   // The tokens picked in the oldest batch in flight, one per sampled row.
   const Outputs& commit(int64_t step, std::span<const Token> tokens);
 
+  // At most so many run from the next batch on, within [1, config().max_num_seqs]; what is too many waits, as if
+  // preempted. Throws std::invalid_argument for any other number.
+  void limit_running(int64_t max_running);
+
   // Requests with a row in a batch in flight, each once, in no order: what a device that fails was working on.
   std::vector<RequestId> ids_in_flight() const;
 
@@ -130,6 +134,7 @@ class Scheduler {
   WaitingQueue waiting_;
   std::vector<Request*> running_;  // by ServedBefore
   int64_t next_arrival_ = 0;
+  int64_t max_running_;
 
   // of the batch being planned
   std::vector<Planned> plan_;

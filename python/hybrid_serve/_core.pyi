@@ -156,6 +156,9 @@ class Scheduler:
     def commit(self, step: int, tokens: _Array) -> Outputs:
         """``tokens``: i32, one per sampled row of that step. Steps are committed in order, else ValueError."""
 
+    def limit_running(self, max_running: int) -> None:
+        """At most so many run from the next batch on; 1 to max_num_seqs, else ValueError."""
+
     def ids_in_flight(self) -> bytes:
         """u64, native order: requests with a row in a batch that is not committed, each once."""
 

@@ -197,6 +197,9 @@ class ServerConfig:
     root_path: Annotated[str, Option("path prefix that a proxy in front strips")] = ""
     max_request_bytes: Annotated[int, Option("largest request body, e.g. 16MiB", "SIZE")] = 16 * 2**20
     max_logprobs: Annotated[int, Option("largest top_logprobs a request may ask for")] = 20
+    queue_while_loading: Annotated[
+        bool, Option("requests wait while the model loads or the engine is restarted, up to max_num_queued_reqs")
+    ] = False
     strict_requests: Annotated[bool, Option("unknown or unused request fields are a 400, not a response header")] = (
         False
     )

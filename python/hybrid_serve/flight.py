@@ -19,7 +19,7 @@ import msgspec
 from . import __version__
 
 SCHEMA = "hybrid-serve/flight"
-VERSION = 1
+VERSION = 2
 NUM_STEPS = 1000  # that a recording has at least, if there is room
 NUM_BYTES = 64 * 2**20  # of memory; pages that nobody writes cost nothing
 KEPT_FILES = 8  # in one folder
@@ -32,10 +32,11 @@ EVENTS = {
     4: ("forget", ""),
     5: ("schedule", "now_us"),
     6: ("commit", "step picked..."),
-    7: ("hash", "id block hash"),
-    8: ("admit", "id found blocks..."),
-    9: ("preempt", "id"),
-    10: ("step", "step num_seqs (id tokens num_blocks blocks)... decodes sampled (source copy)..."),
+    7: ("limit", "max_running"),
+    8: ("hash", "id block hash"),
+    9: ("admit", "id found blocks..."),
+    10: ("preempt", "id"),
+    11: ("step", "step num_seqs (id tokens num_blocks blocks)... decodes sampled (source copy)..."),
 }
 DECISIONS = {"commit", "admit", "preempt", "step"}
 _NUMBER_OF = {name: number for number, (name, _) in EVENTS.items()}

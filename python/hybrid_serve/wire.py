@@ -15,8 +15,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-PROTOCOL_VERSION = 5
-COUNTS_SLOT_BYTES = 2**20  # of the memory where API servers share their counts; pages that nobody writes cost nothing
+PROTOCOL_VERSION = 6
 MAX_FRAME_BYTES = 64 * 2**20
 API_INDEX_SHIFT = 48
 LAUNCH_SHIFT = 36
@@ -34,7 +33,7 @@ class Kind:
     # API server -> engine
     ADD = b"\x01"  # AddRequest, token ids i32
     ABORT = b"\x02"  # Empty, request ids u64
-    LIMIT = b"\x04"  # Limit: how many may wait from now on
+    LIMIT = b"\x04"  # Limit: how many may wait and run from now on
     JOIN = b"\x03"  # Join: an API server makes itself known
     # engine -> API server
     STEP = b"\x11"  # StepHeader, columns (see StepHeader)
@@ -125,7 +124,8 @@ class AddRequest(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Limit(msgspec.Struct, array_like=True, frozen=True):
-    max_num_queued_reqs: int
+    max_num_queued_reqs: int  # 0: any number
+    max_num_seqs: int  # 0: as many as there is room for
 
 
 class Join(msgspec.Struct, array_like=True, frozen=True):

@@ -129,5 +129,38 @@ TEST(Fork, choices_of_a_preempted_first_one_find_its_blocks_in_the_cache) {
   expect_reference(m, spec, config);
 }
 
+// The first choice comes back in the step in which another request computes the very prefix that it then finds: what
+// the others would copy from it is not there yet.
+TEST(Fork, a_choice_that_follows_a_returning_first_one_copies_nothing_that_is_still_being_computed) {
+  Config config = small_config();
+  config.num_blocks = 64;
+  Machine m(config);
+  const auto prompt = counting(6), other = counting(3, 20);
+  const RequestSpec two{.id = 1, .tokens = prompt, .n = 2, .max_tokens = 8};
+  m.scheduler.limit_running(1);
+  m.add(two);
+  for (int i = 0; i < 3; ++i) m.step();
+  m.scheduler.limit_running(2);
+  m.add({.id = 5, .tokens = other, .priority = -1, .max_tokens = 2});
+  m.step();
+  m.scheduler.limit_running(1);  // preempts the first choice; the second one has not run yet
+  m.step();
+  EXPECT_EQ(m.scheduler.stats().num_running, 0);
+  EXPECT_TRUE(m.scheduler.forget_prefixes());
+  m.scheduler.limit_running(4);
+  const auto first = reference(two, 0, config).tokens;
+  auto same = prompt;
+  same.insert(same.end(), first.begin(), first.begin() + 4);
+  const RequestSpec ahead{.id = 7, .tokens = same, .priority = -1, .max_tokens = 3};
+  m.add(ahead);
+  const Batch batch = m.step();
+  EXPECT_EQ(batch.num_seqs, 3);
+  EXPECT_LT(batch.num_tokens, 10 + 10 + 6);  // the first choice found what the request ahead of it computes
+  m.run();
+  EXPECT_EQ(m.results[7].tokens, reference(ahead, 0, config).tokens);
+  for (int64_t choice : {0, 1})
+    EXPECT_EQ(m.results[1 + static_cast<RequestId>(choice)].tokens, reference(two, choice, config).tokens) << choice;
+}
+
 }  // namespace
 }  // namespace hybrid::test

@@ -42,8 +42,11 @@ class RandomSession {
       abort();
     } else if (dice < 580) {
       schedule();
-    } else if (dice < 998) {
+    } else if (dice < 990) {
       commit();
+    } else if (dice < 998) {
+      max_running_ = 1 + below(config_.max_num_seqs);
+      scheduler_.limit_running(max_running_);
     } else {
       scheduler_.forget_prefixes();
     }
@@ -177,6 +180,8 @@ class RandomSession {
     if (!batch) return;
     invariant(static_cast<int64_t>(in_flight_.size()) < config_.depth, "more batches in flight than depth");
     num_copies_ += batch->num_copies;
+    invariant(batch->num_seqs <= max_running_ && scheduler_.stats().num_running <= max_running_,
+              "S2: more than may run");
     const auto& waiting = SchedulerTest::waiting(scheduler_);
     for (const Request* request : SchedulerTest::running(scheduler_))
       if (!waiting.empty() && std::ranges::find(ran, request) == ran.end())
@@ -219,6 +224,7 @@ class RandomSession {
   Arenas arenas_;
   FakeExecutor executor_;
   Scheduler scheduler_;
+  int64_t max_running_ = config_.max_num_seqs;
   RequestId next_id_;
   std::vector<Token> prompt_, generated_;
   std::vector<int64_t> memory_;

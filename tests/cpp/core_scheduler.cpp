@@ -76,6 +76,28 @@ TEST(Scheduler, lower_priority_numbers_run_first_and_equal_ones_in_order_of_arri
   EXPECT_EQ(order, (std::vector<RequestId>{5, 9, 3}));
 }
 
+TEST(Scheduler, a_lower_limit_holds_from_the_next_batch_on_and_costs_no_token) {  // P19
+  Config config = small_config();
+  config.num_blocks = 64;
+  Machine m(config);
+  const std::vector<std::vector<Token>> prompts{counting(3), counting(3, 8), counting(3, 16), counting(3, 24)};
+  for (RequestId id = 0; id < 4; ++id) m.add(id, prompts[id], 12);
+  m.step();
+  EXPECT_EQ(m.step().num_seqs, 4);
+  m.scheduler.limit_running(2);
+  EXPECT_EQ(m.step().num_seqs, 2);
+  EXPECT_EQ(m.scheduler.stats().num_waiting, 2);
+  EXPECT_EQ(m.results[0].tokens.size(), 3U);  // the first ones go on
+  EXPECT_EQ(m.results[3].tokens.size(), 2U);
+  m.scheduler.limit_running(4);
+  m.step();
+  EXPECT_EQ(m.scheduler.stats().num_running, 4);
+  m.run();
+  for (RequestId id = 0; id < 4; ++id)
+    EXPECT_EQ(m.results[id].tokens, expected({.tokens = prompts[id], .max_tokens = 12}, config)) << id;
+  for (const int64_t wrong : {0, 5, -1}) EXPECT_THROW(m.scheduler.limit_running(wrong), std::invalid_argument);
+}
+
 TEST(Scheduler, nobody_overtakes_a_head_that_does_not_fit) {
   Config config = small_config();
   config.num_blocks = 8;

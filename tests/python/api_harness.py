@@ -14,6 +14,7 @@ from fake_engine import Call, FakeEngine
 from hybrid_serve.config import Config, ModelConfig, ServerConfig
 from hybrid_serve.server.app import create_app
 from hybrid_serve.server.context import ServerContext, TextModel
+from hybrid_serve.shared_memory import SharedMemory
 
 T = TypeVar("T")
 MESSAGES = [{"role": "user", "content": "hi"}]
@@ -33,11 +34,19 @@ class Api:
     """One server, on an event loop of its own."""
 
     def __init__(
-        self, engine: FakeEngine | None = None, *, template: bool = True, seed: int = -1, **server: Any
+        self,
+        engine: FakeEngine | None = None,
+        *,
+        template: bool = True,
+        seed: int = -1,
+        memory: SharedMemory | None = None,
+        index: int = 0,
+        **server: Any,
     ) -> None:
+        """``memory``: with other servers, of which this is number ``index``."""
         self.engine = engine or FakeEngine(says(REPLY))
         config = Config(model=ModelConfig(model="demo", seed=seed), server=ServerConfig(**server))
-        self.context = ServerContext(config, self.engine)
+        self.context = ServerContext(config, self.engine, index, memory)
         self.context.set_text_model(TextModel(demo_tokenizer(), demo_template() if template else None))
         self.app = create_app(self.context)
         self.loop = asyncio.new_event_loop()

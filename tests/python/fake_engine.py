@@ -122,7 +122,7 @@ class FakeEngine:
     reject_after: tuple[int, EngineRejected] | None = None
     dies_after: int | None = None
     calls: list[Call] = field(default_factory=list)
-    queue_limits: list[int] = field(default_factory=list)
+    limits: list[tuple[int, int]] = field(default_factory=list)
     events: Callable[[], list[ChoiceEvent]] = list  # of each stream
     gates: dict[int, asyncio.Event] = field(default_factory=dict)  # before the step at that position
 
@@ -131,8 +131,8 @@ class FakeEngine:
         status = msgspec.structs.replace(self.status, facts=self.facts)
         return [FakeRank(rank, status, self.stats) for rank in self.ranks]
 
-    def limit_queue(self, max_num_queued_reqs: int) -> None:
-        self.queue_limits.append(max_num_queued_reqs)
+    def limit(self, max_num_queued_reqs: int, max_num_seqs: int) -> None:
+        self.limits.append((max_num_queued_reqs, max_num_seqs))
 
     def generate(
         self,

@@ -40,11 +40,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "flight": set(),
     "heartbeat": {"config", "flight"},
     "parallel": {"sockets", "config"},
+    "shared_memory": set(),
+    "live": {"config", "shared_memory"},
     "engine": {"_core", "runner", "parallel", "sockets", "curve", "heartbeat", "flight", "checkpoint", *BOTTOM},
     "client": {"sockets", "curve", *BOTTOM},
     "text": {"checkpoint", *BOTTOM},
-    "server": {"client", "text", "checkpoint", *BOTTOM},
-    "launch": {"checkpoint", "sockets", "curve", "heartbeat", "flight", *BOTTOM},
+    "server": {"client", "text", "checkpoint", "live", "shared_memory", *BOTTOM},
+    "launch": {"checkpoint", "sockets", "curve", "heartbeat", "flight", "live", "shared_memory", *BOTTOM},
     # Of runner and models the parts without torch: `fit` counts with the engine's own arithmetic.
     # And `replay` runs the scheduler itself.
     "cli": {"launch", "client", "text", "checkpoint", "runner", "models", "curve", "flight", "_core", *BOTTOM},

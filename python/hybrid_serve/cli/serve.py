@@ -9,8 +9,10 @@ from dataclasses import replace
 
 from .. import logging as log_lines
 from ..checkpoint import demo
+from ..config import Config
 from ..errors import StartupError, box
 from . import options
+from .usage import UsageError
 
 log = logging.getLogger(__name__)
 
@@ -29,13 +31,24 @@ def serve(argv: list[str]) -> int:
             log.warning("%s", line)
         from ..launch import headless, supervisor
 
-        return headless.serve(config) if config.parallel.headless else supervisor.serve(config)
+        if config.parallel.headless:
+            return headless.serve(config)
+        return supervisor.serve(config, read=lambda: _read_again(argv))
     except StartupError as error:
         if chosen.config.server.log_format == "json":
             log.error("%s", error, extra={"fields": {"code": error.failure.code, "fix": error.failure.fix}})
         else:
             print(box(error.failure), file=sys.stderr)
         return error.failure.exit_code
+
+
+def _read_again(argv: list[str]) -> Config:
+    """The same command line, over the file and the environment as they are by now. Raises ValueError."""
+    try:
+        config = options.parse(argv, os.environ).config
+    except UsageError as error:
+        raise ValueError("; ".join(error.lines)) from error
+    return replace(config, model=demo.unless_named(config.model))
 
 
 def _help_wanted(argv: list[str]) -> list[str | None]:

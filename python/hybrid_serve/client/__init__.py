@@ -111,8 +111,9 @@ class EngineClient(Protocol):
         """What every one of them can do; None until each has been ready."""
         ...
 
-    def limit_queue(self, max_num_queued_reqs: int) -> None:
-        """How many requests may wait in each engine from now on; 0: any number."""
+    def limit(self, max_num_queued_reqs: int, max_num_seqs: int) -> None:
+        """How many requests may wait (0: any number) and run (0: as many as there is room for) in each engine from now
+        on."""
         ...
 
     def generate(

@@ -15,6 +15,7 @@ from ..wire import (
     EngineFacts,
     Hello,
     Kind,
+    Limit,
     SamplingParams,
     Status,
     api_identity,
@@ -97,8 +98,8 @@ class ZmqEngineClient:
         request = AddRequest(first_id, n, priority, params, eos_token_ids, cache_salt)
         return ZmqStream(request, token_ids, lambda stream: self.group.begin(stream, rank), self.group.abort)
 
-    def limit_queue(self, max_num_queued_reqs: int) -> None:
-        self.group.limit_queue(max_num_queued_reqs)
+    def limit(self, max_num_queued_reqs: int, max_num_seqs: int) -> None:
+        self.group.limit(Limit(max_num_queued_reqs, max_num_seqs))
 
     # Its life
 

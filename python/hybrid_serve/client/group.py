@@ -60,7 +60,7 @@ class EngineGroup:
         self.links = [Link(index, address, num_api_servers) for index, address in addresses]
         self._by_index = {link.index: link for link in self.links}
         self._link_of: dict[ZmqStream, Link] = {}
-        self._max_num_queued_reqs: int | None = None  # where it was changed
+        self._limit: Limit | None = None  # where it was changed
         self.num_replayed = self.num_quarantined = 0
         self.status = self.links[0].status  # of all together, as ``facts``
         self.facts: EngineFacts | None = None
@@ -69,8 +69,8 @@ class EngineGroup:
         for link in self.links:
             self._connect(link)
 
-    def limit_queue(self, max_num_queued_reqs: int) -> None:
-        self._max_num_queued_reqs = max_num_queued_reqs
+    def limit(self, limit: Limit) -> None:
+        self._limit = limit
         for link in self.links:
             self._send_limit(link)
 
@@ -210,9 +210,9 @@ class EngineGroup:
         self._send_limit(link)
 
     def _send_limit(self, link: Link) -> None:
-        """An engine that is started again has the limit of the configuration."""
-        if self._max_num_queued_reqs is not None:
-            self._send(link, pack(Kind.LIMIT, Limit(self._max_num_queued_reqs)))
+        """An engine that is started again has the limits of the configuration."""
+        if self._limit is not None:
+            self._send(link, pack(Kind.LIMIT, self._limit))
 
     def _send(self, link: Link, message: list[Any]) -> None:
         if link.socket is not None:

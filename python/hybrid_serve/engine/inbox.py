@@ -48,16 +48,15 @@ class Inbox:
         self.stopping = False
         self.num_dropped = 0
         self._longest_prompt = longest_prompt
-        self._max_num_seqs = max_num_seqs
-        self.limit(max_num_queued_reqs)
+        self._most_running = max_num_seqs  # there is no room for more
+        self._limit_open(max_num_queued_reqs, max_num_seqs)
         self._poller = zmq.Poller()
         self._poller.register(peers.socket, zmq.POLLIN)
         self._poller.register(control, zmq.POLLIN)
 
-    def limit(self, max_num_queued_reqs: int) -> None:
-        """How many may wait from now on; 0: any number."""
+    def _limit_open(self, waiting: int, running: int) -> None:
         # Counted together with the running ones: between two steps it is not known yet which of the new ones will wait.
-        self._max_open = self._max_num_seqs + max_num_queued_reqs if max_num_queued_reqs else 0
+        self._max_open = running + waiting if waiting else 0
 
     def wake_by(self, socket: zmq.Socket[bytes]) -> None:
         """A wait ends when this socket can be read, too."""
@@ -103,7 +102,12 @@ class Inbox:
         if client is None:
             raise BadMessage("the sender has not joined")
         if kind == Kind.LIMIT:
-            self.limit(max(0, unpack(header, Limit).max_num_queued_reqs))
+            limit = unpack(header, Limit)
+            if min(limit.max_num_queued_reqs, limit.max_num_seqs) < 0:
+                raise BadMessage(f"a limit of {limit.max_num_queued_reqs} and {limit.max_num_seqs} requests")
+            running = min(limit.max_num_seqs or self._most_running, self._most_running)
+            core.limit_running(running)
+            self._limit_open(limit.max_num_queued_reqs, running)
             return
         if len(arrays) != 1:
             raise BadMessage(f"{len(arrays)} arrays instead of one")

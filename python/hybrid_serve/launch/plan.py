@@ -48,7 +48,7 @@ class Front(NamedTuple):
     """What API servers inherit."""
 
     listen_fd: int  # the bound socket
-    counts_fd: int  # memory of COUNTS_SLOT_BYTES for each of them
+    shared_fd: int  # see shared_memory.make
 
 
 class Joined(NamedTuple):

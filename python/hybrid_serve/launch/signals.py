@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 from collections.abc import Callable
 
 
 class Signals:
-    """Signals as bytes on a socket, so that one poll waits for them and for everything else."""
+    """Signals as bytes on a socket, so that one poll waits for them and for everything else. SIGHUP that comes because
+    the terminal went is given as SIGTERM; where the parent had it ignored (nohup) it stays ignored."""
 
     RECORD = signal.SIGUSR2  # keep a flight recording
-    HANDLED = (signal.SIGINT, signal.SIGTERM, RECORD)
+    RELOAD = signal.SIGHUP
+    HANDLED = (signal.SIGINT, signal.SIGTERM, RECORD, RELOAD)
 
     def __init__(self, record: Callable[[], None] = lambda: None) -> None:
         """``record``: what RECORD asks for; the others are given out by ``take``."""
@@ -20,16 +23,22 @@ class Signals:
         self.readable.setblocking(False)
         self._written.setblocking(False)
         self._old_fd = signal.set_wakeup_fd(self._written.fileno(), warn_on_full_buffer=False)
-        self._old = {number: signal.signal(number, lambda *_: None) for number in self.HANDLED}
+        self._had_terminal = _has_terminal()
+        wanted = [number for number in self.HANDLED if signal.getsignal(number) != signal.SIG_IGN]
+        self._old = {number: signal.signal(number, lambda *_: None) for number in wanted}
 
     def take(self) -> list[int]:
         try:
-            numbers = [number for number in self.readable.recv(64) if number in self.HANDLED]
+            numbers = [self._meaning(number) for number in self.readable.recv(64) if number in self._old]
         except BlockingIOError:
             return []
         if self.RECORD in numbers:
             self._record()
         return [number for number in numbers if number != self.RECORD]
+
+    def _meaning(self, number: int) -> int:
+        is_hang_up = number == self.RELOAD and self._had_terminal and not _has_terminal()
+        return signal.SIGTERM if is_hang_up else number
 
     def close(self) -> None:
         for number, handler in self._old.items():
@@ -37,3 +46,11 @@ class Signals:
         signal.set_wakeup_fd(self._old_fd)
         self.readable.close()
         self._written.close()
+
+
+def _has_terminal() -> bool:
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True

@@ -14,6 +14,8 @@ import zmq
 
 from ..config import Config
 from ..errors import StartupError
+from ..live import LiveOptions
+from ..shared_memory import SharedMemory, shared
 from ..sockets import bind_router, readable
 from ..wire import (
     ALL_ENGINES,
@@ -27,12 +29,12 @@ from ..wire import (
     unpack,
 )
 from . import listener, ray
-from .counts import shared_counts
 from .engines import WatchedEngine, close_all, keep_recordings, make_heartbeats
 from .handshake import device_refusal, refusal
 from .local import Child, death, start
 from .nodes import Alone, Neighbours, Nodes
 from .plan import Front, ProcessSpec, again, control_address, plan
+from .reload import Reload
 from .report import PlainReporter, Reporter
 from .restarts import WINDOW, Restarts
 from .run_directory import RunDirectory
@@ -55,25 +57,28 @@ class Phase(Enum):
     STOPPING = 4  # everything ends now
 
 
-def serve(config: Config, reporter: Reporter | None = None, **plan_options: Any) -> int:
+def serve(
+    config: Config, reporter: Reporter | None = None, read: Callable[[], Config] | None = None, **plan_options: Any
+) -> int:
     """Runs a server until it is told to stop: 0 after a drained stop, 130 or 143 after a forced one.
 
     Raises StartupError, with nothing left running, if it cannot start (its own exit code) or dies (exit code 20).
-    ``plan_options``: see ``plan``.
+    ``read``: the configuration again, for SIGHUP; raises ValueError. ``plan_options``: see ``plan``.
     """
     reporter = reporter or PlainReporter(config)
     with (
         listener.listen(config.server) as http,
         RunDirectory() as directory,
-        shared_counts(config.server.api_server_count) as counts,
+        shared(config.server.api_server_count) as shared_fd,
     ):
         reporter.bound(listener.url(http, "https" if config.server.ssl_certfile else "http"))
         if config.parallel.data_parallel_backend == "ray":
             config = ray.prepared(config, directory)
         heartbeat_fds = make_heartbeats(config)
         nodes = Nodes(config) if config.parallel.remote_ranks else Alone()
-        specs = plan(config, directory, Front(http.fileno(), counts), heartbeat_fds, **plan_options)
+        specs = plan(config, directory, Front(http.fileno(), shared_fd), heartbeat_fds, **plan_options)
         supervisor = Supervisor(config, directory, specs, reporter, nodes)
+        supervisor.reload = Reload(config, read, LiveOptions(SharedMemory(shared_fd, config.server.api_server_count)))
         try:
             return supervisor.run()
         finally:
@@ -93,6 +98,7 @@ class Supervisor:
         """``neighbours``: other machines with engines of this server, or the one that these engines are for."""
         self.config, self.directory, self.specs, self.reporter = config, directory, specs, reporter
         self._neighbours = neighbours
+        self.reload: Callable[[], None] | None = None  # SIGHUP while it serves
         self.phase = Phase.STARTING
         self.failure: StartupFailure | None = None  # the first one: the others follow from it
         self.exit_code = 0
@@ -260,7 +266,10 @@ class Supervisor:
     # What ends, and starts again
 
     def _signalled(self, number: int) -> None:
-        if self.phase is Phase.SERVING:
+        if number == Signals.RELOAD:
+            if self.phase is Phase.SERVING and self.reload is not None:
+                self.reload()
+        elif self.phase is Phase.SERVING:
             self.phase = Phase.DRAINING
             self.reporter.draining(self.config.server.shutdown_timeout)
             self._tell("api", pack(Kind.SHUTDOWN, Empty()))

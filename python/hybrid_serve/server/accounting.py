@@ -25,6 +25,7 @@ class Accounting:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         began, status, size = monotonic(), CLIENT_GONE, 0
+        self._context.take_news()
 
         async def send_counted(message: Message) -> None:
             nonlocal status, size

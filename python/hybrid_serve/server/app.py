@@ -70,13 +70,21 @@ class _Post(Generic[T]):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         context, server = self._context, self._context.config.server
-        context.lifecycle.check()
+        if server.queue_while_loading:
+            context.lifecycle.check_unless_passing(context.config.scheduler.max_num_queued_reqs)
+        else:
+            context.lifecycle.check()
         body = await read_json_body(scope, receive, server.max_request_bytes)
         request, ignored = decode_request(body, self._route.request, server.strict_requests)
         del body
         exchange = Exchange(scope, receive, send, context.lifecycle, server.sse_keep_alive_interval)
         exchange.name_ignored(ignored)
-        await exchange.run(self._route.handler(context, request, exchange))
+        await exchange.run(self._answer(request, exchange))
+
+    async def _answer(self, request: T, exchange: Exchange) -> None:
+        if self._context.config.server.queue_while_loading:
+            await self._context.lifecycle.passed()
+        await self._route.handler(self._context, request, exchange)
 
 
 def create_app(context: ServerContext) -> Starlette:

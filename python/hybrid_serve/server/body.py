@@ -17,8 +17,11 @@ async def read_json_body(scope: Scope, receive: Receive, max_bytes: int) -> byte
     if media_type != b"application/json":
         raise ApiError("unsupported_media_type", "The body must be JSON: Content-Type: application/json.")
     encodings = header_values(scope, b"content-encoding")
-    if any(value.strip().lower() not in (b"", b"identity") for value in encodings):
-        raise ApiError("unsupported_media_type", "A Content-Encoding is not supported.")
+    codings = header_values(scope, b"transfer-encoding")
+    if any(value.strip().lower() not in (b"", b"identity") for value in encodings) or any(
+        value.strip().lower() != b"chunked" for value in codings
+    ):
+        raise ApiError("unsupported_media_type", "A body that is compressed or encoded is not supported.")
     lengths = header_values(scope, b"content-length")
     if lengths and lengths[0].isdigit() and int(lengths[0][:20]) > max_bytes:
         raise _too_large(max_bytes)

@@ -13,14 +13,19 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
+from .. import logging as log_lines
+from .. import shared_memory
 from ..client import EngineClient
 from ..config import Config
+from ..live import LiveOptions, with_values
+from ..shared_memory import SharedMemory
 from ..text.chat_template import ChatTemplate
 from ..text.tokenizer import Tokenizer
-from ..wire import EngineFacts
+from ..wire import EngineFacts, Status
 from .errors import ApiError
 from .exposition import Exposition
 from .headers import RANK_HEADER
+from .key_use import KeyUse
 from .keys import key_ring
 from .lifecycle import Lifecycle
 from .metrics import Metrics
@@ -49,13 +54,17 @@ class ServerContext:
     config: Config
     client: EngineClient
     api_index: int = 0
+    memory: SharedMemory | None = None  # with other API servers; none: alone
     text_model: TextModel | None = None
     started: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
         self.lifecycle = Lifecycle(self.client)
         self.model_names = self.config.model.served_model_name or (self.config.model.model,)
-        self.keys = key_ring(self.config.server)
+        self.started_with = self.config
+        memory = self.memory or SharedMemory(shared_memory.make(1), 1)
+        self.live = LiveOptions(memory)
+        self.keys = key_ring(self.config.server, KeyUse(memory, self.api_index))
         self.metrics = Metrics()
         prefix, cache = self.config.server.metrics_prefix, self.config.cache
         self.exposition = Exposition(self.metrics, self.client, self.lifecycle, cache, prefix, self.model_names[0])
@@ -69,6 +78,22 @@ class ServerContext:
     def set_text_model(self, text_model: TextModel) -> None:
         self.text_model = text_model
         self.lifecycle.text_is_loaded = True
+        self.lifecycle.changed()
+
+    def take_news(self) -> None:
+        """What was changed through any API server, or by SIGHUP, counts from now on."""
+        news = self.live.news()
+        if news is None:
+            return
+        self.config = with_values(self.started_with, news)
+        log_lines.set_level(self.config.server.log_level)
+        scheduler = self.config.scheduler
+        self.client.limit(scheduler.max_num_queued_reqs, scheduler.max_num_seqs)
+
+    def status_changed(self, status: Status) -> None:
+        """The engine's."""
+        self.metrics.status_changed(status)
+        self.lifecycle.changed()
 
     @property
     def text(self) -> TextModel:

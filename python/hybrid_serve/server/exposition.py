@@ -67,6 +67,7 @@ class Exposition(Collector):
             for engine in self._client.engines
         ]
         yield from self._engine(engines)
+        yield from self._absent(engines)
         yield from self._older_names(engines)
         yield from self._requests(engines, metrics)
         yield from self._http(metrics)
@@ -90,6 +91,11 @@ class Exposition(Collector):
         reasons += [((*each.labels, "deferred"), 0) for each in engines]
         name, text = f"{self._prefix}num_requests_waiting_by_reason", "Requests that wait, by what they wait for."
         yield gauges(name, text, (*_ENGINE, "reason"), reasons)
+        # A dashboard that shows which models are up takes one without this for down.
+        name, text = f"{self._prefix}engine_sleep_state", "1 for the state that the engine is in; it never sleeps."
+        states = ("awake", "weights_offloaded", "discard_all")
+        slept: _Rows = [((*each.labels, state), state == "awake") for each in engines for state in states]
+        yield gauges(name, text, (*_ENGINE, "sleep_state"), slept)
         usages = [(each.labels, usage(each.stats)) for each in engines]
         yield self._gauge("kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1.", usages)
         yield self._counter("num_preemptions", "Requests that lost their blocks for a while.", stats("num_preemptions"))
@@ -106,6 +112,13 @@ class Exposition(Collector):
         facts = engine.status.facts
         info = {name: str(value) for name, value in vars(self._cache).items()} | {"engine": engine.labels[1]}
         return info | {"num_gpu_blocks": str(facts.num_blocks) if facts is not None else "0"}
+
+    def _absent(self, engines: list[OfEngine]) -> Iterator[Metric]:
+        """What dashboards query and is not here: caches outside the engine and of media."""
+        for cache in ("external_prefix_cache", "mm_cache"):
+            for what in ("queries", "hits"):
+                none = [(each.labels, 0) for each in engines]
+                yield self._counter(f"{cache}_{what}", "There is no such cache here.", none)
 
     def _older_names(self, engines: list[OfEngine]) -> Iterator[Metric]:
         """What dashboards of earlier years query."""

@@ -20,6 +20,7 @@ from .. import logging as log_lines
 from ..config import ServerConfig
 from ..errors import StartupError
 from .errors import ApiError
+from .key_use import KeyUse, Use
 
 MAX_FILE_BYTES = 2**20
 log = logging.getLogger(__name__)
@@ -37,7 +38,16 @@ class Key:
     digest: bytes  # SHA-256 of the key
     scopes: frozenset[Scope] = CLIENT
     requests_per_minute: int = 0  # 0: no limit
+    tokens_per_minute: int = 0  # of prompts and replies; 0: no limit
     max_concurrent: int = 0  # requests at once; 0: no limit
+
+    @property
+    def per_minute(self) -> tuple[int, int]:
+        return self.requests_per_minute, self.tokens_per_minute
+
+    @property
+    def is_limited(self) -> bool:
+        return any((*self.per_minute, self.max_concurrent))
 
 
 class Entry(msgspec.Struct, forbid_unknown_fields=True):
@@ -48,6 +58,7 @@ class Entry(msgspec.Struct, forbid_unknown_fields=True):
     sha256: Annotated[str, Meta(pattern="^([0-9a-fA-F]{64})?$")] = ""
     scopes: tuple[Scope, ...] = ("infer",)
     requests_per_minute: Annotated[int, Meta(ge=0, le=10**9)] = 0
+    tokens_per_minute: Annotated[int, Meta(ge=0, le=10**12)] = 0
     max_concurrent: Annotated[int, Meta(ge=0, le=10**9)] = 0
 
     def to_key(self) -> Key:
@@ -56,7 +67,8 @@ class Entry(msgspec.Struct, forbid_unknown_fields=True):
         if not self.key.isascii() or any(char.isspace() for char in self.key):
             raise ValueError(f"{self.name} has a key with a space or a non-ASCII character, which no header can carry")
         digest = bytes.fromhex(self.sha256) if self.sha256 else digest_of(self.key.encode())
-        return Key(self.name, digest, frozenset(self.scopes), self.requests_per_minute, self.max_concurrent)
+        per_minute = self.requests_per_minute, self.tokens_per_minute
+        return Key(self.name, digest, frozenset(self.scopes), *per_minute, self.max_concurrent)
 
 
 def digest_of(key: bytes) -> bytes:
@@ -91,37 +103,22 @@ def read_key_file(path: Path) -> list[Key]:
     return keys
 
 
-@dataclass
-class Use:
-    """What one key has used: a bucket of requests that fills by the minute, and what runs."""
-
-    allowance: float
-    filled_at: float
-    num_running: int = 0
-
-    def refill(self, per_minute: int, now: float) -> None:
-        self.allowance = min(float(per_minute), self.allowance + (now - self.filled_at) * per_minute / 60)
-        self.filled_at = now
-
-
 class KeyRing:
-    """The keys of this moment and what they have used. Use outlives a reload, by name.
+    """The keys of this moment, and whether they may go on. What they have used is ``KeyUse``'s, by name, so that it
+    outlives a reload.
 
     Keys are kept and compared as SHA-256 digests, all of them every time, so that time tells nothing (ADV-41).
     """
 
-    def __init__(self, fixed: Iterable[Key], file: Path | None = None) -> None:
+    def __init__(self, fixed: Iterable[Key], use: KeyUse, file: Path | None = None) -> None:
         """Raises what ``read_key_file`` does."""
-        self._fixed, self.file = list(fixed), file
+        self._fixed, self._use, self.file = list(fixed), use, file
         self._keys: list[Key] = []
-        self._uses: dict[str, Use] = {}
         self.reload()
 
     def reload(self) -> None:
         """Reads the file again. Raises what ``read_key_file`` does, and keeps the keys as they were."""
         self._keys = self._fixed + (read_key_file(self.file) if self.file else [])
-        names = {key.name for key in self._keys}
-        self._uses = {name: use for name, use in self._uses.items() if name in names or use.num_running}
 
     def find(self, candidates: Iterable[bytes]) -> Key | None:
         """The key that one of the candidates is."""
@@ -135,45 +132,56 @@ class KeyRing:
 
     def begin(self, key: Key) -> None:
         """Counts a request that begins. Raises ``ApiError`` (429), with the seconds to wait, if it may not."""
-        use = self._use(key)
+        if not key.is_limited:
+            return
+        use, is_counted = self._use.begin(key.name, key.per_minute, key.max_concurrent, monotonic())
+        if is_counted:
+            return
         if key.max_concurrent and use.num_running >= key.max_concurrent:
             text = f"{use.num_running} requests of this key run, {key.max_concurrent} may."
             raise ApiError("too_many_concurrent_requests", text)
-        if key.requests_per_minute:
-            if use.allowance < 1:
-                text = f"This key may make {key.requests_per_minute} requests a minute."
-                raise ApiError("rate_limit_exceeded", text, retry_after=math.ceil(self._seconds_to(key, use, 1)))
-            use.allowance -= 1
-        use.num_running += 1
+        waits = [
+            (math.ceil(_seconds_to(1, left, full)), what, full) for left, what, full in _buckets(key, use) if left < 1
+        ]
+        seconds, what, full = max(waits)
+        raise ApiError("rate_limit_exceeded", f"This key has {full} {what} a minute.", retry_after=seconds)
 
     def end(self, key: Key) -> None:
         """The request that ``begin`` counted is over."""
-        self._uses[key.name].num_running -= 1
+        if key.is_limited:
+            self._use.end(key.name, monotonic())
+
+    def spend(self, key: Key, tokens: int) -> None:
+        """Tokens of a prompt and its replies, once they are known."""
+        if key.tokens_per_minute:
+            self._use.spend(key.name, key.per_minute, tokens, monotonic())
 
     def headers(self, key: Key) -> list[tuple[bytes, bytes]]:
         """What OpenAI's clients look at; nothing for a key without a limit."""
-        if not key.requests_per_minute:
+        if not any(key.per_minute):
             return []
-        use = self._use(key)
-        full = self._seconds_to(key, use, key.requests_per_minute)
-        return [
-            (b"x-ratelimit-limit-requests", b"%d" % key.requests_per_minute),
-            (b"x-ratelimit-remaining-requests", b"%d" % int(use.allowance)),
-            (b"x-ratelimit-reset-requests", b"%.1fs" % full),
-        ]
-
-    def _use(self, key: Key) -> Use:
-        now = monotonic()
-        use = self._uses.setdefault(key.name, Use(key.requests_per_minute, now))
-        use.refill(key.requests_per_minute, now)
-        return use
-
-    @staticmethod
-    def _seconds_to(key: Key, use: Use, wanted: int) -> float:
-        return max(0.0, wanted - use.allowance) * 60 / key.requests_per_minute
+        found = []
+        for left, what, full in _buckets(key, self._use.look(key.name, key.per_minute, monotonic())):
+            found += [
+                (b"x-ratelimit-limit-" + what.encode(), b"%d" % full),
+                (b"x-ratelimit-remaining-" + what.encode(), b"%d" % max(0.0, left)),
+                (b"x-ratelimit-reset-" + what.encode(), b"%.1fs" % _seconds_to(full, left, full)),
+            ]
+        return found
 
 
-def key_ring(config: ServerConfig) -> KeyRing | None:
+def _buckets(key: Key, use: Use) -> list[tuple[float, str, int]]:
+    """(what is left, of what, of how many) of those that have a limit."""
+    requests, tokens = key.per_minute
+    both = [(use.requests_left, "requests", requests), (use.tokens_left, "tokens", tokens)]
+    return [each for each in both if each[2]]
+
+
+def _seconds_to(wanted: float, left: float, per_minute: int) -> float:
+    return max(0.0, wanted - left) * 60 / per_minute
+
+
+def key_ring(config: ServerConfig, use: KeyUse) -> KeyRing | None:
     """None where no key is asked for. Raises StartupError (HS-E042, HS-E044)."""
     if not config.asks_for_keys:
         return None
@@ -181,7 +189,7 @@ def key_ring(config: ServerConfig) -> KeyRing | None:
     try:
         if file is not None:
             _check_mode(file)
-        return KeyRing(fixed, file)
+        return KeyRing(fixed, use, file)
     except (ValueError, OSError) as error:
         why = str(error.strerror) if isinstance(error, OSError) else str(error)
         what, fix = f"key file {config.api_key_file} cannot be used", "docs/security.md has an example"

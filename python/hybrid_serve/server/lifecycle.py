@@ -7,6 +7,9 @@ import asyncio
 from ..client import EngineClient
 from .errors import ApiError
 
+# Nobody need be refused for long: these end by themselves.
+_PASSING = ("starting", "loading_weights", "allocating", "restarting", "not_responding")
+
 
 class Lifecycle:
     """The phases of one API server:
@@ -19,6 +22,8 @@ class Lifecycle:
         self.text_is_loaded = False
         self.draining = False
         self.num_open = 0
+        self._num_waiting = 0
+        self._changed: asyncio.Future[None] | None = None
         self._cut: asyncio.Future[None] | None = None
         self._idle: asyncio.Event | None = None
 
@@ -46,6 +51,32 @@ class Lifecycle:
         percent = f" ({status.progress:.0%})" if status.progress else ""
         raise ApiError("model_loading", f"The model is still loading: {phase.replace('_', ' ')}{percent}.")
 
+    def check_unless_passing(self, most_waiting: int) -> None:
+        """Raises the ``ApiError`` of a new request that would wait, and may not; ``most_waiting``: 0 for any number."""
+        if self.phase() not in _PASSING:
+            self.check()
+        elif most_waiting and self._num_waiting >= most_waiting:
+            text = f"{self._num_waiting} requests wait for the model, {most_waiting} may."
+            raise ApiError("overloaded", text)
+
+    async def passed(self) -> None:
+        """Waits until the model is there, or will not be; then as ``check``."""
+        self._num_waiting += 1
+        try:
+            while self.phase() in _PASSING:
+                if self._changed is None:
+                    self._changed = asyncio.get_running_loop().create_future()
+                await asyncio.shield(self._changed)
+        finally:
+            self._num_waiting -= 1
+        self.check()
+
+    def changed(self) -> None:
+        """Something that ``phase`` depends on has: whoever waits looks again."""
+        if self._changed is not None:
+            self._changed.set_result(None)
+            self._changed = None
+
     @property
     def cut(self) -> asyncio.Future[None]:
         """Done when open requests must end at once."""
@@ -63,6 +94,7 @@ class Lifecycle:
 
     def begin_drain(self) -> None:
         self.draining = True
+        self.changed()
 
     def cut_now(self) -> None:
         self.draining = True

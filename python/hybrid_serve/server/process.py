@@ -19,6 +19,7 @@ import uvloop
 from ..checkpoint.hub import resolve
 from ..client.engine_client import ZmqEngineClient
 from ..config import Config
+from ..shared_memory import SharedMemory
 from ..text.loading import load_chat_template, load_tokenizer, locate_tokenizer
 from .accept import FairAcceptor
 from .app import create_app
@@ -108,14 +109,15 @@ def main(
     config: Config,
     api_index: int,
     listen_fd: int,
-    counts_fd: int,
+    shared_fd: int,
     control_address: str,
     data_addresses: Sequence[tuple[int, str]],
     launch: int,
 ) -> None:
     """Returns when the server was told to shut down and has. Raises ``StartupError``."""
     client = ZmqEngineClient(config, api_index, control_address, data_addresses, launch=launch)
-    uvloop.run(_serve(config, client, api_index, socket.socket(fileno=listen_fd), SharedCounts(counts_fd, api_index)))
+    memory = SharedMemory(shared_fd, config.server.api_server_count)
+    uvloop.run(_serve(config, client, api_index, socket.socket(fileno=listen_fd), memory))
 
 
 def raise_file_limit() -> int:
@@ -128,9 +130,10 @@ def raise_file_limit() -> int:
 
 
 async def _serve(
-    config: Config, client: ZmqEngineClient, api_index: int, listener: socket.socket, counts: SharedCounts
+    config: Config, client: ZmqEngineClient, api_index: int, listener: socket.socket, memory: SharedMemory
 ) -> None:
-    context = ServerContext(config, client, api_index)
+    context = ServerContext(config, client, api_index, memory)
+    counts = SharedCounts(memory.counts, api_index)
     context.tracing = tracing(config.server)
     certified = certificate(config.server)
     server = http_server(context, certified, counts)
@@ -139,12 +142,13 @@ async def _serve(
     client.on_shutdown = stopping.begin
     context.metrics.add(counts.own())
     context.exposition.others = counts.others
-    client.on_status, client.group.on_replay = context.metrics.status_changed, context.metrics.replayed
+    client.on_status, client.group.on_replay = context.status_changed, context.metrics.replayed
     client.start()
+    context.take_news()
     serving = asyncio.ensure_future(server.serve(sockets=[listener]))
     loading = _in_daemon_thread(lambda: load_text_model(config))
     watching = asyncio.ensure_future(watch(watched_files(context, certified), context.metrics.num_reloads))
-    publishing = asyncio.ensure_future(publish(counts, context.metrics, lambda: context.lifecycle.num_open))
+    publishing = asyncio.ensure_future(publish(counts, context))
     try:
         ends: set[asyncio.Future[Any]] = {serving, loading}
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)

@@ -31,12 +31,14 @@ class RequestLog:
 
     def ended(self) -> None:
         generation = self._generation
-        usage, key = generation.usage(), self._exchange.key_name
-        generation.context.timelines.ended(key, self._exchange.request_id, generation)
+        usage, key = generation.usage(), self._exchange.key
+        generation.context.timelines.ended(self._exchange.key_name, self._exchange.request_id, generation)
         if key is not None:
-            metrics = generation.context.metrics
-            metrics.key_used(key, "prompt_tokens", usage.prompt_tokens)
-            metrics.key_used(key, "generation_tokens", usage.completion_tokens)
+            metrics, keys = generation.context.metrics, generation.context.keys
+            metrics.key_used(key.name, "prompt_tokens", usage.prompt_tokens)
+            metrics.key_used(key.name, "generation_tokens", usage.completion_tokens)
+            if keys is not None:
+                keys.spend(key, usage.total_tokens)
         if (tracing := generation.context.tracing) is not None:
             tracing.ended(generation, self._exchange)
         if self._server.log_requests != "off":

@@ -5,16 +5,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import mmap
-import os
 import zlib
-from collections.abc import Callable
 from struct import Struct
+from typing import TYPE_CHECKING
 
 import msgspec
 
-from ..wire import COUNTS_SLOT_BYTES
-from .metrics import Flat, Metrics
+from ..shared_memory import COUNTS_SLOT_BYTES
+from .metrics import Flat
+
+if TYPE_CHECKING:
+    from .context import ServerContext
 
 log = logging.getLogger(__name__)
 INTERVAL = 0.25  # seconds
@@ -26,12 +27,11 @@ _TRIES = 3  # a reader may meet a writer
 class SharedCounts:
     """One slot for each API server, written by it alone and read by all. Knows bytes, not what is counted."""
 
-    def __init__(self, fd: int, index: int) -> None:
-        """``fd``: memory of COUNTS_SLOT_BYTES for each API server; ``index``: whose slot is ours."""
-        self._index, self._num_slots = index, os.fstat(fd).st_size // COUNTS_SLOT_BYTES
+    def __init__(self, memory: memoryview, index: int) -> None:
+        """``memory``: COUNTS_SLOT_BYTES for each API server; ``index``: whose slot is ours."""
+        self._memory, self._index, self._num_slots = memory, index, len(memory) // COUNTS_SLOT_BYTES
         if not 0 <= index < self._num_slots:
             raise ValueError(f"API server {index} has no slot, there are {self._num_slots}")
-        self._memory = mmap.mmap(fd, self._num_slots * COUNTS_SLOT_BYTES)
         self._last: dict[int, Flat] = {}  # of other slots, for a reader that meets writers only
 
     def write(self, counts: Flat) -> None:
@@ -71,22 +71,22 @@ class SharedCounts:
         start = slot * COUNTS_SLOT_BYTES
         for _ in range(_TRIES):
             length, check = _HEAD.unpack_from(self._memory, start)
-            data = self._memory[start + _HEAD.size : start + _HEAD.size + min(length, COUNTS_SLOT_BYTES)]
+            data = bytes(self._memory[start + _HEAD.size : start + _HEAD.size + min(length, COUNTS_SLOT_BYTES)])
             if length and len(data) == length and zlib.crc32(data) == check:
                 self._last[slot] = msgspec.msgpack.decode(data, type=Flat)
                 break
         return self._last.get(slot, {})
 
-    def close(self) -> None:
-        self._memory.close()
 
-
-async def publish(shared: SharedCounts, metrics: Metrics, num_open: Callable[[], int]) -> None:
-    """Never returns; what was counted in the last moment is written when it is cancelled."""
+async def publish(shared: SharedCounts, context: ServerContext) -> None:
+    """Never returns; what was counted in the last moment is written when it is cancelled. And the other way round: what
+    other API servers were told to change is taken up, also where no request comes."""
+    metrics = context.metrics
     try:
         while True:
-            metrics.num_open = num_open()
+            metrics.num_open = context.lifecycle.num_open
             shared.write(metrics.flat())
+            context.take_news()
             await asyncio.sleep(INTERVAL)
     finally:
         metrics.num_open = 0

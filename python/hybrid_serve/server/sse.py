@@ -11,6 +11,7 @@ from starlette.types import Receive, Scope, Send
 
 from .errors import ApiError, as_api_error
 from .headers import RANK_HEADER, header_values
+from .keys import Key
 from .lifecycle import Lifecycle
 
 DONE = b"data: [DONE]\n\n"
@@ -45,7 +46,8 @@ class Exchange:
             if name in (b"traceparent", b"tracestate")
         }
         self.rank = header_values(scope, RANK_HEADER.encode()) if "headers" in scope else []
-        self.key_name: str | None = state["key"].name if "key" in state else None
+        self.key: Key | None = state.get("key")
+        self.key_name = self.key.name if self.key is not None else None
         self._ignored: list[str] = []
         self.timing: Callable[[], str | None] = lambda: (
             None

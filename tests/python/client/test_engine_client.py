@@ -191,16 +191,16 @@ def test_the_culprit_fails_alone(tmp_path: Path) -> None:
     with_server(tmp_path, test)
 
 
-def test_an_engine_that_takes_over_is_told_a_changed_limit_of_the_queue(tmp_path: Path) -> None:
+def test_an_engine_that_takes_over_is_told_changed_limits(tmp_path: Path) -> None:
     """P19: it was started with the configuration's."""
 
     async def test(server: FakeServer) -> None:
-        server.client.limit_queue(7)
+        server.client.limit(7, 2)
         assert (await server.receive(server.engines[0]))[1] == Kind.LIMIT
         server.tell(pack(Kind.STATUS, Status("restarting", restarts=1)))
         await joined_again(server)
         frames = await server.receive(server.engines[0])
-        assert (frames[1], unpack(frames[2], Limit)) == (Kind.LIMIT, Limit(7))
+        assert (frames[1], unpack(frames[2], Limit)) == (Kind.LIMIT, Limit(7, 2))
 
     with_server(tmp_path, test)
 

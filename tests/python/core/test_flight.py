@@ -138,8 +138,8 @@ def test_a_recording_says_nothing_of_what_was_said(tmp_path: Path) -> None:
         ),
         (b"", "first line is not"),
         (b'{"schema": "hybrid-serve/flight", "version": 9}\n{"num_events": 0}\n', "of version 9"),
-        (b'{"schema": "hybrid-serve/flight", "version": 1}\n{"num_events": 0}\n', "malformed"),
-        (b'{"schema": "hybrid-serve/flight", "version": 1}\n', "0 events and no at its end"),
+        (b'{"schema": "hybrid-serve/flight", "version": 2}\n{"num_events": 0}\n', "malformed"),
+        (b'{"schema": "hybrid-serve/flight", "version": 2}\n', "0 events and no at its end"),
     ],
     ids=["pickle", "empty", "version", "no config", "cut"],
 )

@@ -15,7 +15,7 @@ import zmq
 from engine_harness import EngineThread, collect, ids, params, tokens_of, wait_until
 from fake_executor import FakeExecutor, expected
 from hybrid_serve.sockets import connect_dealer
-from hybrid_serve.wire import AddRequest, Empty, EngineStats, Join, Kind, Reject, api_identity, pack, unpack
+from hybrid_serve.wire import AddRequest, Empty, EngineStats, Join, Kind, Limit, Reject, api_identity, pack, unpack
 
 Send = Callable[..., None]
 
@@ -56,6 +56,7 @@ BAD_MESSAGES: dict[str, list[bytes]] = {
     ],
     "an abort of half an id": [Kind.ABORT, msgspec.msgpack.encode(Empty()), b"1234"],
     "an abort of another's request": [Kind.ABORT, msgspec.msgpack.encode(Empty()), array("Q", [1 << 48]).tobytes()],
+    "a negative limit": [Kind.LIMIT, msgspec.msgpack.encode(Limit(5, -1))],
     "a JOIN as somebody else": [Kind.JOIN, msgspec.msgpack.encode(Join(1))],
     "a JOIN beyond the plan": [Kind.JOIN, msgspec.msgpack.encode(Join(-1))],
 }

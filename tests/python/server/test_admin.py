@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from typing import Any
@@ -12,8 +13,10 @@ import pytest
 
 from api_harness import CHAT, MESSAGES, Api
 from hybrid_serve import logging as log_lines
+from hybrid_serve import shared_memory
 from hybrid_serve.config import Config
-from hybrid_serve.server.endpoints.admin import LIVE
+from hybrid_serve.live import LIVE, with_values
+from hybrid_serve.shared_memory import SharedMemory
 
 MakeApi = Callable[..., Api]
 
@@ -53,12 +56,45 @@ def test_what_can_be_changed_is_shown_and_takes_effect_with_the_next_request(adm
     assert api.post(CHAT, question | {"nope": 1, "top_logprobs": 1}, x_api_key="k").status_code == 400
 
 
-def test_the_log_level_and_the_queue_of_the_engine_change_at_once(admin: Any) -> None:
-    assert admin(log_level="debug", max_num_queued_reqs=7).status_code == 200
+def test_the_log_level_and_the_limits_of_the_engine_change_at_once(admin: Any) -> None:
+    assert admin(log_level="debug", max_num_queued_reqs=7, max_num_seqs=2).status_code == 200
     assert logging.getLogger("hybrid_serve").level == logging.DEBUG
-    assert admin.api.engine.queue_limits == [7]
+    assert admin.api.engine.limits == [(7, 2)]
     assert admin(max_logprobs=1).status_code == 200
-    assert admin.api.engine.queue_limits == [7]
+    assert set(admin.api.engine.limits) == {(7, 2)}
+
+
+def test_every_api_server_has_what_any_of_them_was_told_and_so_has_one_that_is_started_again(make_api: MakeApi) -> None:
+    """P19: one place for all of them, which outlives each."""
+    fd = shared_memory.make(2)
+    memory = SharedMemory(fd, 2)
+    keys = {"api_key": ("k",), "admin_api_key": ("boss",)}
+    one, other = (make_api(memory=memory, index=index, **keys) for index in range(2))
+
+    def told(api: Api) -> Any:
+        return api.get("/admin/config", x_api_key="boss").json()
+
+    def patch(api: Api, **changes: Any) -> None:
+        send = api.client.patch("/admin/config", headers={"x-api-key": "boss"}, json=changes)
+        assert api.run(send).status_code == 200
+
+    patch(one, max_logprobs=3)
+    assert told(other) == told(one) == told(make_api(memory=memory, index=1, **keys))
+    assert other.post(CHAT, {"messages": MESSAGES, "logprobs": True, "top_logprobs": 4}, x_api_key="k").is_error
+    patch(other, max_num_queued_reqs=9, strict_requests=True)
+    patch(one, max_num_queued_reqs=5)
+    later = make_api(memory=memory, index=0, **keys)
+    found = [told(api) for api in (one, other, later)]
+    assert found[0] == found[1] == found[2]
+    values = [found[0][name] for name in ("max_logprobs", "max_num_queued_reqs", "strict_requests")]
+    assert values == [3, 5, True]
+    for api in (one, other, later):
+        assert api.engine.limits[-1] == (5, 0), "all tell an engine that is started again the same"
+        assert (
+            api.post(CHAT, {"messages": MESSAGES}, x_api_key="k").json()["system_fingerprint"]
+            == one.context.fingerprint
+        )
+    os.close(fd)
 
 
 @pytest.mark.parametrize(
@@ -66,6 +102,8 @@ def test_the_log_level_and_the_queue_of_the_engine_change_at_once(admin: Any) ->
     [
         ({"max_logprobs": -1}, "invalid_value", "max_logprobs"),
         ({"max_logprobs": "many"}, "invalid_type", "max_logprobs"),
+        ({"max_num_seqs": 33}, "invalid_value", "max_num_seqs"),
+        ({"max_num_seqs": -1}, "invalid_value", "max_num_seqs"),
         ({"log_level": "loud"}, "invalid_value", "log_level"),
         ({"port": 1}, None, None),
         ({}, "missing_required_parameter", None),
@@ -73,7 +111,9 @@ def test_the_log_level_and_the_queue_of_the_engine_change_at_once(admin: Any) ->
     ],
 )
 def test_a_bad_change_changes_nothing(admin: Any, changes: dict[str, Any], code: str | None, param: str | None) -> None:
-    before = admin.api.context.config
+    context = admin.api.context
+    context.started_with = context.config = with_values(context.config, {"max_num_seqs": 32})
+    before = context.config
     response = admin(**changes)
     assert response.status_code == 400
     error = response.json()["error"]

@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 
 from api_harness import CHAT, COMPLETIONS, MESSAGES, Api, events_of, says
-from fake_engine import Call, FakeEngine
+from fake_engine import FACTS, Call, FakeEngine
+from hybrid_serve.live import with_values
+from hybrid_serve.wire import Status
 
 MakeApi = Callable[..., Api]
 
@@ -178,6 +180,53 @@ def test_draining_server_finishes_what_runs_and_refuses_what_comes(make_api: Mak
             await connection.task
             assert connection.status == 200
             assert connection.text.endswith("data: [DONE]\n\n") or i % 2
+
+    api.run(scenario())
+
+
+def test_requests_wait_for_the_model_where_that_is_wanted(make_api: MakeApi) -> None:
+    """P20: until it is there, until it never will be, or until their client leaves; and not too many."""
+    api = make_api(
+        FakeEngine(says("a b c"), status=Status("loading_weights", 0.5), facts=None), queue_while_loading=True
+    )
+    api.context.config = with_values(api.context.config, {"max_num_queued_reqs": 3})
+
+    async def scenario() -> None:
+        lifecycle, engine = api.context.lifecycle, api.engine
+
+        async def ask(count: int) -> list[Connection]:
+            made = [Connection(api, CHAT, {"messages": MESSAGES, "stream": i % 2 == 0}) for i in range(count)]
+            for _ in range(20):
+                await asyncio.sleep(0)
+            return made
+
+        def code(connection: Connection) -> str:
+            return str(json.loads(connection.text)["error"]["code"])
+
+        first, second, leaver = await ask(3)
+        (refused,) = await ask(1)
+        assert (refused.status, code(refused)) == (503, "overloaded")
+        assert b"retry-after" in dict(refused.sent[0]["headers"])
+        leaver.leave()
+        await leaver.task
+        assert [each.sent for each in (first, second, leaver)] == [[], [], []]
+        engine.status, engine.facts = Status("ready", 1.0), FACTS
+        api.context.status_changed(engine.status)
+        await asyncio.gather(first.task, second.task)
+        assert (first.status, second.status) == (200, 200)
+        assert first.text.endswith("data: [DONE]\n\n")
+        assert lifecycle.num_open == 0
+        for phase, last in (("restarting", "engine_dead"), ("not_responding", "draining")):
+            engine.status = Status(phase)
+            (waits,) = await ask(1)
+            assert waits.sent == []
+            if last == "draining":
+                lifecycle.begin_drain()
+            else:
+                engine.status = Status("dead")
+                api.context.status_changed(engine.status)
+            await waits.task
+            assert (waits.status, code(waits)) == (503, last)
 
     api.run(scenario())
 

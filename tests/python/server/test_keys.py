@@ -95,6 +95,56 @@ def test_no_spelling_of_a_path_opens_a_closed_route(make_api: MakeApi, root_path
     assert statuses[401] > 600
 
 
+HOSTS = [
+    "localhost", "localhost:8000", "127.0.0.1", "127.0.0.1:1", "127.1", "0.0.0.0", "[::1]", "[::ffff:127.0.0.1]:8",
+    "evil.example", "evil.example:8000", "localhost.evil.example", "evil.example#localhost", "localhost@evil.example",
+    "127.0.0.1.nip.io", "10.0.0.1", "169.254.169.254", "metadata.google.internal", "0x7f000001", "2130706433",
+    "localhost.",
+    "LOCALHOST", "live", "/live", "live/", "/live?", "a\\live", "localhost/live", "localhost:8000/live", "*", "[", "]",
+    "[]", ":", ":80", "localhost:99999", "localhost:-1", "a" * 200, "xn--localhst-0za", "",
+]  # fmt: skip
+TRICKS = [
+    "/{0}", "//{0}", "/{0}/", "/./{0}", "/live/../{0}", "/live/..;/{0}", "/%2e/{0}", "/live%2F..%2F{0}", "/{0};/live",
+    "/{0}.", "/{0}%00", "http://localhost/live/../{0}", "http://user@live/{0}",
+]  # fmt: skip
+
+
+def test_no_host_and_spelling_together_open_a_closed_route(make_api: MakeApi) -> None:
+    """Every route of the application, with every Host and every trick of a path (RELIABILITY 6, ADV-42, ADV-44)."""
+    api = make_api(api_key=("secret",), admin_api_key=("boss",))
+    closed = [(method, path[1:]) for method, path in routes(api) if path not in PUBLIC]
+    assert len(closed) >= 10
+    statuses: Counter[int] = Counter()
+
+    async def ask_all(connect: Any, requests: list[bytes]) -> None:
+        """Several on their way at once; another connection where one is refused so hard that it ends."""
+        reader, writer = await connect()
+        for start in range(0, len(requests), 20):
+            some = requests[start : start + 20]
+            writer.writelines(some)
+            for request in some:
+                try:
+                    status, headers, body = await response_of(reader)
+                except asyncio.IncompleteReadError:
+                    status, headers, body = 0, {"connection": "close"}, None
+                assert status in (0, 400, 401), (request, body)
+                statuses[status] += 1
+                if headers.get("connection") == "close":
+                    reader, writer = await connect()
+                    break
+
+    async def scenario() -> None:
+        async with served(api) as connect:
+            for method, path in closed:
+                for trick in TRICKS:
+                    target = trick.format(path)
+                    heads = [f"{method} {target} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode() for host in HOSTS]
+                    await ask_all(connect, heads)
+
+    api.run(scenario())
+    assert statuses[401] > 0.95 * len(closed) * len(TRICKS) * len(HOSTS)
+
+
 def test_every_key_opens_in_either_header(make_api: MakeApi) -> None:
     api = make_api(api_key=("first", "second"), admin_api_key=("third",))
     for key in ("first", "second", "third"):
@@ -193,7 +243,7 @@ def test_requests_a_minute_are_counted_by_key_and_refused_with_the_seconds_to_wa
     assert refused.headers["x-ratelimit-reset-requests"] == "60.0s"
     error = refused.json()["error"]
     assert (error["code"], error["type"]) == ("rate_limit_exceeded", "rate_limit_error")
-    assert error["message"] == "This key may make 3 requests a minute."
+    assert error["message"] == "This key has 3 requests a minute."
     assert api.get("/v1/models", x_api_key="slow-key").status_code == 200, "reading costs nothing"
     other = api.post(CHAT, body, x_api_key="app-key")
     assert other.status_code == 200

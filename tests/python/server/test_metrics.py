@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -35,6 +38,30 @@ _NAMES = """
     gpu_prefix_cache_queries gpu_prefix_cache_hits
 """
 VLLM = _NAMES.split()
+# What the dashboards that vLLM publishes query, "overview" and "service status" of 0.33 and the one of before: a panel
+# without its series is empty, or says that the server is down.
+_QUERIED = """
+    request_success_total prompt_tokens_total generation_tokens_total time_to_first_token_seconds_bucket
+    time_to_first_token_seconds_sum time_to_first_token_seconds_count inter_token_latency_seconds_bucket
+    inter_token_latency_seconds_sum inter_token_latency_seconds_count e2e_request_latency_seconds_bucket
+    e2e_request_latency_seconds_sum e2e_request_latency_seconds_count num_requests_running num_requests_waiting
+    num_requests_waiting_by_reason kv_cache_usage_perc num_preemptions_total prefix_cache_hits_total
+    prefix_cache_queries_total external_prefix_cache_hits_total external_prefix_cache_queries_total
+    mm_cache_hits_total mm_cache_queries_total request_time_per_output_token_seconds_bucket
+    request_time_per_output_token_seconds_sum request_time_per_output_token_seconds_count
+    request_queue_time_seconds_bucket request_queue_time_seconds_sum request_queue_time_seconds_count
+    request_prefill_time_seconds_sum request_prefill_time_seconds_count request_decode_time_seconds_sum
+    request_decode_time_seconds_count iteration_tokens_total_bucket iteration_tokens_total_sum
+    iteration_tokens_total_count prompt_tokens_by_source_total request_prompt_tokens_bucket request_prompt_tokens_sum
+    request_prompt_tokens_count request_generation_tokens_bucket request_generation_tokens_sum
+    request_generation_tokens_count engine_sleep_state
+    time_per_output_token_seconds_bucket gpu_cache_usage_perc cpu_cache_usage_perc num_requests_swapped
+    request_max_num_generation_tokens_bucket request_params_max_tokens_bucket
+"""
+QUERIED = {f"vllm:{name}" for name in _QUERIED.split()} | {
+    "http_requests_total", "http_request_duration_seconds_sum", "http_request_duration_seconds_count",
+    "process_resident_memory_bytes", "process_cpu_seconds_total", "process_open_fds",
+}  # fmt: skip
 
 
 def families(text: str) -> dict[str, Any]:
@@ -91,6 +118,56 @@ def test_it_parses_strictly_and_has_every_name_of_vllm(used: tuple[Api, Any]) ->
     assert [
         name for name in VLLM if "vllm:" + name not in found and "vllm:" + name.removesuffix("_total") not in found
     ] == []
+
+
+def test_a_dashboard_that_was_made_for_vllm_finds_every_series_with_the_labels_it_picks_by(
+    used: tuple[Api, Any],
+) -> None:
+    """S40"""
+    found = scrape(used[0])
+    samples = {sample.name: sample.labels for family in found.values() for sample in family.samples}
+    assert QUERIED - set(samples) == set()
+    assert all("model_name" in samples[name] for name in QUERIED if name.startswith("vllm:"))
+    assert value(found, "vllm:engine_sleep_state", sleep_state="awake") == 1
+    assert {"status", "handler"} <= set(samples["http_requests_total"])
+    for histogram, bounds in (
+        ("time_to_first_token_seconds", ("0.1", "0.25", "0.5", "0.75", "1.0", "2.5", "5.0", "10.0")),
+        ("request_time_per_output_token_seconds", ("0.025", "0.05", "0.075", "0.1", "0.15", "0.2", "0.3", "0.5")),
+    ):
+        known = {sample.labels.get("le") for sample in found[f"vllm:{histogram}"].samples}
+        assert set(bounds) <= known
+
+
+def promtool() -> str:
+    """Its path. Where it is missing, tests that need it skip; where HYBRID_REQUIRE_PROMTOOL=1 (CI), they fail."""
+    path = shutil.which("promtool")
+    if path is None:
+        missing = "promtool is not installed: apt-get install prometheus"
+        if os.environ.get("HYBRID_REQUIRE_PROMTOOL") == "1":
+            pytest.fail(missing)
+        pytest.skip(missing)
+    return path
+
+
+def test_promtool_has_nothing_to_say_but_of_names_that_are_as_dashboards_want_them(used: tuple[Api, Any]) -> None:
+    """S40. The colon is of vLLM's names and, so that it is seen whose they are, of ours; and one histogram of vLLM's
+    is called as counters are."""
+    text = used[0].get("/metrics", x_api_key="k").content
+    done = subprocess.run([promtool(), "check", "metrics"], input=text, capture_output=True)
+    complaints = (done.stdout + done.stderr).decode().splitlines()
+    names = {
+        family.name + "_total" * (family.type == "counter") for family in scrape(used[0]).values() if family.samples
+    }
+    expected = {f"{name} metric names should not contain ':'" for name in names if ":" in name}
+    odd = 'vllm:iteration_tokens_total non-counter metrics should not have "_total" suffix'
+    assert set(complaints) == expected | {odd}
+
+
+def test_promtool_takes_the_alert_rules() -> None:
+    rules = ROOT / "deploy" / "prometheus-alerts.yaml"
+    done = subprocess.run([promtool(), "check", "rules", str(rules)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "SUCCESS" in done.stdout
 
 
 def test_requests_and_tokens_add_up(used: tuple[Api, list[dict[str, int]]]) -> None:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
@@ -13,7 +12,7 @@ from api_harness import CHAT, MESSAGES, Api, says
 from fake_engine import FakeEngine
 from hybrid_serve.server.metrics import Metrics
 from hybrid_serve.server.shared_counts import SharedCounts, publish
-from hybrid_serve.wire import COUNTS_SLOT_BYTES
+from hybrid_serve.shared_memory import COUNTS_SLOT_BYTES
 
 MakeApi = Callable[..., Api]
 # What depends on the clock or on the process, not on the load.
@@ -21,12 +20,9 @@ VARYING = re.compile(r"_seconds|^process_|^#")
 
 
 @pytest.fixture
-def memory() -> Iterator[int]:
+def memory() -> memoryview:
     """Four slots."""
-    fd = os.memfd_create("test")
-    os.ftruncate(fd, 4 * COUNTS_SLOT_BYTES)
-    yield fd
-    os.close(fd)
+    return memoryview(bytearray(4 * COUNTS_SLOT_BYTES))
 
 
 def use(api: Api, n: int) -> None:
@@ -40,7 +36,7 @@ def exposition(api: Api) -> list[str]:
     return [line for line in api.context.exposition.render().decode().splitlines() if not VARYING.search(line)]
 
 
-def test_four_servers_say_what_one_would_say_of_the_same_load(make_api: MakeApi, memory: int) -> None:
+def test_four_servers_say_what_one_would_say_of_the_same_load(make_api: MakeApi, memory: memoryview) -> None:
     def make() -> Api:
         return make_api(FakeEngine(says("one two three"), cached_tokens=4, num_preemptions=1), api_key=("k",))
 
@@ -56,7 +52,7 @@ def test_four_servers_say_what_one_would_say_of_the_same_load(make_api: MakeApi,
         assert exposition(api) == exposition(one)
 
 
-def test_a_server_that_comes_back_goes_on_counting(make_api: MakeApi, memory: int) -> None:
+def test_a_server_that_comes_back_goes_on_counting(make_api: MakeApi, memory: memoryview) -> None:
     first = make_api(api_key=("k",))
     use(first, 2)
     SharedCounts(memory, 1).write(first.context.metrics.flat())
@@ -67,12 +63,14 @@ def test_a_server_that_comes_back_goes_on_counting(make_api: MakeApi, memory: in
     assert second.context.metrics.http.requests[CHAT, "POST", "2xx"] == 2
 
 
-def test_counts_are_published_and_at_the_end_once_more(make_api: MakeApi, memory: int) -> None:
+def test_counts_are_published_and_at_the_end_once_more(make_api: MakeApi, memory: memoryview) -> None:
     api = make_api()
     writer, reader = SharedCounts(memory, 0), SharedCounts(memory, 1)
 
     async def scenario() -> None:
-        task = asyncio.ensure_future(publish(writer, api.context.metrics, lambda: 3))
+        for _ in range(3):
+            api.context.lifecycle.opened()
+        task = asyncio.ensure_future(publish(writer, api.context))
         await asyncio.sleep(0)
         assert reader.others()[0]["number\x1fnum_open"] == [3]
         api.context.metrics.of(0).prompt_tokens += 5
@@ -84,20 +82,22 @@ def test_counts_are_published_and_at_the_end_once_more(make_api: MakeApi, memory
     assert reader.others()[0]["number\x1fnum_open"] == [0]
 
 
-def test_a_reader_never_sees_half_of_what_is_written(memory: int) -> None:
+def test_a_reader_never_sees_half_of_what_is_written(memory: memoryview) -> None:
     writer, reader = SharedCounts(memory, 0), SharedCounts(memory, 1)
     assert reader.others() == [{}, {}, {}]
     writer.write({"a": [1.0]})
     assert reader.others()[0] == {"a": [1.0]}
-    os.pwrite(memory, b"\xff", 9)  # somebody is writing: the check does not fit
+    memory[9:10] = b"\xff"  # somebody is writing: the check does not fit
     assert reader.others()[0] == {"a": [1.0]}
     writer.write({"a": [2.0], "b": [3.0]})
     assert reader.others()[0] == {"a": [2.0], "b": [3.0]}
-    os.pwrite(memory, b"\xff\xff\xff\xff", 0)  # a length beyond the slot
+    memory[:4] = b"\xff\xff\xff\xff"  # a length beyond the slot
     assert reader.others()[0] == {"a": [2.0], "b": [3.0]}
 
 
-def test_what_does_not_fit_is_said_and_the_last_counts_stay(memory: int, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_does_not_fit_is_said_and_the_last_counts_stay(
+    memory: memoryview, caplog: pytest.LogCaptureFixture
+) -> None:
     writer = SharedCounts(memory, 3)
     writer.write({"a": [1.0]})
     writer.write({"a": [1.0] * COUNTS_SLOT_BYTES})

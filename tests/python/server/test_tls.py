@@ -117,6 +117,59 @@ def test_new_connections_get_the_new_certificate_and_an_open_stream_is_not_cut(
     assert "the new certificate is not used, the old one stays" in caplog.text
 
 
+def test_certificates_change_under_load_and_no_stream_is_cut(make_api: MakeApi, tmp_path: Path, ca: trustme.CA) -> None:
+    """F-57: at the pace at which files are looked at in earnest, a bad pair between two good ones."""
+    options = write_pair(tmp_path, ca.issue_cert("127.0.0.1"))
+    api = make_api(FakeEngine(says("one two three four")), **options)
+    used = certified(**options)
+    outcomes = api.context.metrics.num_reloads
+    body = request(json.dumps({"messages": MESSAGES, "stream": True}).encode())
+    trust = trusting(ca)
+
+    async def scenario() -> None:
+        async with served(api, used) as connect:
+            watching = asyncio.ensure_future(watch(watched_files(api.context, used), outcomes))
+            counts, is_over = {"complete": 0, "begun": 0}, False
+            serials: dict[int, float] = {}  # and when each was first seen
+
+            async def stream_on() -> None:
+                while not is_over:
+                    reader, writer = await connect(trust)
+                    serials.setdefault(serial_of(writer), time.monotonic())
+                    for _ in range(3):
+                        counts["begun"] += 1
+                        writer.write(body)
+                        await asyncio.wait_for(reader.readuntil(b"[DONE]\n\n\r\n0\r\n\r\n"), 20)
+                        counts["complete"] += 1
+                        await asyncio.sleep(0.02)
+                    writer.close()
+
+            clients = [asyncio.ensure_future(stream_on()) for _ in range(4)]
+            delays = []
+            while counts["complete"] < len(clients):
+                await asyncio.sleep(0.005)
+            for number in range(5):
+                if number == 2:
+                    (tmp_path / "cert.pem").write_bytes(trustme.CA().issue_cert("x").cert_chain_pems[0].bytes())
+                    while not outcomes["certificate", "refused"]:
+                        await asyncio.sleep(0.01)
+                seen = set(serials)
+                write_pair(tmp_path, ca.issue_cert("127.0.0.1"))
+                written = time.monotonic()
+                while not set(serials) - seen:
+                    assert time.monotonic() - written < 10
+                    await asyncio.sleep(0.005)
+                delays.append(serials[(set(serials) - seen).pop()] - written)
+            is_over = True
+            await asyncio.gather(*clients)
+            watching.cancel()
+            assert counts["complete"] == counts["begun"] > 24
+            assert min(delays) < 1.0, "all of them, on a machine that does nothing else"
+            assert outcomes["certificate", "ok"] == 5
+
+    api.run(scenario())
+
+
 def test_a_client_must_show_a_certificate_where_one_is_asked_for(
     make_api: MakeApi, tmp_path: Path, ca: trustme.CA
 ) -> None:
