@@ -17,17 +17,7 @@ from ..errors import StartupError
 from ..live import LiveOptions
 from ..shared_memory import SharedMemory, shared
 from ..sockets import bind_router, readable
-from ..wire import (
-    ALL_ENGINES,
-    LAST_WORDS_OF,
-    Empty,
-    Hello,
-    Kind,
-    StartupFailure,
-    Status,
-    pack,
-    unpack,
-)
+from ..wire import ALL_ENGINES, LAST_WORDS_OF, Empty, Hello, Kind, StartupFailure, Status, pack, unpack
 from . import listener, ray
 from .engines import WatchedEngine, close_all, keep_recordings, make_heartbeats
 from .handshake import device_refusal, refusal
