@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import socket
 import ssl
 from collections import Counter
-from collections.abc import Iterator
 
 import pytest
 import trustme
@@ -16,16 +14,13 @@ import trustme
 from engine_harness import until
 from hybrid_serve.server.accept import FairAcceptor
 from hybrid_serve.server.shared_counts import SharedCounts
-from hybrid_serve.wire import COUNTS_SLOT_BYTES
+from hybrid_serve.shared_memory import COUNTS_SLOT_BYTES
 
 
 @pytest.fixture
-def memory() -> Iterator[int]:
+def memory() -> memoryview:
     """Three slots."""
-    fd = os.memfd_create("test")
-    os.ftruncate(fd, 3 * COUNTS_SLOT_BYTES)
-    yield fd
-    os.close(fd)
+    return memoryview(bytearray(3 * COUNTS_SLOT_BYTES))
 
 
 class Greeting(asyncio.Protocol):
@@ -43,14 +38,14 @@ class Greeting(asyncio.Protocol):
         self._num_open[self._index] -= 1
 
 
-def acceptor(listener: socket.socket, memory: int, index: int, num_open: Counter[int]) -> FairAcceptor:
+def acceptor(listener: socket.socket, memory: memoryview, index: int, num_open: Counter[int]) -> FairAcceptor:
     shared = SharedCounts(memory, index)
     return FairAcceptor(
         listener, lambda: Greeting(index, num_open), shared, lambda: num_open[index], ssl=None, handshake_seconds=None
     )
 
 
-def test_connections_are_shared_equally_and_who_lost_some_gets_the_next(memory: int) -> None:
+def test_connections_are_shared_equally_and_who_lost_some_gets_the_next(memory: memoryview) -> None:
     async def main() -> None:
         num_open: Counter[int] = Counter()
         with socket.create_server(("127.0.0.1", 0), backlog=200) as listener:
@@ -76,7 +71,7 @@ def test_connections_are_shared_equally_and_who_lost_some_gets_the_next(memory: 
     asyncio.run(main())
 
 
-def test_nobody_waits_for_one_that_is_dead_or_whose_count_was_left_behind(memory: int) -> None:
+def test_nobody_waits_for_one_that_is_dead_or_whose_count_was_left_behind(memory: memoryview) -> None:
     """The others' slots say 0, or something old: every connection is taken in a moment all the same."""
 
     async def main() -> None:
@@ -98,7 +93,7 @@ def test_nobody_waits_for_one_that_is_dead_or_whose_count_was_left_behind(memory
     asyncio.run(main())
 
 
-def test_tls_is_spoken_and_who_does_not_speak_it_is_dropped(memory: int) -> None:
+def test_tls_is_spoken_and_who_does_not_speak_it_is_dropped(memory: memoryview) -> None:
     authority, num_open = trustme.CA(), Counter[int]()
     context, trusting = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.create_default_context()
     authority.issue_cert("localhost").configure_cert(context)
@@ -125,7 +120,7 @@ def test_tls_is_spoken_and_who_does_not_speak_it_is_dropped(memory: int) -> None
     asyncio.run(main())
 
 
-def test_counts_and_connections_share_a_slot_without_touching(memory: int) -> None:
+def test_counts_and_connections_share_a_slot_without_touching(memory: memoryview) -> None:
     shared = [SharedCounts(memory, index) for index in range(3)]
     for index, each in enumerate(shared):
         each.num_connections = 5 + index
