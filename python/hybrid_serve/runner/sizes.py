@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ..checkpoint.model_spec import ModelSpec
+from ..checkpoint.tensors import FloatName
 from ..config import Config
 from ..errors import StartupError
 from ..models import family_of
@@ -68,7 +69,7 @@ class ModelSizes:
     """``max_model_len``: before memory is looked at."""
 
     spec: ModelSpec
-    dtype: str
+    dtype: FloatName
     max_model_len: int
     num_parameters: int
 

@@ -93,5 +93,6 @@ def test_likely_shapes_are_those_that_padded_batches_have() -> None:
             padded_tokens=padded,
             padded_seqs=padded_seqs,
             num_copies=0,
+            num_prefixes=0,
         )
         assert padded_shape(batch, views) in likely
