@@ -11,6 +11,10 @@
 // more than 8, at most 16 a block), so K and V are read once. Every warp feeds itself by a ring of cp.async that runs
 // on over units and sequences. Moves the K and V of all tokens once: memory-bound.
 //
+// A beginning that decodes share is no part of their units (decode_plan.cuh): paged_prefixes, launched ahead, has
+// summed it up for each row, and the row's first unit is merged to that. How it was cut depends on who shares it, and
+// so do the bits of these rows.
+//
 // What may be read before wait_for_previous_kernel(): plan_decode started no kernel before it and all work ahead of it
 // had ended, so the plan, the block tables and the keys and values of earlier steps are final when this kernel starts.
 // Of the cache, this step's earlier kernels write the newest token of each sequence only. So the ring is filled at once

@@ -7,6 +7,9 @@
 // starts the scores of the next KV tile and then the outputs of this one, and does the softmax of the next while the
 // outputs are computed; they take turns at starting, so that one's softmax runs under the others' products as well.
 //
+// The same kernel sums up the beginnings that decodes share: then the rows of a share are of many sequences, all see
+// all of its tokens, and the sums are kept as they are, for paged_decode to merge.
+//
 // KV tiles are of 128 tokens, always from token 0 and in order, and a tile of which a row sees nothing changes none of
 // its bits: a row's bits depend on its position alone, not on how a prompt was cut.
 // Compute-bound: 2 products of 2 x rows x visible tokens x dim operations a head.

@@ -65,9 +65,11 @@ struct Group {
 };
 
 // Cuts the beginnings of groups into shares that keep all multiprocessors busy; by the whole block. Longer shares cost
-// less to merge. More groups than threads are left alone.
+// less to merge. A thread a group.
 __device__ void plan_prefixes(const PlanView& plan, const DecodeColumns& p, int decodes, int count, Group* groups) {
   constexpr int shortest = 4, longest = 16;  // share, in granules
+  constexpr int most_parts = 32;             // of a row; they are merged one after the other
+  static_assert(most_sharers <= threads);
   const int g = threadIdx.x;
   Group group{};
   int seqs = 0, tiles = 0;  // a tile: rows of a share
@@ -90,7 +92,8 @@ __device__ void plan_prefixes(const PlanView& plan, const DecodeColumns& p, int 
       group.parts = (granules + length - 1) / length;
     }
     before = sum_before(static_cast<uint64_t>(tiles) * group.parts, total);
-    if (!__syncthreads_or(total > most_sharers || group.parts * decodes > most_sharers)) break;
+    if (!__syncthreads_or(total > most_sharers || group.parts > most_parts || group.parts * decodes > most_sharers))
+      break;
   }
   __shared__ int row_parts;
   if (g == 0) row_parts = 0;
@@ -121,8 +124,7 @@ __global__ void __launch_bounds__(threads) plan_decode_kernel(const __grid_const
   const DecodeColumns& p = params.columns;
   const int seqs = static_cast<int>(min(int64_t{p.seqs}, *p.num_decodes));
   Group* groups = reinterpret_cast<Group*>(before + p.seqs + 1);
-  const int prefixes =
-      p.prefix_start != nullptr && seqs > 0 ? static_cast<int>(min(*p.num_prefixes, int64_t{threads})) : 0;
+  const int prefixes = p.prefix_start != nullptr && seqs > 0 ? static_cast<int>(*p.num_prefixes) : 0;
   if (p.prefix_start != nullptr) plan_prefixes(plan, p, seqs, prefixes, groups);
   const auto group_of = [&](int s) {
     if (prefixes == 0) return Group{};

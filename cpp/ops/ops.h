@@ -6,9 +6,10 @@
 // 64-bit.
 //
 // Batch-invariant by construction: the value of a row depends on that row (and its KV) only. The order of every sum is
-// a function of the row's own shape, never of how many rows share the call or how many threads run. One exception, for
+// a function of the row's own shape, never of how many rows share the call or how many threads run. Exceptions, for
 // speed: on a CUDA device a 16-bit `linear` of more than a few rows may go to cuBLASLt, whose order of sums depends on
-// the number of rows. set_batch_invariant(true) keeps to our own kernels.
+// the number of rows. set_batch_invariant(true) keeps to our own kernels. And plan_decode may be told which decodes
+// begin alike: their rows' sums are then cut by what they share.
 #pragma once
 
 #include <cstdint>

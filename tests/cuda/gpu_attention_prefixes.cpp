@@ -68,6 +68,17 @@ TYPED_TEST(GpuAttentionPrefixes, equal_the_cpu_twin_where_many_decodes_share_muc
   }
 }
 
+// Cut into shares of the usual length, they would be more parts than a row may have.
+TYPED_TEST(GpuAttentionPrefixes, equal_the_cpu_twin_where_two_decodes_share_a_very_long_beginning) {
+  using T = TypeParam;
+  Batch<T> batch({8, 1, 64, 16}, {{1, 269829}, {1, 269900}}, this->rng);
+  batch.share({{2, 269824}});
+  paged_attention(batch.args(Device::cpu));
+  cuda::check(cudaMemset(batch.out.on(Device::cuda).data, 0xff, batch.out.bytes()));
+  paged_attention(batch.planned_args());
+  expect_close(batch.out, rounding<T>(), absolute<T>(), "out");
+}
+
 TYPED_TEST(GpuAttentionPrefixes, replay_a_captured_step_with_other_groups_and_padding) {
   using T = TypeParam;
   for (int64_t dim : {64, 80, 128}) {
