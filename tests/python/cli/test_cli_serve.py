@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+import hybrid_serve.launch.headless  # noqa: F401  it needs the real supervisor
+from hybrid_serve import launch
 from hybrid_serve.checkpoint import demo as demo_module
 from hybrid_serve.cli.main import main
 from hybrid_serve.config import Config
@@ -26,8 +28,9 @@ class Supervisor(ModuleType):
         self.configs: list[Config] = []
         self.failure: StartupError | None = None
 
-    def serve(self, config: Config) -> int:
+    def serve(self, config: Config, read: Callable[[], Config]) -> int:
         self.configs.append(config)
+        assert read().server.port == config.server.port
         if self.failure:
             raise self.failure
         return 20
@@ -35,9 +38,8 @@ class Supervisor(ModuleType):
 
 @pytest.fixture
 def supervisor(monkeypatch: pytest.MonkeyPatch) -> Iterator[Supervisor]:
-    stand_in, package = Supervisor(), ModuleType("hybrid_serve.launch")
-    package.supervisor = stand_in  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "hybrid_serve.launch", package)
+    stand_in = Supervisor()
+    monkeypatch.setattr(launch, "supervisor", stand_in)
     monkeypatch.setitem(sys.modules, "hybrid_serve.launch.supervisor", stand_in)
     for name in ("HYBRID_SERVE_MODEL", "HYBRID_SERVE_CONFIG", "HYBRID_SERVE_API_KEY", "HYBRID_SERVE_PROT"):
         monkeypatch.delenv(name, raising=False)
