@@ -65,7 +65,7 @@ class AttentionCase {
     return {
         out.view,       q.view,           k_cache.view, v_cache.view, query_start.view, seq_lens.view, kv_start.view,
         kv_blocks.view, num_decodes.view, decodes,      prompts,      longest,          scale,         {},
-        nullptr};
+        false,          nullptr};
   }
 
   // What the sequence's row for `position` should be, head by head.

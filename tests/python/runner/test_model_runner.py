@@ -82,6 +82,7 @@ class OneSequence:
                 num_sampled=1,
                 max_query_len=count,
                 num_copies=len(copies or []),
+                num_prefixes=0,
                 num_swap_outs=len(swap_outs or []),
                 num_swap_ins=len(swap_ins or []),
                 num_adjustments=0,
