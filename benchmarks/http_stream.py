@@ -17,7 +17,7 @@ import socket
 import time
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import psutil
 
@@ -33,6 +33,9 @@ TEXT = "The quick brown fox jumps over the lazy dog. It was a fine day, and ever
 
 class IdleStream:
     """One choice of ``max_tokens`` tokens, which come when the engine says so; ``position``: of the next one."""
+
+    engine = 0  # that has it
+    events = ()  # what its steps did to it
 
     def __init__(self, engine: IdleEngine, max_tokens: int, position: int) -> None:
         self._engine, self.left, self.position = engine, max_tokens, position
@@ -62,13 +65,19 @@ class IdleStream:
         self.left = 0
 
 
+class OnlyRank(NamedTuple):
+    index: int
+    status: Status
+    stats: EngineStats
+
+
 class IdleEngine:
     """Gives every open stream one token a step, the next of an endless text that begins where its seed says; steps
     again when all have been read, or after ``pause`` seconds, whoever has read."""
 
     status = Status("ready", 1.0)
     facts = EngineFacts(49152, 8192, 16, 1, "none", "none")
-    stats = EngineStats()
+    engines = (OnlyRank(0, status, EngineStats()),)
 
     def __init__(self, token_ids: list[int], pause: float = 0.0) -> None:
         self.streams: dict[IdleStream, None] = {}
@@ -84,6 +93,7 @@ class IdleEngine:
         priority: int = 0,
         eos_token_ids: tuple[int, ...] = (),
         cache_salt: bytes = b"",
+        rank: int | None = None,
     ) -> IdleStream:
         assert params.seed is not None
         return IdleStream(self, params.max_tokens, params.seed % len(self._token_ids))

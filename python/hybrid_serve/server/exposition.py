@@ -190,9 +190,9 @@ class Exposition(Collector):
         yield counters(f"{OURS}engine_restarts", "Restarts of the engine.", _ENGINE, restarts)
         yield counters(f"{OURS}requests_replayed", "Requests that outlived an engine.", _ENGINE, replayed)
         yield counters(f"{OURS}requests_quarantined", "Requests that killed it twice.", _ENGINE, quarantined)
-        text = "Microseconds that the device waited for the host between steps; of one that runs ahead the least."
-        gaps = [(each.labels, each.stats.step_gap_counts, each.stats.step_gap_us) for each in engines]
-        yield step_histogram(f"{OURS}step_gap_us", text, STEP_GAP_BOUNDS, gaps)
+        text = "Time that the device waited for the host between steps; of one that runs ahead the least."
+        gaps = [(each.labels, each.stats.step_gap_counts, each.stats.step_gap_us / 1e6) for each in engines]
+        yield step_histogram(f"{OURS}step_gap_seconds", text, [us / 1e6 for us in STEP_GAP_BOUNDS], gaps)
         text = "KV blocks that preempted requests took to swap space, and back."
         swapped = [((*each.labels, "out"), each.stats.blocks_swapped_out) for each in engines]
         swapped += [((*each.labels, "in"), each.stats.blocks_swapped_in) for each in engines]
@@ -248,7 +248,7 @@ def histograms(name: str, text: str, labels: Sequence[str], rows: Iterable[tuple
 
 
 def step_histogram(
-    name: str, text: str, bounds: Sequence[int], rows: Iterable[tuple[Sequence[str], Sequence[int], float]]
+    name: str, text: str, bounds: Sequence[float], rows: Iterable[tuple[Sequence[str], Sequence[int], float]]
 ) -> Metric:
     """Of what an engine counts by step; ``rows``: labels, counts by bound, sum."""
     family = HistogramMetricFamily(name, text, labels=_ENGINE)

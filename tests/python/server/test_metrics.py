@@ -206,9 +206,9 @@ def test_the_engines_own_numbers_come_from_its_last_word(used: tuple[Api, Any]) 
     assert value(found, name, "_bucket", le="2.0") == 3
     assert value(found, name, "_bucket", le=f"{STEP_TOKEN_BOUNDS[-1]:.1f}") == 8
     assert (value(found, name, "_count"), value(found, name, "_sum")) == (9, 99)
-    name = "hybrid:step_gap_us"
-    assert value(found, name, "_bucket", le="20.0") == 6
-    assert (value(found, name, "_count"), value(found, name, "_sum")) == (8, 800)
+    name = "hybrid:step_gap_seconds"
+    assert value(found, name, "_bucket", le="2e-05") == 6
+    assert (value(found, name, "_count"), value(found, name, "_sum")) == (8, 0.0008)
     info = found["vllm:cache_config_info"].samples[0].labels
     assert (info["block_size"], info["num_gpu_blocks"], info["enable_prefix_caching"]) == ("16", "100", "True")
 
