@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +45,13 @@ def server(model: Path, cluster: RayCluster) -> Iterator[Server]:
         yield running
 
 
-def texts(server: Server, disturb: Callable[[], None] | None = None) -> list[str]:
-    """What so many streams give, greedy and sampled; ``disturb`` is called when all have begun."""
+def texts(
+    server: Server, disturb: Callable[[], None] | None = None, is_noticed: Callable[[], bool] = lambda: True
+) -> list[str]:
+    """What so many streams give, greedy and sampled. With ``disturb``, which is called when all have begun, each is
+    asked for again and again until ``is_noticed``, so that what is lost had some of them; all give the same."""
     begun = Counter[int]()
+    enough = threading.Event()
 
     def read(index: int) -> str:
         text = ""
@@ -58,11 +64,22 @@ def texts(server: Server, disturb: Callable[[], None] | None = None) -> list[str
                     begun[index] += 1
         return text
 
+    def read_until_enough(index: int) -> str:
+        found = {read(index)}
+        while not enough.is_set():
+            found.add(read(index))
+        assert len(found) == 1
+        return found.pop()
+
     with ThreadPoolExecutor(NUM_STREAMS) as pool:
-        replies = [pool.submit(read, index) for index in range(NUM_STREAMS)]
-        if disturb is not None:
-            wait_until(lambda: len(begun) == NUM_STREAMS, "all streams have begun")
-            disturb()
+        try:
+            replies = [pool.submit(read_until_enough, index) for index in range(NUM_STREAMS)]
+            if disturb is not None:
+                wait_until(lambda: len(begun) == NUM_STREAMS, "all streams have begun")
+                disturb()
+                wait_until(is_noticed, "the loss is known", 60)
+        finally:
+            enough.set()
         return [reply.result() for reply in replies]
 
 
@@ -116,8 +133,8 @@ def test_when_a_node_is_removed_streams_go_on_and_its_engine_is_started_on_anoth
 ) -> None:
     """F-11: token for token, and the server is ready throughout."""
     before = engines(cluster)
-    assert texts(server, cluster.remove_worker) == undisturbed
-    wait_until(lambda: server.metric("hybrid:engine_restarts_total") == 1, "the loss is known")
+    num_restarts = partial(server.metric, "hybrid:engine_restarts_total")
+    assert texts(server, cluster.remove_worker, lambda: num_restarts() == 1) == undisturbed
     wait_until(lambda: set(phases(server).values()) == {"ready"}, "the engine is back", 150)
     after = engines(cluster)
     lost = [rank for rank in before if before[rank] != after[rank]]
@@ -133,8 +150,7 @@ def test_an_engine_whose_actor_dies_too_often_is_left_out_and_the_other_serves_o
     """F-03, F-11: the removed node counts as the one restart that it has."""
     lost = next(rank for rank in ("0", "1") if server.log().count(f"engine {rank} is started again") == 1)
     victim = engines(cluster)[lost]
-    assert texts(server, actor_of(victim).kill) == undisturbed
-    wait_until(lambda: phases(server)[lost] == "dead", "it is left out")
+    assert texts(server, actor_of(victim).kill, lambda: phases(server)[lost] == "dead") == undisturbed
     wait_until(lambda: not victim.is_running(), "its process is gone")
     assert "it is left out" in server.log()
 
@@ -154,7 +170,8 @@ def test_streams_of_the_only_engine_wait_for_the_next_and_a_stop_is_no_loss(
     """F-11, F-12: exit code 0, and nothing is started again."""
     port = ("--data-parallel-rpc-port", str(free_port()))
     with serving(str(model), *RAY, *port, env=cluster.environment, patience=200) as server:
-        assert texts(server, actor_of(engines(cluster)["0"]).kill) == undisturbed
+        victim = actor_of(engines(cluster)["0"])
+        assert texts(server, victim.kill, lambda: "is started again" in server.log()) == undisturbed
         server.process.terminate()
         assert server.process.wait(60) == 0
         assert server.log().count("is started again") == 1
