@@ -39,7 +39,8 @@ std::vector<PrefixGroup> best_cut(const std::vector<int64_t>& common) {
 }  // namespace
 
 bool begins_before(BlockList a, BlockList b) {
-  const int order = std::memcmp(a.data(), b.data(), std::min(a.size_bytes(), b.size_bytes()));
+  const size_t bytes = std::min(a.size_bytes(), b.size_bytes());
+  const int order = bytes == 0 ? 0 : std::memcmp(a.data(), b.data(), bytes);  // empty lists may have no address
   return order != 0 ? order < 0 : a.size() < b.size();
 }
 
