@@ -46,8 +46,8 @@ class Run:
     def drain(self, core: _core.Scheduler, wait: bool) -> None:
         for index, (prompt, count) in enumerate(self.requests):
             core.add(index, array("i", prompt), max_tokens=count, **self.sampling)
-        self.stopping = wait and not self.requests
         self.requests = []
+        self.stopping = core.idle  # and not when there is time to sleep: graphs would be captured ahead until then
 
     def send(self, outputs: _core.Outputs, result: Any) -> None:
         self.tokens += outputs.num_rows
