@@ -26,7 +26,8 @@ std::vector<PrefixGroup> best_cut(const std::vector<int64_t>& common) {
       if (first < last) blocks = first + 1 == last ? common[last] : std::min(blocks, common[first + 1]);
       const int64_t spared = best[first].spared + blocks * static_cast<int64_t>(last - first);
       if (spared > best[last + 1].spared) best[last + 1] = {spared, first, blocks};
-      if (first < last && blocks == 0) break;
+      // Groups that begin earlier have no more in common, and no more is spared ahead of them.
+      if (first < last && best[first].spared + blocks * static_cast<int64_t>(last) <= best[last + 1].spared) break;
     }
   }
   std::vector<PrefixGroup> groups;

@@ -115,6 +115,14 @@ void Scheduler::plan(Request& request, int64_t num_new, bool is_decode) {
   kv_.publish(request, std::min(request.num_computed + num_new, std::ssize(request.tokens)));
 }
 
+// Whether any two decodes may: looked at before they are sorted, which costs a step without common beginnings more than
+// all the rest of its planning.
+bool Scheduler::may_begin_alike() {
+  return std::ranges::count_if(plan_, [&](const Planned& planned) {
+           return planned.is_decode && kv_.pool().references(planned.request->kv.blocks().front()) > 1;
+         }) > 1;
+}
+
 // Brings decodes that begin alike together.
 void Scheduler::order_plan() {
   const auto is_before = [](const Planned& a, const Planned& b) {
@@ -135,7 +143,8 @@ void Scheduler::write_prefixes() {
 }
 
 const Batch* Scheduler::write_batch() {
-  if (config_.min_shared_tokens > 0) order_plan();
+  const bool shares = config_.min_shared_tokens > 0 && may_begin_alike();
+  if (shares) order_plan();
   InFlight& in_flight = batch_of(next_step_);
   in_flight.rows.clear();
   writer_.begin(next_step_);
@@ -153,7 +162,7 @@ const Batch* Scheduler::write_batch() {
       in_flight.rows.push_back({request, num_new, request->num_computed, request->num_preemptions, sampled_row});
     }
   }
-  if (config_.min_shared_tokens > 0) write_prefixes();
+  if (shares) write_prefixes();
   const Batch& batch = writer_.finish(copies_, swap_outs_, swap_ins_);
   totals_.blocks_swapped_out += batch.num_swap_outs;
   totals_.blocks_swapped_in += batch.num_swap_ins;

@@ -101,6 +101,7 @@ class Scheduler {
   void note(StepEvent event, const Request& request, int64_t value, WaitedFor waited_for = WaitedFor::nothing);
   void plan(Request& request, int64_t num_new, bool is_decode);
   const Batch* write_batch();
+  bool may_begin_alike();
   void order_plan();
   void write_prefixes();
 
