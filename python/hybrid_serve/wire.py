@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-PROTOCOL_VERSION = 6
+PROTOCOL_VERSION = 7
 MAX_FRAME_BYTES = 64 * 2**20
 API_INDEX_SHIFT = 48
 LAUNCH_SHIFT = 36
@@ -48,6 +48,10 @@ class Kind:
     WELCOME = b"\x25"  # Welcome: the answer to a node's HELLO; FAILED: it is refused
     PULSE = b"\x26"  # Empty; both ways, a few times in the time that a silence may last
     LEAVE = b"\x27"  # Empty: the node ends
+    # API server <-> supervisor of several models
+    MODEL = b"\x31"  # ModelState
+    USE = b"\x32"  # Use
+    ORDER = b"\x33"  # Order
 
 
 class FinishReason(IntEnum):
@@ -211,8 +215,8 @@ class EngineFacts(msgspec.Struct, array_like=True, frozen=True):
 
 class Status(msgspec.Struct, array_like=True, frozen=True):
     """Engine -> supervisor -> API servers. ``phase``: starting, loading_weights, allocating, ready, not_responding,
-    restarting, draining, dead; away: on another machine, from which nothing is heard. What follows ``facts`` is the
-    supervisor's to say."""
+    restarting, draining, dead; away: on another machine, from which nothing is heard; unloaded, failed: of a model
+    among several, which is not in memory, or could not be loaded. What follows ``facts`` is the supervisor's to say."""
 
     phase: str
     progress: float = 0.0  # of the phase, 0 to 1
@@ -224,6 +228,32 @@ class Status(msgspec.Struct, array_like=True, frozen=True):
     culprits: bytes = b""  # u64: the one of them, all its choices, that ran on trial then
     engine: int = 0  # whose it is
     address: str = ""  # of its data socket; empty: the one that was planned
+
+
+class ModelState(msgspec.Struct, array_like=True, frozen=True):
+    """Of one model among several. ``phase``: unloaded, loading, ready, draining (its open requests end, new ones wait,
+    then it is put away), failed."""
+
+    name: str
+    phase: str
+    message: str = ""  # why it failed
+    drain: int = 0  # how often it was drained: an answer names the drain that it is about
+
+
+class Use(msgspec.Struct, array_like=True, frozen=True):
+    """What an API server does with a model; said whenever it changes, and in answer to a drain."""
+
+    name: str
+    is_open: bool = False  # requests that were let in have not ended
+    is_waited_for: bool = False  # requests have not been let in
+    drain: int = 0  # the last one that it knows of
+
+
+class Order(msgspec.Struct, array_like=True, frozen=True):
+    """An admin wants the model loaded, or put away."""
+
+    name: str
+    is_load: bool
 
 
 class StartupFailure(msgspec.Struct, array_like=True, frozen=True):

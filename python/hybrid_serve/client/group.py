@@ -35,7 +35,10 @@ from .streams import ZmqStream
 
 log = logging.getLogger(__name__)
 _QUARANTINED = "The engine died twice while it worked on this request; it is not tried again."
-_GONE = ("dead", "away")  # phases of an engine that does not come back by itself
+_GONE = ("dead", "away", "unloaded", "failed")  # phases of an engine that does not come back by itself
+
+
+_NOWHERE = ("away", "unloaded", "failed")  # of one whose address nobody listens at
 
 
 class EngineGroup:
@@ -202,7 +205,7 @@ class EngineGroup:
             self.on_replay(link.index, self.num_replayed - before[0], self.num_quarantined - before[1])
 
     def _connect(self, link: Link) -> None:
-        if not link.address or link.status.phase == "away":
+        if not link.address or link.status.phase in _NOWHERE:
             return
         take, on_break = (lambda frames: self._take(link, frames)), (lambda: self._broken(link))
         link.socket = self._dealers.open(link.address, take, on_break)
