@@ -382,6 +382,13 @@ _ANSWERS = (
         "As many connections are open as the process may have files.",
         "Close idle connections, or raise the limit of open files (ulimit -n, LimitNOFILE).",
     ),
+    _http(
+        158,
+        503,
+        "model_failed",
+        "One of several models could not be loaded; the others are served. A request tries it again after 30 seconds.",
+        "The message has the cause; then POST /v1/models/{id}/load, which tries it at once.",
+    ),
 )
 
 FAULTS: dict[str, Fault] = {fault.code: fault for fault in (*_STARTS, *_ANSWERS)}

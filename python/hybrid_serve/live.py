@@ -57,15 +57,15 @@ class LiveOptions:
     them."""
 
     def __init__(self, memory: SharedMemory) -> None:
-        self._memory = memory
+        self.memory = memory
         self._seen = 0
 
     def news(self) -> dict[str, Any] | None:
         """All values that were ever set, if that has changed since the last call; else None. 0.3 us then."""
-        count, length, check = _HEAD.unpack_from(self._memory.live)
+        count, length, check = _HEAD.unpack_from(self.memory.live)
         if count == self._seen:
             return None
-        data = bytes(self._memory.live[_HEAD.size : _HEAD.size + length])
+        data = bytes(self.memory.live[_HEAD.size : _HEAD.size + length])
         if check != _crc(count, data):
             return None  # somebody is writing: the next call sees it whole
         self._seen = count
@@ -74,13 +74,13 @@ class LiveOptions:
 
     def change(self, values: Mapping[str, Any]) -> None:
         """Sets these for everybody; ``news`` has them from now on."""
-        with self._memory.turn():
-            count, length, check = _HEAD.unpack_from(self._memory.live)
-            data = bytes(self._memory.live[_HEAD.size : _HEAD.size + length])
+        with self.memory.turn():
+            count, length, check = _HEAD.unpack_from(self.memory.live)
+            data = bytes(self.memory.live[_HEAD.size : _HEAD.size + length])
             before = msgspec.msgpack.decode(data) if length and check == _crc(count, data) else {}
             data = msgspec.msgpack.encode({**before, **values})
             count = count % (2**32 - 1) + 1
-            self._memory.live[: _HEAD.size + len(data)] = _HEAD.pack(count, len(data), _crc(count, data)) + data
+            self.memory.live[: _HEAD.size + len(data)] = _HEAD.pack(count, len(data), _crc(count, data)) + data
 
 
 def _crc(count: int, data: bytes) -> int:

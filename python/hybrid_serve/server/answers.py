@@ -111,6 +111,8 @@ class ModelCard(Struct, kw_only=True):
     root: str
     parent: str | None = None
     max_model_len: int | None = None
+    state: str | UnsetType = UNSET  # of several models: unloaded, loading, ready, draining, failed
+    message: str | UnsetType = UNSET  # why it failed
 
 
 class ModelList(Struct):

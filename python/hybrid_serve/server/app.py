@@ -33,7 +33,7 @@ from .openapi import openapi
 from .protocol import decode_request
 from .sse import Exchange
 
-T = TypeVar("T", bound=msgspec.Struct)
+T = TypeVar("T", bound=protocol.ModelRequest)
 Handler = Callable[[ServerContext, T, Exchange], Awaitable[None]]
 
 
@@ -70,7 +70,7 @@ class _Post(Generic[T]):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         context, server = self._context, self._context.config.server
-        if server.queue_while_loading:
+        if server.queue_while_loading and context.models is None:
             context.lifecycle.check_unless_passing(context.config.scheduler.max_num_queued_reqs)
         else:
             context.lifecycle.check()
@@ -82,9 +82,14 @@ class _Post(Generic[T]):
         await exchange.run(self._answer(request, exchange))
 
     async def _answer(self, request: T, exchange: Exchange) -> None:
-        if self._context.config.server.queue_while_loading:
-            await self._context.lifecycle.passed()
-        await self._route.handler(self._context, request, exchange)
+        context = self._context
+        if context.models is not None:
+            async with context.models.serving(request.model) as model:
+                await self._route.handler(model, request, exchange)
+            return
+        if context.config.server.queue_while_loading:
+            await context.lifecycle.passed()
+        await self._route.handler(context, request, exchange)
 
 
 def create_app(context: ServerContext) -> Starlette:
@@ -140,6 +145,12 @@ def _routes(context: ServerContext) -> list[Route]:
     async def get_model(request: Request) -> Response:
         return _json(models.get_model(context, request.path_params["id"]))
 
+    async def load_model(request: Request) -> Response:
+        return _json(await models.load_model(context, request.path_params["id"], request.scope["state"]["key"].name))
+
+    async def unload_model(request: Request) -> Response:
+        return _json(await models.unload_model(context, request.path_params["id"], request.scope["state"]["key"].name))
+
     async def get_timeline(request: Request) -> Response:
         key = request.scope["state"].get("key")
         page = context.timelines.find(key, request.path_params["id"])
@@ -163,6 +174,9 @@ def _routes(context: ServerContext) -> list[Route]:
     def get(path: str, access: Access, endpoint: Callable[[Request], Awaitable[Response]], *also: str) -> Route:
         return route(path, access, request_response(endpoint), "GET", *also)
 
+    def post(path: str, access: Access, endpoint: Callable[[Request], Awaitable[Response]]) -> Route:
+        return route(path, access, request_response(endpoint), "POST")
+
     def route(path: str, access: Access, endpoint: ASGIApp, *methods: str) -> Route:
         return Route(path, Guarded(path, access, context.keys is not None, endpoint), methods=list(methods))
 
@@ -181,6 +195,8 @@ def _routes(context: ServerContext) -> list[Route]:
         get("/v1/requests/{id}/timeline", Access.INFER, get_timeline),
         get("/v1/models", Access.INFER, list_models),
         get("/v1/models/{id:path}", Access.INFER, get_model),
+        post("/v1/models/{id:path}/load", Access.ADMIN, load_model),
+        post("/v1/models/{id:path}/unload", Access.ADMIN, unload_model),
     ]
 
 

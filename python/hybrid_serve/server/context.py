@@ -1,4 +1,4 @@
-"""What every endpoint is given: one server's model names, engine client, text side, metrics and lifecycle."""
+"""What every endpoint is given: a model's names, engine client and text side, its server's metrics and lifecycle."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import re
 import secrets
 import time
 from array import array
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -15,18 +16,18 @@ from typing import TYPE_CHECKING, TypeVar
 
 from .. import logging as log_lines
 from .. import shared_memory
-from ..client import EngineClient
+from ..client import Engine, EngineClient
 from ..config import Config
-from ..live import LiveOptions, with_values
+from ..live import LiveOptions, value_of, with_values
 from ..shared_memory import SharedMemory
 from ..text.chat_template import ChatTemplate
 from ..text.tokenizer import Tokenizer
 from ..wire import EngineFacts, Status
 from .errors import ApiError
-from .exposition import Exposition
+from .exposition import Exposition, OfModel
 from .headers import RANK_HEADER
 from .key_use import KeyUse
-from .keys import key_ring
+from .keys import KeyRing, key_ring
 from .lifecycle import Lifecycle
 from .metrics import Metrics
 from .timeline import Timelines
@@ -34,6 +35,7 @@ from .timeline import Timelines
 # Above this many characters work on a text leaves the event loop (some 5 ms of tokenising).
 _INLINE_CHARS = 16_384
 if TYPE_CHECKING:
+    from .several import Models
     from .tracing import Tracing
 
 T = TypeVar("T")
@@ -49,7 +51,7 @@ class TextModel:
 
 @dataclass
 class ServerContext:
-    """One API server; knows no route."""
+    """One API server, or one of several models in it; knows no route."""
 
     config: Config
     client: EngineClient
@@ -57,23 +59,28 @@ class ServerContext:
     memory: SharedMemory | None = None  # with other API servers; none: alone
     text_model: TextModel | None = None
     started: int = field(default_factory=lambda: int(time.time()))
+    front: ServerContext | None = None  # of one of several models: the server's
 
     def __post_init__(self) -> None:
         self.lifecycle = Lifecycle(self.client)
+        self.models: Models | None = None  # of the front
         self.model_names = self.config.model.served_model_name or (self.config.model.model,)
         self.started_with = self.config
-        memory = self.memory or SharedMemory(shared_memory.make(1), 1)
-        self.live = LiveOptions(memory)
-        self.keys = key_ring(self.config.server, KeyUse(memory, self.api_index))
-        self.metrics = Metrics()
-        prefix, cache = self.config.server.metrics_prefix, self.config.cache
-        self.exposition = Exposition(self.metrics, self.client, self.lifecycle, cache, prefix, self.model_names[0])
-        self.tracing: Tracing | None = None
-        self.timelines = Timelines(self.config.server.api_server_count)
         self.fingerprint = f"fp_{self.config.digest()[:12]}"
-        self._threads = ThreadPoolExecutor(2, thread_name_prefix="text")
         seed = self.config.model.seed
         self._seeds = random.Random(seed + self.api_index) if seed >= 0 else None
+        front, server = self.front, self.config.server
+        memory = front.live.memory if front else self.memory or SharedMemory(shared_memory.make(1), 1)
+        self.live: LiveOptions = LiveOptions(memory)
+        self.keys: KeyRing | None = front.keys if front else key_ring(server, KeyUse(memory, self.api_index))
+        self.metrics: Metrics = front.metrics if front else Metrics()
+        self.tracing: Tracing | None = front.tracing if front else None
+        self.timelines: Timelines = front.timelines if front else Timelines(server.api_server_count)
+        self._threads: ThreadPoolExecutor = front._threads if front else ThreadPoolExecutor(2, "text")
+        only = OfModel(self.model_names[0], self.client, self.is_ready, self.config.cache)
+        self.exposition: Exposition = (
+            front.exposition if front else Exposition(self.metrics, [only], self.num_open, server.metrics_prefix)
+        )
 
     def set_text_model(self, text_model: TextModel) -> None:
         self.text_model = text_model
@@ -85,8 +92,14 @@ class ServerContext:
         news = self.live.news()
         if news is None:
             return
+        if self.front is not None:  # what is as it was at the start does not overrule the model's own
+            before = self.front.started_with
+            news = {name: value for name, value in news.items() if value != value_of(before, name)}
         self.config = with_values(self.started_with, news)
         log_lines.set_level(self.config.server.log_level)
+        if self.models is not None:
+            self.models.take_news()
+            return
         scheduler = self.config.scheduler
         self.client.limit(scheduler.max_num_queued_reqs, scheduler.max_num_seqs)
 
@@ -94,6 +107,20 @@ class ServerContext:
         """The engine's."""
         self.metrics.status_changed(status)
         self.lifecycle.changed()
+
+    def is_ready(self) -> bool:
+        return self.lifecycle.phase() == "ready"
+
+    def num_open(self) -> Counter[str]:
+        """Requests of this moment, by model."""
+        if self.models is not None:
+            return self.models.num_open()
+        return Counter({self.model_names[0]: self.lifecycle.num_open})
+
+    @property
+    def engines(self) -> Sequence[Engine]:
+        """Of all models."""
+        return self.client.engines if self.models is None else self.models.engines
 
     @property
     def text(self) -> TextModel:

@@ -32,7 +32,7 @@ CATALOGUE: dict[str, tuple[int, str, str]] = {
     name: (fault.status, _TYPES.get(fault.status, _INVALID), fault.code) for name, fault in ANSWERS.items()
 }
 _INTERNAL_MESSAGE = "The server had an error while processing your request."
-_RETRY_SECONDS = {"model_loading": 2, "engine_dead": 5, "draining": 5, "engine_restarting": 2}
+_RETRY_SECONDS = {"model_loading": 2, "engine_dead": 5, "draining": 5, "engine_restarting": 2, "model_failed": 30}
 
 
 class ApiError(Exception):

@@ -6,6 +6,7 @@ are as the usual libraries call them, ``hybrid:`` ones are ours.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate
 from typing import NamedTuple
@@ -24,7 +25,6 @@ from .. import __version__
 from ..client import EngineClient
 from ..config import CacheConfig
 from ..wire import STEP_GAP_BOUNDS, STEP_TOKEN_BOUNDS, EngineStats, Status
-from .lifecycle import Lifecycle
 from .metrics import REQUEST_HISTOGRAMS, Flat, Histogram, Metrics, RequestCounts
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -34,10 +34,20 @@ _ENGINE = ("model_name", "engine")
 _Rows = Iterable[tuple[Sequence[str], float]]
 
 
+class OfModel(NamedTuple):
+    """One of the served models."""
+
+    name: str
+    client: EngineClient
+    is_ready: Callable[[], bool]  # a request would be taken now
+    cache: CacheConfig
+
+
 class OfEngine(NamedTuple):
     """What there is to say of one engine."""
 
     labels: tuple[str, str]  # model, engine
+    cache: CacheConfig
     status: Status
     stats: EngineStats
     counts: RequestCounts
@@ -47,11 +57,11 @@ class Exposition(Collector):
     """Turns the numbers into text when somebody asks; counts nothing itself."""
 
     def __init__(
-        self, metrics: Metrics, client: EngineClient, lifecycle: Lifecycle, cache: CacheConfig, prefix: str, model: str
+        self, metrics: Metrics, models: Sequence[OfModel], num_open: Callable[[], Counter[str]], prefix: str
     ) -> None:
-        self._own, self._client, self._lifecycle, self._cache = metrics, client, lifecycle, cache
+        """``num_open``: requests of this moment, by model."""
+        self._own, self.models, self._num_open, self._prefix = metrics, models, num_open, prefix
         self.others: Callable[[], list[Flat]] = list  # the counts of other API servers
-        self._prefix, self._model = prefix, model
         self._registry = CollectorRegistry()
         self._registry.register(self)
         ProcessCollector(registry=self._registry)
@@ -63,8 +73,9 @@ class Exposition(Collector):
     def collect(self) -> Iterator[Metric]:
         metrics = self._all()
         engines = [
-            OfEngine((self._model, str(engine.index)), engine.status, engine.stats, metrics.of(engine.index))
-            for engine in self._client.engines
+            OfEngine((model.name, str(each.index)), model.cache, each.status, each.stats, metrics.of(each.index))
+            for model in self.models
+            for each in model.client.engines
         ]
         yield from self._engine(engines)
         yield from self._absent(engines)
@@ -75,7 +86,7 @@ class Exposition(Collector):
 
     def _all(self) -> Metrics:
         """The counts of every API server together."""
-        self._own.num_open = self._lifecycle.num_open
+        self._own.num_open = self._num_open()
         metrics = Metrics()
         for flat in (self._own.flat(), *self.others()):
             metrics.add(flat)
@@ -92,9 +103,14 @@ class Exposition(Collector):
         name, text = f"{self._prefix}num_requests_waiting_by_reason", "Requests that wait, by what they wait for."
         yield gauges(name, text, (*_ENGINE, "reason"), reasons)
         # A dashboard that shows which models are up takes one without this for down.
-        name, text = f"{self._prefix}engine_sleep_state", "1 for the state that the engine is in; it never sleeps."
+        name, text = (
+            f"{self._prefix}engine_sleep_state",
+            "1 for the engine's state; it sleeps while its model is put away.",
+        )
         states = ("awake", "weights_offloaded", "discard_all")
-        slept: _Rows = [((*each.labels, state), state == "awake") for each in engines for state in states]
+        slept: _Rows = [
+            ((*each.labels, state), state == sleep_state(each.status)) for each in engines for state in states
+        ]
         yield gauges(name, text, (*_ENGINE, "sleep_state"), slept)
         usages = [(each.labels, usage(each.stats)) for each in engines]
         yield self._gauge("kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1.", usages)
@@ -110,7 +126,7 @@ class Exposition(Collector):
 
     def _cache_info(self, engine: OfEngine) -> dict[str, str]:
         facts = engine.status.facts
-        info = {name: str(value) for name, value in vars(self._cache).items()} | {"engine": engine.labels[1]}
+        info = {name: str(value) for name, value in vars(engine.cache).items()} | {"engine": engine.labels[1]}
         return info | {"num_gpu_blocks": str(facts.num_blocks) if facts is not None else "0"}
 
     def _absent(self, engines: list[OfEngine]) -> Iterator[Metric]:
@@ -156,7 +172,7 @@ class Exposition(Collector):
         name, text = f"{self._prefix}request_success", "Choices by the way they ended."
         yield counters(name, text, (*_ENGINE, "finished_reason"), ends)
         name, text = f"{self._prefix}admission_rejections", "Requests refused because too many wait."
-        refused = [((self._model, "max_num_queued_reqs"), metrics.admission_rejections)]
+        refused = [((name, "max_num_queued_reqs"), count) for name, count in self._refused(engines).items()]
         yield counters(name, text, (*_MODEL, "reason"), refused)
         for name, (_, text) in REQUEST_HISTOGRAMS.items():
             rows = [(each.labels, each.counts.histograms[name]) for each in engines]
@@ -180,7 +196,8 @@ class Exposition(Collector):
     def _ours(self, engines: list[OfEngine], metrics: Metrics) -> Iterator[Metric]:
         yield gauges(f"{OURS}build_info", "1; the label is the version.", ("version",), [((__version__,), 1)])
         text = "1 if a request would be taken now."
-        yield gauges(f"{OURS}ready", text, _MODEL, [((self._model,), self._lifecycle.phase() == "ready")])
+        ready = [((model.name,), model.is_ready()) for model in self.models]
+        yield gauges(f"{OURS}ready", text, _MODEL, ready)
         text = "1 if the engine would be given a request now."
         up = [(each.labels, each.status.phase == "ready") for each in engines]
         yield gauges(f"{OURS}engine_ready", text, _ENGINE, up)
@@ -198,7 +215,7 @@ class Exposition(Collector):
         swapped += [((*each.labels, "in"), each.stats.blocks_swapped_in) for each in engines]
         yield counters(f"{OURS}swapped_blocks", text, (*_ENGINE, "direction"), swapped)
         text = "Requests that API servers work on."
-        yield gauges(f"{OURS}open_requests", text, _MODEL, [((self._model,), metrics.num_open)])
+        yield gauges(f"{OURS}open_requests", text, _MODEL, [((name,), n) for name, n in metrics.num_open.items()])
         text = "Seconds that a phase of the engine's start took."
         seconds = self._own.startup_seconds.items()
         yield gauges(f"{OURS}startup_phase_seconds", text, ("phase", "engine"), seconds)
@@ -208,11 +225,22 @@ class Exposition(Collector):
         text = "Times that a file was read again while the server ran."
         yield counters(f"{OURS}reloads", text, ("file", "outcome"), metrics.num_reloads.items())
 
+    def _refused(self, engines: list[OfEngine]) -> Counter[str]:
+        """By model: where too many wait, which engine would have had a request is chance."""
+        found = Counter({model.name: 0 for model in self.models})
+        for each in engines:
+            found[each.labels[0]] += each.counts.admission_rejections
+        return found
+
     def _gauge(self, name: str, text: str, rows: _Rows) -> Metric:
         return gauges(self._prefix + name, text, _ENGINE, rows)
 
     def _counter(self, name: str, text: str, rows: _Rows) -> Metric:
         return counters(self._prefix + name, text, _ENGINE, rows)
+
+
+def sleep_state(status: Status) -> str:
+    return "discard_all" if status.phase in ("unloaded", "failed") else "awake"
 
 
 def usage(stats: EngineStats) -> float:

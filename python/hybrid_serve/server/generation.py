@@ -109,7 +109,8 @@ class Generation:
                 raise EngineDead("the stream ended before its choices")
         except (EngineRejected, EngineDead) as error:
             unfinished = "error"
-            metrics.admission_rejections += isinstance(error, EngineRejected) and error.code == "overloaded"
+            is_refused = isinstance(error, EngineRejected) and error.code == "overloaded"
+            metrics.of(self.choices[0].engine).admission_rejections += is_refused
             raise
         finally:
             metrics.ended(self.arrived, self.choices, self.n, unfinished)

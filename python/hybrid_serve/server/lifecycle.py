@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from ..client import EngineClient
+from ..wire import Status
 from .errors import ApiError
 
 # Nobody need be refused for long: these end by themselves.
@@ -27,11 +28,16 @@ class Lifecycle:
         self._cut: asyncio.Future[None] | None = None
         self._idle: asyncio.Event | None = None
 
+    @property
+    def status(self) -> Status:
+        """Of the engines together."""
+        return self._client.status
+
     def phase(self) -> str:
         """What ``/ready`` says: ``ready``, ``draining``, or the engine's phase while it is not ready."""
         if self.draining:
             return "draining"
-        phase = self._client.status.phase
+        phase = self.status.phase
         if phase == "ready" and not (self.text_is_loaded and self._client.facts):
             return "starting"
         return phase
@@ -47,7 +53,7 @@ class Lifecycle:
             raise ApiError("engine_dead", "The engine is not running.")
         if phase in ("restarting", "not_responding"):
             raise ApiError("engine_restarting", "The engine is being restarted. Try again shortly.")
-        status = self._client.status
+        status = self.status
         percent = f" ({status.progress:.0%})" if status.progress else ""
         raise ApiError("model_loading", f"The model is still loading: {phase.replace('_', ' ')}{percent}.")
 

@@ -123,9 +123,9 @@ class HttpCounts:
         pair[1] += size
 
 
-# Fields of RequestCounts and of Metrics that are one number.
-_ENGINE_NUMBERS = ("prompt_tokens", "cached_tokens", "generation_tokens", "num_replayed", "num_quarantined")
-_NUMBERS = ("admission_rejections", "num_open")
+# Fields of RequestCounts that are one number.
+_LOST = ("num_replayed", "num_quarantined")
+_ENGINE_NUMBERS = ("prompt_tokens", "cached_tokens", "generation_tokens", "admission_rejections", *_LOST)
 
 
 class RequestCounts:
@@ -133,6 +133,7 @@ class RequestCounts:
 
     def __init__(self) -> None:
         self.prompt_tokens = self.cached_tokens = self.generation_tokens = 0
+        self.admission_rejections = 0
         self.num_replayed = self.num_quarantined = 0  # that were open when this engine died
         self.finished = {"stop": 0, "length": 0, "abort": 0, "error": 0}
         self.histograms = {name: Histogram(bounds) for name, (bounds, _) in REQUEST_HISTOGRAMS.items()}
@@ -197,12 +198,11 @@ class Metrics:
 
     def __init__(self) -> None:
         self.by_engine: dict[int, RequestCounts] = {}
-        self.admission_rejections = 0
         self.http = HttpCounts()
         self.by_key: dict[str, Counter[str]] = {}  # name of a key -> requests, tokens, refused
         self.startup_seconds: dict[tuple[str, str], float] = {}  # (phase, engine) ->
         self.num_reloads: Counter[tuple[str, str]] = Counter()  # (what, "ok" or "refused")
-        self.num_open = 0  # requests of this moment, as far as other API servers are to know
+        self.num_open: Counter[str] = Counter()  # by model: requests of this moment, as others are to know
 
     def of(self, engine: int) -> RequestCounts:
         """Of the engine with that index."""
@@ -241,7 +241,7 @@ class Metrics:
 
     def flat(self) -> Flat:
         """Everything that adds up over API servers."""
-        found: dict[tuple[str, ...], list[float]] = {("number", name): [getattr(self, name)] for name in _NUMBERS}
+        found: dict[tuple[str, ...], list[float]] = {("open", name): [count] for name, count in self.num_open.items()}
         for engine, of_engine in self.by_engine.items():
             found |= {("engine", str(engine), *words): numbers for words, numbers in of_engine.flat().items()}
         found |= {("reloads", *words): [count] for words, count in self.num_reloads.items()}
@@ -253,8 +253,8 @@ class Metrics:
         """Adds what ``flat`` of another gave. Names that are not known here come from another version and are left."""
         for joined, numbers in flat.items():
             match joined.split(_JOINT):
-                case ["number", name] if name in _NUMBERS:
-                    setattr(self, name, getattr(self, name) + int(numbers[0]))
+                case ["open", name]:
+                    self.num_open[name] += int(numbers[0])
                 case ["engine", index, *words]:
                     self.of(int(index)).add(words, numbers)
                 case ["reloads", what, outcome]:

@@ -15,7 +15,7 @@ from .timeline import Timeline
 
 _REF = "#/components/schemas/{name}"
 _GET_ROUTES: tuple[tuple[str, str, type[msgspec.Struct] | None], ...] = (
-    ("/v1/models", "Names of the served model", ModelList),
+    ("/v1/models", "Names of the served models", ModelList),
     ("/v1/models/{id}", "One of these names", ModelCard),
     ("/v1/requests/{id}/timeline", "Where the time of a request went, by the id of its x-request-id", Timeline),
     ("/live", "The process answers", Alive),
@@ -24,6 +24,11 @@ _GET_ROUTES: tuple[tuple[str, str, type[msgspec.Struct] | None], ...] = (
     ("/version", "The server's version", Version),
     ("/metrics", "Prometheus text", None),
     ("/admin/config", "What of the configuration can be changed now", LiveConfig),
+)
+# Without a body.
+_ORDERS = (
+    ("/v1/models/{id}/load", "Load one of several models, answered when it is there"),
+    ("/v1/models/{id}/unload", "Let the requests of one of several models end and put it away, answered when it is"),
 )
 _PUBLIC = ("/live", "/ready", "/health")
 
@@ -54,6 +59,8 @@ def openapi(routes: Iterable[DescribedRoute]) -> dict[str, Any]:
     _, schemas = msgspec.json.schema_components(structs, ref_template=_REF)
     paths = {route.path: {"post": _post(route)} for route in routes}
     paths |= {path: {"get": _get(path, summary, struct)} for path, summary, struct in _GET_ROUTES}
+    for path, summary in _ORDERS:
+        paths[path] = {"post": {**_get(path, summary, ModelCard), "operationId": path.rpartition("/")[2] + "_model"}}
     paths["/admin/config"]["patch"] = _patch("Change some of it; all or nothing", ConfigChanges, LiveConfig)
     return {
         "openapi": "3.1.0",

@@ -13,12 +13,15 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar, cast
 
+import msgspec
 import uvicorn
 import uvloop
 
 from ..checkpoint.hub import resolve
 from ..client.engine_client import ZmqEngineClient
+from ..client.models_client import ModelsClient
 from ..config import Config
+from ..served import ServedModel
 from ..shared_memory import SharedMemory
 from ..text.loading import load_chat_template, load_tokenizer, locate_tokenizer
 from .accept import FairAcceptor
@@ -26,6 +29,7 @@ from .app import create_app
 from .connection import SPARE_CONNECTIONS, BoundedProtocol
 from .context import ServerContext, TextModel
 from .file_watch import Watched, watch
+from .several import Models
 from .shared_counts import SharedCounts, publish
 from .tls import Certificate, certificate
 from .tracing import tracing
@@ -113,11 +117,18 @@ def main(
     control_address: str,
     data_addresses: Sequence[tuple[int, str]],
     launch: int,
+    models: Sequence[dict[str, Any]] = (),
 ) -> None:
-    """Returns when the server was told to shut down and has. Raises ``StartupError``."""
-    client = ZmqEngineClient(config, api_index, control_address, data_addresses, launch=launch)
-    memory = SharedMemory(shared_fd, config.server.api_server_count)
-    uvloop.run(_serve(config, client, api_index, socket.socket(fileno=listen_fd), memory))
+    """Returns when the server was told to shut down and has. ``models``: each a ``ServedModel``, where there are
+    several. Raises ``StartupError``."""
+    listener, memory = socket.socket(fileno=listen_fd), SharedMemory(shared_fd, config.server.api_server_count)
+    if models:
+        served = msgspec.convert(models, list[ServedModel])
+        client = ModelsClient(config, api_index, control_address, served, launch=launch)
+        uvloop.run(_serve_several(config, client, served, api_index, listener, memory))
+    else:
+        only = ZmqEngineClient(config, api_index, control_address, data_addresses, launch=launch)
+        uvloop.run(_serve_one(config, only, api_index, listener, memory))
 
 
 def raise_file_limit() -> int:
@@ -129,12 +140,41 @@ def raise_file_limit() -> int:
     return max(1, most - OWN_FILES)
 
 
-async def _serve(
+async def _serve_one(
     config: Config, client: ZmqEngineClient, api_index: int, listener: socket.socket, memory: SharedMemory
 ) -> None:
     context = ServerContext(config, client, api_index, memory)
-    counts = SharedCounts(memory.counts, api_index)
     context.tracing = tracing(config.server)
+    client.on_status, client.group.on_replay = context.status_changed, context.metrics.replayed
+    await _serve(context, client, listener, memory, lambda: _in_daemon_thread(lambda: load_text_model(config)))
+
+
+async def _serve_several(
+    config: Config,
+    client: ModelsClient,
+    models: Sequence[ServedModel],
+    api_index: int,
+    listener: socket.socket,
+    memory: SharedMemory,
+) -> None:
+    context = ServerContext(config, client.models[models[0].name], api_index, memory)
+    context.tracing = tracing(config.server)
+    gates = Models(context, client, models, lambda config: _in_daemon_thread(lambda: load_text_model(config)))
+    client.on_status = gates.status_changed
+    for each in client.models.values():
+        each.group.on_replay = context.metrics.replayed
+    await _serve(context, client, listener, memory, asyncio.get_running_loop().create_future)
+
+
+async def _serve(
+    context: ServerContext,
+    client: ZmqEngineClient | ModelsClient,
+    listener: socket.socket,
+    memory: SharedMemory,
+    load: Callable[[], asyncio.Future[TextModel]],
+) -> None:
+    """``load``: begins with what is to be there from the start."""
+    config, counts = context.config, SharedCounts(memory.counts, context.api_index)
     certified = certificate(config.server)
     server = http_server(context, certified, counts)
     BoundedProtocol.max_connections = raise_file_limit()
@@ -142,11 +182,10 @@ async def _serve(
     client.on_shutdown = stopping.begin
     context.metrics.add(counts.own())
     context.exposition.others = counts.others
-    client.on_status, client.group.on_replay = context.status_changed, context.metrics.replayed
     client.start()
     context.take_news()
     serving = asyncio.ensure_future(server.serve(sockets=[listener]))
-    loading = _in_daemon_thread(lambda: load_text_model(config))
+    loading = load()
     watching = asyncio.ensure_future(watch(watched_files(context, certified), context.metrics.num_reloads))
     publishing = asyncio.ensure_future(publish(counts, context))
     try:

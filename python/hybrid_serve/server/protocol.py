@@ -29,10 +29,15 @@ class StreamOptions(Struct):
     continuous_usage_stats: bool | None = False
 
 
-class SamplingRequest(Struct, kw_only=True):
-    """What chat and completion requests have in common. ``null`` is the default everywhere."""
+class ModelRequest(Struct, kw_only=True):
+    """What every request of a model has. ``null`` is the default everywhere."""
 
     model: str | None = None
+
+
+class SamplingRequest(ModelRequest, kw_only=True):
+    """What chat and completion requests have in common."""
+
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None = 1
@@ -112,10 +117,9 @@ class CompletionRequest(SamplingRequest, kw_only=True):
     add_special_tokens: bool | None = True
 
 
-class TokenizeRequest(Struct, kw_only=True):
+class TokenizeRequest(ModelRequest, kw_only=True):
     """A text, or a conversation as chat completions would feed it."""
 
-    model: str | None = None
     prompt: str | None = None
     messages: Messages | None = None
     add_generation_prompt: bool | None = None
@@ -125,9 +129,8 @@ class TokenizeRequest(Struct, kw_only=True):
     return_token_strs: bool | None = False
 
 
-class DetokenizeRequest(Struct, kw_only=True):
+class DetokenizeRequest(ModelRequest, kw_only=True):
     tokens: list[TokenId]
-    model: str | None = None
 
 
 _NONE: tuple[Any, ...] = (None,)

@@ -84,10 +84,10 @@ async def publish(shared: SharedCounts, context: ServerContext) -> None:
     metrics = context.metrics
     try:
         while True:
-            metrics.num_open = context.lifecycle.num_open
+            metrics.num_open = context.num_open()
             shared.write(metrics.flat())
             context.take_news()
             await asyncio.sleep(INTERVAL)
     finally:
-        metrics.num_open = 0
+        metrics.num_open.clear()
         shared.write(metrics.flat())

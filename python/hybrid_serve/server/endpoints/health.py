@@ -15,8 +15,8 @@ def live() -> Alive:
 def ready(context: ServerContext) -> tuple[int, Ready]:
     """The HTTP status and what the server is doing: 200 only if a request would be taken now."""
     phase = context.lifecycle.phase()
-    status = context.client.status
-    engines = {str(engine.index): engine.status.phase for engine in context.client.engines}
+    status = context.lifecycle.status
+    engines = {str(engine.index): engine.status.phase for engine in context.engines}
     ready = Ready(phase, status.progress, status.message, status.seconds, engines)
     return (200 if phase == "ready" else 503), ready
 
