@@ -14,6 +14,8 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from .ranges import RANGES
+
 
 @dataclass(frozen=True)
 class Option:
@@ -155,6 +157,21 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True)
+class RoutingConfig:
+    """Several models behind one address."""
+
+    models: Annotated[
+        str, Option("YAML file of several models, instead of MODEL; a request names one", "FILE", common=True)
+    ] = ""
+    max_loaded_models: Annotated[
+        int, Option("of them in memory at once; the one unused for longest makes room for another; 0: any number")
+    ] = 1
+    max_loaded_bytes: Annotated[
+        int, Option("that they may take together, by the memory that the file gives each; 0: any number", "SIZE")
+    ] = 0
+
+
+@dataclass(frozen=True)
 class ServerConfig:
     """The HTTP side."""
 
@@ -254,6 +271,7 @@ class Config:
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    routing: RoutingConfig = field(default_factory=RoutingConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
     supervision: SupervisionConfig = field(default_factory=SupervisionConfig)
 
@@ -275,37 +293,6 @@ class Config:
 
 
 MAX_NUM_SEQS = 256  # where nothing is said and memory allows it
-_INT32_MAX = 2**31 - 1  # counts and lengths are int32 in the core
-# Of every number: least and largest value. JSON, YAML and flags bring the type, this brings the sense.
-_RANGES: dict[str, tuple[float, float]] = {
-    "max_model_len": (0, _INT32_MAX),
-    "seed": (-1, 2**63 - 1),
-    "num_gpu_blocks_override": (0, _INT32_MAX),
-    "kv_cache_memory_bytes": (0, 2**63 - 1),
-    "gpu_memory_utilization": (0.05, 1),
-    "swap_space": (0, 2**20),
-    "max_num_seqs": (0, _INT32_MAX),
-    "max_num_batched_tokens": (0, _INT32_MAX),
-    "max_num_queued_reqs": (0, _INT32_MAX),
-    "cpu_threads": (0, 4096),
-    "data_parallel_size": (1, 128),
-    "data_parallel_size_local": (-1, 128),
-    "data_parallel_start_rank": (0, 127),
-    "data_parallel_rank": (-1, 127),
-    "data_parallel_rpc_port": (1, 65535),
-    "port": (0, 65535),
-    "api_server_count": (1, 4096),
-    "ssl_cert_reqs": (0, 2),
-    "max_log_len": (0, _INT32_MAX),
-    "max_request_bytes": (1024, 2**40),
-    "max_logprobs": (0, _INT32_MAX),
-    "sse_keep_alive_interval": (0, 86400),
-    "shutdown_timeout": (0, 86400),
-    "max_restarts": (0, _INT32_MAX),
-    "restart_delay": (0, 86400),
-    "engine_heartbeat_timeout": (1, 86400),
-    "engine_iteration_timeout": (1, 86400),
-}
 
 
 def problems(config: Config) -> list[tuple[str, str]]:
@@ -316,14 +303,15 @@ def problems(config: Config) -> list[tuple[str, str]]:
     found: list[tuple[str, str]] = []
     for group in fields(config):
         for name, value in vars(getattr(config, group.name)).items():
-            low, high = _RANGES.get(name, (value, value))
+            low, high = RANGES.get(name, (value, value))
             # Written so that NaN, which compares false with everything, is outside.
             if not isinstance(value, bool) and not low <= value <= high:
                 found.append((name, f"is {value}, must be {low} to {high}"))
             texts = value if isinstance(value, tuple) else (value,)
             if any(isinstance(text, str) and name != "chat_template" and not text.isprintable() for text in texts):
                 found.append((name, "has a control character or a line break in it"))
-    return found + _model_and_cache_problems(config) + _parallel_problems(config) + _server_problems(config.server)
+    found += _model_and_cache_problems(config) + _parallel_problems(config) + _routing_problems(config)
+    return found + _server_problems(config.server)
 
 
 def _model_and_cache_problems(config: Config) -> list[tuple[str, str]]:
@@ -364,6 +352,19 @@ def _parallel_problems(config: Config) -> list[tuple[str, str]]:
         found.append(("data_parallel_backend", "is ray, which places all engines: no headless, _lb, rank, size_local"))
     if not parallel.data_parallel_address:
         found.append(("data_parallel_address", "is empty, use 127.0.0.1 for this machine only"))
+    return found
+
+
+def _routing_problems(config: Config) -> list[tuple[str, str]]:
+    routing, model, parallel = config.routing, config.model, config.parallel
+    if not routing.models:
+        return [] if routing == RoutingConfig() else [("models", "is needed with a limit for loaded models")]
+    found: list[tuple[str, str]] = []
+    if model.model or model.served_model_name:
+        found.append(("models", "names all models, as clients do: no MODEL and no served_model_name beside it"))
+    set_ones = {name for name, value in vars(parallel).items() if value != getattr(ParallelConfig(), name)}
+    for name in sorted(set_ones - {"data_parallel_size", "data_parallel_prefix_affinity"}):
+        found.append((name, "is not for a server of several models, whose engines are all on its machine"))
     return found
 
 

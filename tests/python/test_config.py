@@ -8,10 +8,10 @@ from typing import Any, get_type_hints
 
 import pytest
 
-from hybrid_serve import config as config_module
 from hybrid_serve.cli.options import parse
 from hybrid_serve.cli.settings import ENV_PREFIX, NOT_SUPPORTED, Setting, settings
 from hybrid_serve.config import Config, ModelConfig, ParallelConfig, ServerConfig, is_loopback, problems, validate
+from hybrid_serve.ranges import RANGES
 
 SETTINGS = settings()
 EVERY_SETTING = pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.name)
@@ -38,6 +38,8 @@ BESIDE = {
     "data_parallel_rank": {"data_parallel_size": "2"},
     "data_parallel_external_lb": {"data_parallel_rank": "0"},
     "headless": {"data_parallel_key_file": "keys"},
+    "max_loaded_models": {"models": "models.yaml"},
+    "max_loaded_bytes": {"models": "models.yaml"},
 }  # fmt: skip
 
 
@@ -136,12 +138,12 @@ def test_a_flag_beats_the_environment_and_that_the_file(setting: Setting, tmp_pa
 
 def test_every_number_has_a_range() -> None:
     numbers = {setting.name for setting in SETTINGS if setting.type in (int, float)}
-    assert numbers - {"block_size"} == set(config_module._RANGES)
+    assert numbers - {"block_size"} == set(RANGES)
 
 
 @pytest.mark.parametrize("bound", [0, 1])
 def test_both_ends_of_every_range_are_held(bound: int) -> None:
-    for name, ends in config_module._RANGES.items():
+    for name, ends in RANGES.items():
         group = next(setting.group for setting in SETTINGS if setting.name == name)
         beyond = ends[bound] + (-1, 1)[bound]
         for value, is_good in ((ends[bound], True), (beyond, False)):

@@ -6,7 +6,7 @@ type, as it does for flags. Nothing is constructed from YAML tags, and nesting i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import yaml
 
@@ -21,30 +21,36 @@ _TEXT_TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "b
 def read(path: str, known: Mapping[str, Setting]) -> dict[str, Given]:
     """Option name -> what the file says. Raises UsageError for what is no such file, for an unknown or repeated key and
     for a value that is neither a scalar nor a list of scalars."""
-    root = _compose(path)
-    if root is None:
-        return {}
+    root = compose(path, "--config")
+    return {} if root is None else of_mapping(path, root, known, lambda name: refusal(name, known))
+
+
+def of_mapping(
+    path: str, root: yaml.Node, known: Mapping[str, Setting], refuse: Callable[[str], str]
+) -> dict[str, Given]:
+    """The same of a part of a file. ``refuse``: what to say of a key that is not known."""
     if not isinstance(root, yaml.MappingNode):
-        raise UsageError(f"{path}:{_line(root)}: must be a mapping of options, such as `port: 8000`")
+        raise UsageError(f"{path}:{line_of(root)}: must be a mapping of options, such as `port: 8000`")
     given: dict[str, Given] = {}
     for key, value in root.value:
-        name, where = _name(path, key), f"{path}:{_line(key)}"
+        name, where = _name(path, key), f"{path}:{line_of(key)}"
         if name in given:
             raise UsageError(f"{where}: {name} is set twice, first at {given[name].origin}")
         if name not in known:
-            raise UsageError(f"{where}: {refusal(name, known)}")
+            raise UsageError(f"{where}: {refuse(name)}")
         given[name] = Given(where, _texts(where, name, value, known[name].is_tuple))
     return given
 
 
-def _compose(path: str) -> yaml.Node | None:
+def compose(path: str, flag: str) -> yaml.Node | None:
+    """The file's tree, without a value made of it; None: it is empty. ``flag``: that named it. Raises UsageError."""
     try:
         with open(path, "rb") as file:
             data = file.read(MAX_BYTES + 1)
     except OSError as error:
-        raise UsageError(f"--config {path}: {error.strerror}") from None
+        raise UsageError(f"{flag} {path}: {error.strerror}") from None
     if len(data) > MAX_BYTES:
-        raise UsageError(f"--config {path}: larger than {MAX_BYTES} bytes")
+        raise UsageError(f"{flag} {path}: larger than {MAX_BYTES} bytes")
     try:
         return yaml.compose(data, Loader=yaml.SafeLoader)
     except RecursionError:
@@ -58,7 +64,7 @@ def _compose(path: str) -> yaml.Node | None:
 
 def _name(path: str, key: yaml.Node) -> str:
     if not isinstance(key, yaml.ScalarNode):
-        raise UsageError(f"{path}:{_line(key)}: a key must be the name of an option")
+        raise UsageError(f"{path}:{line_of(key)}: a key must be the name of an option")
     return str(key.value).replace("-", "_")
 
 
@@ -76,5 +82,5 @@ def _texts(where: str, name: str, value: yaml.Node, is_tuple: bool) -> list[str]
     return [str(item.value) for item in items]
 
 
-def _line(node: yaml.Node) -> int:
+def line_of(node: yaml.Node) -> int:
     return int(node.start_mark.line) + 1

@@ -41,7 +41,7 @@ def fit(argv: list[str]) -> int:
     )
     parser.add_argument("--json", action="store_true", help="as one JSON object")
     arguments, rest = parser.parse_known_args(dashed(argv))
-    config = options.parse(rest, os.environ).config
+    config = options.for_one_model(options.parse(rest, os.environ).config)
     free = memory.free_bytes() if arguments.memory is None else _size(arguments.memory)
     try:
         config = replace(config, model=demo.unless_named(config.model))

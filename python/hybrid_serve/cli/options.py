@@ -56,12 +56,19 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> Options:
     if model is not None:
         given["model"] = Given("MODEL", [model])
     # Only what wins is converted: a flag must be able to overrule a variable that holds nonsense.
-    values = {name: _convert(known[name], *given[name]) for name in given}
+    values = {name: convert(known[name], *given[name]) for name in given}
     config = _build(known, values)
     if wrong := problems(config):
         unset = {name: Given(known[name].flag, []) for name, _ in wrong}
         raise UsageError(*(f"{given.get(name, unset[name]).place(name)} {text}" for name, text in wrong))
     return Options(config, {name: origin for name, (origin, _) in given.items()})
+
+
+def for_one_model(config: Config) -> Config:
+    """The configuration itself, of a command that several models mean nothing to. Raises UsageError."""
+    if config.routing.models:
+        raise UsageError("--models: is for serve; this command takes one MODEL")
+    return config
 
 
 def stray_variables(environ: Mapping[str, str]) -> list[str]:
@@ -141,7 +148,8 @@ def _from_environment(known: Mapping[str, Setting], environ: Mapping[str, str]) 
     return found
 
 
-def _convert(setting: Setting, origin: str, texts: list[str]) -> Any:
+def convert(setting: Setting, origin: str, texts: list[str]) -> Any:
+    """What somebody wrote as the option's value. Raises UsageError."""
     try:
         if setting.is_tuple:
             return tuple(setting.value(text) for text in texts)

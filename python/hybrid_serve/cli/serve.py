@@ -24,11 +24,16 @@ def serve(argv: list[str]) -> int:
         return 0
     chosen = options.parse(argv, os.environ)
     try:
-        config = replace(chosen.config, model=demo.unless_named(chosen.config.model))
+        config = _with_model(chosen.config)
         log_lines.configure(config.server.log_level, "serve", config.server.secrets, form=config.server.log_format)
         log.info("%s", chosen.summary())
         for line in options.stray_variables(os.environ):
             log.warning("%s", line)
+        if config.routing.models:
+            from ..launch import several
+            from .models_file import read_models  # only here: most starts need no YAML
+
+            return several.serve(config, read_models(config), read=lambda: _read_again(argv))
         from ..launch import headless, supervisor
 
         if config.parallel.headless:
@@ -48,7 +53,11 @@ def _read_again(argv: list[str]) -> Config:
         config = options.parse(argv, os.environ).config
     except UsageError as error:
         raise ValueError("; ".join(error.lines)) from error
-    return replace(config, model=demo.unless_named(config.model))
+    return _with_model(config)
+
+
+def _with_model(config: Config) -> Config:
+    return config if config.routing.models else replace(config, model=demo.unless_named(config.model))
 
 
 def _help_wanted(argv: list[str]) -> list[str | None]:

@@ -6,7 +6,6 @@ import logging
 import secrets
 import socket
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from ..errors import StartupError
 from ..sockets import connect_dealer, readable, tcp_address
 from ..wire import PROTOCOL_VERSION, Empty, Hello, Kind, StartupFailure, Status, Welcome, pack, unpack
 from .engines import close_all, make_heartbeats
+from .nodes import Neighbours
 from .plan import Joined, plan
 from .report import PlainReporter, Reporter
 from .run_directory import RunDirectory
@@ -60,14 +60,13 @@ def main(config: Config, *, control_address: str, **plan_options: Any) -> None:
     serve(config, **plan_options)
 
 
-class Head:
+class Head(Neighbours):
     """The head, as a node's supervisor sees it: one connection, over which it says what its engines do. Knows no
     request and no API server: these connect to the engines."""
 
     def __init__(self, config: Config, keys: Keys) -> None:
+        super().__init__()
         parallel = config.parallel
-        self.on_status: Callable[[Status], None] = lambda status: None
-        self.on_end: Callable[[StartupFailure | None], None] = lambda failure: None
         self._ranks, self._digest = parallel.local_ranks, config.engine_digest()
         self._limit = config.supervision.engine_heartbeat_timeout
         self._host, self._port = parallel.data_parallel_address.strip("[]"), parallel.data_parallel_rpc_port
@@ -130,10 +129,8 @@ class Head:
             probe.connect(address)  # sends nothing
             return str(probe.getsockname()[0])
 
-    @property
-    def statuses(self) -> list[Status]:
-        """Of engines there: not our concern."""
-        return []
+    def register(self, poller: zmq.Poller) -> None:
+        poller.register(self.socket, zmq.POLLIN)
 
     def take_messages(self) -> None:
         while readable(self.socket):
@@ -160,9 +157,6 @@ class Head:
     def publish(self, status: Status) -> None:
         self._last[status.engine] = status
         self._send(pack(Kind.STATUS, status))
-
-    def given_up(self, status: Status) -> None:
-        """There is nobody here who would."""
 
     def leave(self) -> None:
         self._send(pack(Kind.LEAVE, Empty()))

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 import zmq
@@ -23,57 +23,46 @@ from .listener import port_holder
 log = logging.getLogger(__name__)
 
 
-class Neighbours(Protocol):
-    """The other machines of a deployment, as the supervisor of one sees them."""
+class Neighbours:
+    """Engines that others start, on other machines or of several models, as a supervisor sees them: here none."""
 
-    on_status: Callable[[Status], None]  # of an engine there
-    on_end: Callable[[StartupFailure | None], None]  # this machine shall end, in order or by that failure
-
-    @property
-    def socket(self) -> zmq.Socket[bytes] | None:
-        """To be polled."""
-        ...
+    def __init__(self) -> None:
+        self.on_status: Callable[[Status], None] = lambda status: None  # of an engine there
+        self.on_end: Callable[[StartupFailure | None], None] = lambda failure: None  # end, in order or by that failure
+        self.on_news: Callable[[list[Any]], None] = lambda message: None  # to be passed on to API servers
 
     @property
     def statuses(self) -> Sequence[Status]:
         """Of all engines there, also of those that are to come."""
-        ...
+        return ()
+
+    def register(self, poller: zmq.Poller) -> None:
+        """Whatever wakes the supervisor for ``take_messages``."""
 
     def take_messages(self) -> None: ...
     def look(self) -> None:
         """To be called several times in the time that a silence may last."""
-        ...
+
+    def greet(self, identity: bytes) -> list[list[Any]]:
+        """What an API server must be told that has just come."""
+        return []
+
+    def take(self, identity: bytes, kind: bytes, header: bytes) -> None:
+        """What an API server says of models. Raises ValueError for what is none."""
+        raise ValueError(f"kind {kind!r}")
 
     def publish(self, status: Status) -> None:
-        """News of an engine of this machine."""
-        ...
+        """News of an engine of this supervisor."""
 
     def given_up(self, status: Status) -> None:
         """An engine there died too often: nobody starts it again."""
-        ...
+
+    def record(self) -> None:
+        """Engines there shall keep a flight recording."""
 
     def leave(self) -> None:
-        """This machine ends."""
-        ...
+        """This supervisor ends."""
 
-    def close(self) -> None: ...
-
-
-class Alone:
-    """No other machine."""
-
-    socket = None
-    statuses: tuple[Status, ...] = ()
-
-    def __init__(self) -> None:
-        self.on_status: Callable[[Status], None] = lambda status: None
-        self.on_end: Callable[[StartupFailure | None], None] = lambda failure: None
-
-    def take_messages(self) -> None: ...
-    def look(self) -> None: ...
-    def publish(self, status: Status) -> None: ...
-    def given_up(self, status: Status) -> None: ...
-    def leave(self) -> None: ...
     def close(self) -> None: ...
 
 
@@ -85,15 +74,14 @@ class Node:
     base: dict[int, int] = field(default_factory=dict)  # restarts of a rank before this node had it
 
 
-class Nodes:
+class Nodes(Neighbours):
     """Lets nodes join that have our key, version and options, says whom they are to serve, and notices when one is
     gone. Knows their engines' states; not API servers, not requests, which go to the engines themselves."""
 
     def __init__(self, config: Config) -> None:
         """Listens. Raises StartupError for a bad key file or an address that cannot be had."""
+        super().__init__()
         parallel = config.parallel
-        self.on_status: Callable[[Status], None] = lambda status: None
-        self.on_end: Callable[[StartupFailure | None], None] = lambda failure: None
         self._digest, self._ranks = config.engine_digest(), parallel.remote_ranks
         self._welcome = pack(Kind.WELCOME, Welcome(config.server.api_server_count))
         self._limit = config.supervision.engine_heartbeat_timeout
@@ -116,6 +104,9 @@ class Nodes:
     def statuses(self) -> list[Status]:
         return list(self._statuses.values())
 
+    def register(self, poller: zmq.Poller) -> None:
+        poller.register(self.socket, zmq.POLLIN)
+
     def take_messages(self) -> None:
         while readable(self.socket):
             frames = self.socket.recv_multipart()
@@ -134,9 +125,6 @@ class Nodes:
                 self._lost(identity, why)
             elif not self._send(identity, pack(Kind.PULSE, Empty())):
                 self._lost(identity, "its connection ended")
-
-    def publish(self, status: Status) -> None:
-        """Nobody there needs to know."""
 
     def given_up(self, status: Status) -> None:
         before = self._statuses[status.engine]

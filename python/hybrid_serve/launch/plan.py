@@ -23,7 +23,8 @@ VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
 class ProcessSpec(msgspec.Struct, frozen=True, kw_only=True):
     """One child. Its entry point is called as ``entry(config, **arguments)``; all of it crosses as JSON."""
 
-    role: str  # "engine", "api"; "ray" starts engines elsewhere, "node" is one of theirs there
+    # "engine", "api"; "model" keeps the engines of one of several; "ray" starts engines elsewhere, "node" is one there
+    role: str
     index: int
     entry: str  # "module:function"
     arguments: dict[str, Any]
@@ -52,9 +53,9 @@ class Front(NamedTuple):
 
 
 class Joined(NamedTuple):
-    """What headless engines are told by the head that they join."""
+    """What engines without API servers of their own are told by whom they are for."""
 
-    host: str  # the address of this machine that the head can reach
+    host: str  # the address of this machine that the head can reach; empty: it is this machine's
     num_api_servers: int
 
 
@@ -74,11 +75,13 @@ def plan(
     engine. ``load``: what the engine computes with, an ``engine.executor.Load``; ``lockstep``: its replicas must step
     together; ``num_cores``: that each engine may use, 0: an equal share of those that there are."""
     control, parallel = control_address(directory), config.parallel
-    ranks, is_joined = parallel.local_ranks, isinstance(place, Joined)
-    addresses = {rank: f"ipc://{directory}/engine-{rank}" for rank in ranks}
+    ranks, is_away = parallel.local_ranks, isinstance(place, Joined) and bool(place.host)
+    addresses = {rank: data_address(directory, rank) for rank in ranks}
     num_clients = config.server.api_server_count
     if isinstance(place, Joined):
-        addresses, num_clients = dict.fromkeys(ranks, tcp_address(place.host, "*")), place.num_api_servers
+        num_clients = place.num_api_servers
+        if place.host:
+            addresses = dict.fromkeys(ranks, tcp_address(place.host, "*"))
     engines = [
         ProcessSpec(
             role="engine",
@@ -89,7 +92,7 @@ def plan(
                 "num_clients": num_clients,
                 "control_address": control,
                 "data_address": addresses[index],
-                "key_file": parallel.data_parallel_key_file if is_joined else "",
+                "key_file": parallel.data_parallel_key_file if is_away else "",
                 "load": load,
                 "heartbeat_fd": heartbeat_fd,
                 "stacks_path": str(stacks_path(directory, index)),
@@ -109,23 +112,30 @@ def plan(
         environment = {} if parallel.insecure_ray else {"RAY_AUTH_MODE": "token"}
         arguments = {"control_address": control, "load": load}
         starters = [ProcessSpec(role="ray", index=0, entry=RAY_ENTRY, arguments=arguments, environment=environment)]
-    servers = [
+    listed = {"data_addresses": [[rank, address] for rank, address in sorted(addresses.items())]}
+    return [*engines, *starters, *api_servers(config, directory, place, listed, api_entry)]
+
+
+def api_servers(
+    config: Config, directory: Path, front: Front, arguments: dict[str, Any], entry: str = API_ENTRY
+) -> list[ProcessSpec]:
+    """``arguments``: which engines there are."""
+    return [
         ProcessSpec(
             role="api",
             index=index,
-            entry=api_entry,
+            entry=entry,
             arguments={
                 "api_index": index,
-                **place._asdict(),
-                "control_address": control,
-                "data_addresses": [[rank, address] for rank, address in sorted(addresses.items())],
+                **front._asdict(),
+                "control_address": control_address(directory),
+                **arguments,
                 "launch": 0,
             },
-            inherited_fds=(*place,),
+            inherited_fds=(*front,),
         )
         for index in range(config.server.api_server_count)
     ]
-    return [*engines, *starters, *servers]
 
 
 def lockstep_arguments(directory: Path, ranks: range, index: int) -> dict[str, Any]:
@@ -164,6 +174,11 @@ def device_of(place: int, num_engines: int, environment: Mapping[str, str]) -> d
 def stacks_path(directory: Path, index: int) -> Path:
     """Where an engine that hangs writes its stacks."""
     return directory / f"engine-{index}.stacks"
+
+
+def data_address(directory: Path, index: int) -> str:
+    """Of an engine of this machine."""
+    return f"ipc://{directory}/engine-{index}"
 
 
 def control_address(directory: Path) -> str:

@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol, TextIO
 
@@ -34,8 +35,10 @@ class Reporter(Protocol):
 class PlainReporter:
     """Lines of text; on a terminal also a share that is redrawn. Knows no process. Nobody need listen."""
 
-    def __init__(self, config: Config, stream: TextIO | None = None) -> None:
+    def __init__(self, config: Config, stream: TextIO | None = None, names: Sequence[str] = ()) -> None:
+        """``names``: of the models; none: those of the configuration's model."""
         self._config, self._stream = config, stream or sys.stdout
+        self._names = names or config.model.served_model_name or (config.model.model,)
         self._began = self._phase_began = time.monotonic()
         self._phase, self._url, self._is_share_drawn = "", "", False
         self._engine = -1  # of several, the one whose start is shown: all do the same
@@ -73,9 +76,8 @@ class PlainReporter:
         if self._config.parallel.headless:
             self._print(f"ready in {self._seconds(self._began)}, as engines {list(ranks)} of the head at {self._url}.")
             return
-        names = self._config.model.served_model_name or (self._config.model.model,)
         access = "with an API key" if server.asks_for_keys else "no key needed"
-        self._print(f"  API      {self._url}/v1   model name: {', '.join(names)}")
+        self._print(f"  API      {self._url}/v1   model name: {', '.join(self._names)}")
         self._print(f"  Health   {self._url}/ready   Metrics {self._url}/metrics   ({access})")
         self._print(f"ready in {self._seconds(self._began)}. Ctrl-C = finish running requests, twice = stop now.")
 

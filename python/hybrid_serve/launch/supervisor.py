@@ -22,7 +22,7 @@ from . import listener, ray
 from .engines import WatchedEngine, close_all, keep_recordings, make_heartbeats
 from .handshake import device_refusal, refusal
 from .local import Child, death, start
-from .nodes import Alone, Neighbours, Nodes
+from .nodes import Neighbours, Nodes
 from .plan import Front, ProcessSpec, again, control_address, plan
 from .reload import Reload
 from .report import PlainReporter, Reporter
@@ -37,6 +37,7 @@ ENGINE_FAILED = 20
 LAST_WORDS = 0.3  # seconds a dead child's report may still be on its way
 LOOK_SECONDS = 1.0  # at most, between two looks at engines and other machines
 GRACE = 2.0  # seconds beyond the time a child was given to end by itself
+SETTLED = ("ready", "unloaded", "failed")  # phases of engines that a start does not wait for
 DRAIN_GRACE = 5.0  # the same for a drain, whose last streams are cut and then still say so
 
 
@@ -65,7 +66,7 @@ def serve(
         if config.parallel.data_parallel_backend == "ray":
             config = ray.prepared(config, directory)
         heartbeat_fds = make_heartbeats(config)
-        nodes = Nodes(config) if config.parallel.remote_ranks else Alone()
+        nodes = Nodes(config) if config.parallel.remote_ranks else Neighbours()
         specs = plan(config, directory, Front(http.fileno(), shared_fd), heartbeat_fds, **plan_options)
         supervisor = Supervisor(config, directory, specs, reporter, nodes)
         supervisor.reload = Reload(config, read, LiveOptions(SharedMemory(shared_fd, config.server.api_server_count)))
@@ -85,7 +86,7 @@ class Supervisor:
     def __init__(
         self, config: Config, directory: Path, specs: list[ProcessSpec], reporter: Reporter, neighbours: Neighbours
     ) -> None:
-        """``neighbours``: other machines with engines of this server, or the one that these engines are for."""
+        """``neighbours``: those who start other engines of this server, or the one that these engines are for."""
         self.config, self.directory, self.specs, self.reporter = config, directory, specs, reporter
         self._neighbours = neighbours
         self.reload: Callable[[], None] | None = None  # SIGHUP while it serves
@@ -105,11 +106,11 @@ class Supervisor:
         self._control = bind_router(self._context, control_address(directory))
         self._poller = zmq.Poller()
         self._poller.register(self._control, zmq.POLLIN)
-        self._signals = Signals(lambda: keep_recordings(self.engines.values()))
+        self._signals = Signals(self._record)
         self._poller.register(self._signals.readable, zmq.POLLIN)
         neighbours.on_status, neighbours.on_end = self._take_news, self._told_to_end
-        if neighbours.socket is not None:
-            self._poller.register(neighbours.socket, zmq.POLLIN)
+        neighbours.on_news = lambda message: self._tell("api", message)
+        neighbours.register(self._poller)
 
     def run(self) -> int:
         """Returns the exit code when no child is left. Raises StartupError if that was not wanted."""
@@ -181,6 +182,8 @@ class Supervisor:
             self._take_status(self.engines[identity], unpack(header, Status))
         elif kind == Kind.STATUS and identity in self._greeted:
             self._neighbours.given_up(unpack(header, Status))
+        elif kind in (Kind.USE, Kind.ORDER) and identity in self._greeted:
+            self._neighbours.take(identity, kind, header)
         else:
             log.warning("control message of kind %r from %r dropped", kind, identity)
 
@@ -194,6 +197,8 @@ class Supervisor:
         if hello.role == "api":
             for status in self._statuses():
                 self._send(identity, pack(Kind.STATUS, status))
+            for message in self._neighbours.greet(identity):
+                self._send(identity, message)
             if self.phase is Phase.DRAINING:  # it was started before, and could not be told
                 self._send(identity, pack(Kind.SHUTDOWN, Empty()))
         self._check_ready()
@@ -227,17 +232,10 @@ class Supervisor:
 
     def _check_ready(self) -> None:
         everyone = {spec.identity for spec in self.specs}
-        is_ready = all(status.phase == "ready" for status in self._statuses())
+        is_ready = all(status.phase in SETTLED for status in self._statuses())
         if self.phase is Phase.STARTING and is_ready and self._greeted == everyone:
             self.phase = Phase.SERVING
             self.reporter.ready()
-
-    def _check_devices(self) -> None:
-        """Where there are fewer GPUs than engines, the others would run on the CPU unseen."""
-        devices = [engine.status.facts.device for engine in self.engines.values() if engine.status.facts]
-        if len({device.split()[0] for device in devices}) > 1:
-            why, fix = f"they run on {', '.join(devices)}", "--data-parallel-size of the number of GPUs at most"
-            self._fail(StartupFailure("HS-E025", "the engines do not have the same kind of device", why, fix, 2))
 
     def _tell(self, role: str, message: list[Any]) -> None:
         for child in self._running(role):
@@ -254,6 +252,10 @@ class Supervisor:
             log.debug("%r is gone", identity)  # its end is handled where its life ends
 
     # What ends, and starts again
+
+    def _record(self) -> None:
+        keep_recordings(self.engines.values())
+        self._neighbours.record()
 
     def _signalled(self, number: int) -> None:
         if number == Signals.RELOAD:

@@ -48,7 +48,7 @@ def run_batch(argv: list[str]) -> int:
     parser = _parser()
     arguments, rest = parser.parse_known_args(dashed(argv))
     chosen = options.parse(rest, os.environ)
-    config = _private(chosen.config, chosen.origins)
+    config = _private(options.for_one_model(chosen.config), chosen.origins)
     if config.parallel.headless:
         raise UsageError("--headless: a batch needs an API server")
     if not (arguments.input and arguments.output):

@@ -64,7 +64,7 @@ def _run(parser: Parser, argv: list[str], measure: Any) -> int:
         origin = chosen.origins.get(setting.name)
         if origin is None:
             continue
-        if setting.group in ("server", "parallel"):
+        if setting.group in ("server", "parallel", "routing"):
             if origin.startswith("--"):
                 raise UsageError(f"{origin}: there is no server in this measurement")
             continue

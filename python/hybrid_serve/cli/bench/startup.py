@@ -49,7 +49,7 @@ def startup(argv: list[str]) -> int:
     if "port" in chosen.origins and chosen.origins["port"].startswith("--"):
         raise UsageError("--port: a free one is taken")
     try:
-        files = resolve(demo.unless_named(chosen.config.model)).folder
+        files = resolve(demo.unless_named(options.for_one_model(chosen.config).model)).folder
         key = next(iter(chosen.config.server.secrets), "")
         found: dict[str, Any] = {}
         for name, repeats in (("cold", arguments.num_iters_cold), ("warm", arguments.num_iters_warm)):
