@@ -240,7 +240,7 @@ void row_cases(int64_t rows, int64_t dim) {
     return p;
   };
   const auto norm = [&](int64_t i) {
-    rms_norm({part(x, i, dim, dim), part(x, i, 0, dim), weight, part(residual, i, 0, dim), 1e-6f, false, stream});
+    rms_norm({part(x, i, dim, dim), part(x, i, 0, dim), weight, part(residual, i, 0, dim), {}, 1e-6f, false, stream});
   };
   const auto gate = [&](int64_t i) { silu_mul({part(x, i, 2 * dim, dim), part(x, i, 0, 2 * dim), stream}); };
   if (norms) report("add+rms_norm " + shape, time_of_launch(sets, norm), 6 * bytes, 0);

@@ -1,9 +1,9 @@
 // The linear layers of one decode step as a chain in one CUDA graph: what single kernels' times hide, the gaps between
 // them, is in it.
 //
-// A layer is norm, qkv, norm (in attention's place), output, norm, gate and up with silu_mul, down; then comes the
-// head. Every product has weights of its own. A line gives the time of a step, the median of 5 replays, and the share
-// of a device copy's bandwidth (read + written) at which the weights streamed.
+// A layer is add and norm with qkv, norm (in attention's place), output, add and norm with gate and up and silu_mul,
+// down; then comes the head. Every product has weights of its own. A line gives the time of a step, the median of 5
+// replays, and the share of a device copy's bandwidth (read + written) at which the weights streamed.
 //   bench_cuda_step [rows ...]
 #include <cstdlib>
 
@@ -52,6 +52,8 @@ void step(const Model& m, int64_t rows, BFloat16* weights, BFloat16* activations
   };
   const TensorView normed = activation(m.hidden), hidden = activation(m.hidden), qkv = activation(m.qkv),
                    gate_up = activation(2 * m.inner), product = activation(m.inner);
+  TensorView sums[] = {activation(2 * m.hidden), activation(2 * m.hidden)};  // as floats
+  for (TensorView& sum : sums) sum.dtype = DType::f32, sum.shape[1] = sum.strides[0] = m.hidden;
   TensorView attended = qkv;
   attended.shape[1] = m.hidden;  // the queries' columns
   const TensorView norm = tensor(weights, DType::bf16, {m.hidden});
@@ -60,18 +62,31 @@ void step(const Model& m, int64_t rows, BFloat16* weights, BFloat16* activations
     weights += packed_size(n, k);
     return tensor(data, DType::bf16, {packed_size(n, k)});
   };
+  const auto normed_linear = [&](const TensorView& out, const TensorView& scratch, int64_t n) {
+    norm_linear({out,
+                 hidden,
+                 norm,
+                 sums[0],
+                 sums[1],
+                 normed,
+                 weight(n, m.hidden),
+                 {},
+                 scratch,
+                 n,
+                 m.hidden,
+                 1e-6f,
+                 false,
+                 stream});
+    std::swap(sums[0], sums[1]);
+  };
   for (int64_t layer = 0; layer < m.layers; ++layer) {
-    rms_norm({normed, hidden, norm, {}, 1e-6f, false, stream});
-    linear({qkv, normed, weight(m.qkv, m.hidden), {}, m.qkv, m.hidden, stream});
-    rms_norm({normed, attended, norm, {}, 1e-6f, false, stream});
+    normed_linear(qkv, {}, m.qkv);
+    rms_norm({normed, attended, norm, {}, {}, 1e-6f, false, stream});
     linear({hidden, normed, weight(m.hidden, m.hidden), {}, m.hidden, m.hidden, stream});
-    rms_norm({normed, hidden, norm, {}, 1e-6f, false, stream});
-    linear_silu_mul({product, normed, weight(2 * m.inner, m.hidden), {}, gate_up, m.hidden, stream});
+    normed_linear(product, gate_up, 2 * m.inner);
     linear({hidden, product, weight(m.hidden, m.inner), {}, m.hidden, m.inner, stream});
   }
-  rms_norm({normed, hidden, norm, {}, 1e-6f, false, stream});
-  linear(
-      {tensor(logits, DType::f32, {rows, m.vocab}), normed, weight(m.vocab, m.hidden), {}, m.vocab, m.hidden, stream});
+  normed_linear(tensor(logits, DType::f32, {rows, m.vocab}), {}, m.vocab);
 }
 
 int64_t weight_elements(const Model& m) {
@@ -81,7 +96,7 @@ int64_t weight_elements(const Model& m) {
 }
 
 void time_step(const Model& m, int64_t rows, BFloat16* weights) {
-  BFloat16* const activations = random_memory(rows * (2 * m.hidden + m.qkv + 3 * m.inner));
+  BFloat16* const activations = random_memory(rows * (6 * m.hidden + m.qkv + 3 * m.inner));
   float* logits = nullptr;
   cuda::check(cudaMalloc(&logits, static_cast<size_t>(rows * m.vocab) * sizeof(float)));
   const auto run = [&] { step(m, rows, weights, activations, logits); };

@@ -107,6 +107,37 @@ void linear(const Linear& a) {
   });
 }
 
+namespace {
+
+// False: not by one kernel.
+template <class T>
+bool normed_row(const NormLinear& a) {
+  const int64_t rows = a.x.shape[0];
+  if (rows != 1 || a.residual.dtype != DType::f32) return false;
+  for (const TensorView* t : {&a.x, &a.weight, &a.residual, &a.sum}) require_packs("norm_linear", *t);
+  LinearParams<T> p = params_of<T>("norm_linear", {a.out, a.normed, a.product_weight, a.bias, a.n, a.k, a.stream});
+  const NormedRow<T> norm{a.x.as<T>(), a.weight.as<T>(), a.residual.as<float>(), a.sum.as<float>(),
+                          a.eps,       a.begins_residual};
+  return skinny_normed_linear(p, norm, a.gate_up.defined(), a.stream);
+}
+
+}  // namespace
+
+void norm_linear(const NormLinear& a) {
+  const bool fused = by_dtype(a.x.dtype, [&]<class T>() {
+    if constexpr (sizeof(T) == 4)
+      return false;
+    else
+      return normed_row<T>(a);
+  });
+  if (fused) return;
+  rms_norm({a.normed, a.x, a.weight, a.residual, a.sum, a.eps, a.begins_residual, a.stream});
+  if (a.gate_up.defined())
+    linear_silu_mul({a.out, a.normed, a.product_weight, a.bias, a.gate_up, a.k, a.stream});
+  else
+    linear({a.out, a.normed, a.product_weight, a.bias, a.n, a.k, a.stream});
+}
+
 void linear_silu_mul(const LinearSiluMul& a) {
   const Linear product{a.gate_up, a.x, a.weight, a.bias, 2 * a.out.shape[1], a.k, a.stream};
   const bool fused = by_dtype(a.x.dtype, [&]<class T>() {

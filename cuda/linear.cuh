@@ -27,6 +27,17 @@ struct LinearParams {
   int64_t segment;  // elements of k, a multiple of 64
 };
 
+// norm_linear of one row: what is multiplied is its norm, and x is not read. Type of the residual and sum: float.
+template <class T>
+struct NormedRow {
+  const T* x;
+  const T* __restrict__ weight;
+  const float* residual;
+  float* sum;
+  float eps;
+  bool begins_residual;
+};
+
 inline int64_t segment_length(int64_t k) { return ceil_div(ceil_div(k, max_segments), 64) * 64; }
 
 template <class T>
@@ -64,6 +75,9 @@ void skinny_linear(const LinearParams<T>& p, Stream stream);
 template <class T>
 void skinny_gated_linear(const LinearParams<T>& p, Stream stream);
 constexpr int64_t skinny_rows = 32;
+// norm_linear of one row. False, and nothing done, where the row is too long.
+template <class T>
+bool skinny_normed_linear(const LinearParams<T>& p, const NormedRow<T>& norm, bool gated, Stream stream);
 
 template <class T>
 void tiled_linear(const LinearParams<T>& p, Stream stream);

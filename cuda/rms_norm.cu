@@ -7,7 +7,7 @@
 #include "ops/dispatch.h"
 #include "ops/ops.h"
 #include "reduce.cuh"
-#include "vec.cuh"
+#include "rms_row.cuh"
 
 namespace hybrid::cuda {
 
@@ -21,41 +21,12 @@ struct RmsNormParams {
   T* out;
   const T* x;
   const T* __restrict__ weight;
-  R* residual;
-  int64_t out_row, x_row, residual_row;
+  const R* residual;
+  R* sum;
+  int64_t out_row, x_row, residual_row, sum_row;
   int dim;
   float eps;
   bool begins_residual;
-};
-
-// What one thread holds of a row, per turn: a pack of x, as many values of the residual.
-template <class T, class R>
-struct RowPart {
-  static constexpr int per = Pack<T>::size, residual_packs = per / Pack<R>::size;
-  Pack<T> x;
-  Pack<R> residual[residual_packs];
-
-  __device__ void load_residual(const R* from) {
-#pragma unroll
-    for (int i = 0; i < residual_packs; ++i) residual[i] = Pack<R>::load(from + i * Pack<R>::size);
-  }
-  // sum = R(residual + x), which is stored.
-  __device__ void add(float (&sum)[per], R* to, bool begins) const {
-    x.widen(sum);
-#pragma unroll
-    for (int i = 0; i < residual_packs; ++i) {
-      constexpr int count = Pack<R>::size;
-      float part[count] = {};
-      if (!begins) residual[i].widen(part);
-#pragma unroll
-      for (int j = 0; j < count; ++j) part[j] += sum[i * count + j];
-      const Pack<R> rounded = Pack<R>::narrow(part);
-      rounded.store(to + i * count);
-      rounded.widen(part);
-#pragma unroll
-      for (int j = 0; j < count; ++j) sum[i * count + j] = part[j];
-    }
-  }
 };
 
 template <class T, class R, int turns>
@@ -73,7 +44,8 @@ __global__ void __launch_bounds__(most_threads) rms_norm_kernel(const __grid_con
   wait_for_previous_kernel();
 
   RowPart<T, R> part[turns];
-  R* residual = p.residual + row * p.residual_row;
+  const R* residual = p.residual + row * p.residual_row;
+  R* const sum = p.sum + row * p.sum_row;
 #pragma unroll
   for (int turn = 0; turn < turns; ++turn) {
     if (pack_of(turn) >= packs) continue;
@@ -85,22 +57,16 @@ __global__ void __launch_bounds__(most_threads) rms_norm_kernel(const __grid_con
   for (int turn = 0; turn < turns; ++turn) {
     if (pack_of(turn) >= packs) continue;
     if (p.residual != nullptr)
-      part[turn].add(held[turn], residual + pack_of(turn) * per, p.begins_residual);
+      part[turn].add(held[turn], sum + pack_of(turn) * per, p.begins_residual);
     else
       part[turn].x.widen(held[turn]);
-#pragma unroll
-    for (int i = 0; i < per; ++i) squares = fmaf(held[turn][i], held[turn][i], squares);
+    squares = add_squares(squares, held[turn]);
   }
   const float scale = rsqrtf(block_sum(squares, scratch) / static_cast<float>(p.dim) + p.eps);
 #pragma unroll
-  for (int turn = 0; turn < turns; ++turn) {
-    if (pack_of(turn) >= packs) continue;
-    float factors[per];
-    weight[turn].widen(factors);
-#pragma unroll
-    for (int i = 0; i < per; ++i) held[turn][i] = held[turn][i] * scale * factors[i];
-    Pack<T>::narrow(held[turn]).store(p.out + row * p.out_row + pack_of(turn) * per);
-  }
+  for (int turn = 0; turn < turns; ++turn)
+    if (pack_of(turn) < packs)
+      scaled(held[turn], scale, weight[turn]).store(p.out + row * p.out_row + pack_of(turn) * per);
 }
 
 template <class T, class R>
@@ -109,11 +75,11 @@ void launch_rms_norm(const RmsNorm& a) {
   const int64_t rows = a.x.shape[0], dim = a.x.shape[1], packs = dim / per;
   require(dim % per == 0 && packs <= most_threads * most_turns, "rms_norm: dimension ", dim, " must be a multiple of ",
           per, " of at most ", most_threads * most_turns * per);
-  for (const TensorView* t : {&a.out, &a.x, &a.weight, &a.residual}) require_packs("rms_norm", *t);
-  const RmsNormParams<T, R> p{a.out.as<T>(),         a.x.as<T>(),           a.weight.as<T>(),
-                              a.residual.as<R>(),    a.out.strides[0],      a.x.strides[0],
-                              a.residual.strides[0], static_cast<int>(dim), a.eps,
-                              a.begins_residual};
+  const TensorView& sum = a.sum.defined() ? a.sum : a.residual;
+  for (const TensorView* t : {&a.out, &a.x, &a.weight, &a.residual, &sum}) require_packs("rms_norm", *t);
+  const RmsNormParams<T, R> p{
+      a.out.as<T>(),  a.x.as<T>(),           a.weight.as<T>(), a.residual.as<R>(),    sum.as<R>(), a.out.strides[0],
+      a.x.strides[0], a.residual.strides[0], sum.strides[0],   static_cast<int>(dim), a.eps,       a.begins_residual};
   const auto run = [&]<int turns>() {
     const int64_t threads = ceil_div(ceil_div(packs, turns), warp_size) * warp_size;
     launch(rms_norm_kernel<T, R, turns>, static_cast<unsigned>(rows), static_cast<unsigned>(threads), 0, a.stream, p);

@@ -65,9 +65,21 @@ void bind_layers(py::module_& m) {
       [](const Output& out, const Input& x, const Input& weight, const Output& residual, float eps,
          bool begins_residual) {
         without_gil<RmsNorm>(rms_norm,
-                             {out.view, x.view, weight.view, residual.view, eps, begins_residual, stream_of(out)});
+                             {out.view, x.view, weight.view, residual.view, {}, eps, begins_residual, stream_of(out)});
       },
       py::arg("out"), py::arg("x"), py::arg("weight"), py::arg("residual"), py::arg("eps"), py::arg("begins_residual"));
+  m.def(
+      "norm_linear",
+      [](const Output& out, const Input& x, const Input& weight, const Input& residual, const Output& sum,
+         const Output& normed, const Input& product_weight, const Input& bias, const Output& gate_up, int64_t n,
+         int64_t k, float eps, bool begins_residual) {
+        without_gil<NormLinear>(
+            norm_linear, {out.view, x.view, weight.view, residual.view, sum.view, normed.view, product_weight.view,
+                          bias.view, gate_up.view, n, k, eps, begins_residual, stream_of(out)});
+      },
+      py::arg("out"), py::arg("x"), py::arg("weight"), py::arg("residual"), py::arg("sum"), py::arg("normed"),
+      py::arg("product_weight"), py::arg("bias"), py::arg("gate_up"), py::arg("n"), py::arg("k"), py::arg("eps"),
+      py::arg("begins_residual"));
   m.def(
       "silu_mul",
       [](const Output& out, const Input& x) { without_gil<SiluMul>(silu_mul, {out.view, x.view, stream_of(out)}); },

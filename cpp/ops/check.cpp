@@ -140,8 +140,31 @@ void check(const RmsNorm& a) {
   call.tensor("out", a.out, a.x.dtype, {a.x.shape[0], a.x.shape[1]});
   call.tensor("weight", a.weight, a.x.dtype, {a.x.shape[1]});
   call.need(!a.begins_residual || a.residual.defined(), "begins_residual without a residual");
+  call.need(!a.sum.defined() || a.residual.defined(), "sum without a residual");
   const DType sum = a.residual.dtype == DType::f32 ? DType::f32 : a.x.dtype;
   if (a.residual.defined()) call.tensor("residual", a.residual, sum, {a.x.shape[0], a.x.shape[1]});
+  if (a.sum.defined()) call.tensor("sum", a.sum, sum, {a.x.shape[0], a.x.shape[1]});
+}
+
+void check(const NormLinear& a) {
+  Call call("norm_linear");
+  const bool gated = a.gate_up.defined();
+  call.need(a.n > 0 && a.k > 0 && (!gated || a.n % 2 == 0), "n is ", a.n, " and k is ", a.k,
+            ", both must be positive, and n even for gate_up");
+  call.float_type("x", a.x);
+  call.tensor("x", a.x, a.x.dtype, {any, a.k});
+  const int64_t rows = a.x.shape[0];
+  const DType sum = a.residual.dtype == DType::f32 ? DType::f32 : a.x.dtype;
+  call.tensor("weight", a.weight, a.x.dtype, {a.k});
+  call.tensor("residual", a.residual, sum, {rows, a.k});
+  call.tensor("sum", a.sum, sum, {rows, a.k});
+  call.need(a.sum.data != a.residual.data || rows == 0, "sum must not be residual");
+  call.packed("normed", a.normed, a.x.dtype, {rows, a.k});
+  const bool wide = a.out.dtype == DType::f32 && !gated;
+  call.tensor("out", a.out, wide ? DType::f32 : a.x.dtype, {rows, gated ? a.n / 2 : a.n});
+  call.packed("product_weight", a.product_weight, a.x.dtype, {packed_size(a.n, a.k)});
+  if (a.bias.defined()) call.tensor("bias", a.bias, a.x.dtype, {a.n});
+  if (gated) call.packed("gate_up", a.gate_up, a.x.dtype, {rows, a.n});
 }
 
 void check(const SiluMul& a) {

@@ -11,6 +11,7 @@ void check(const PackWeight&);
 void check(const Linear&);
 void check(const LinearSiluMul&);
 void check(const RmsNorm&);
+void check(const NormLinear&);
 void check(const RotateAndStore&);
 void check(const SiluMul&);
 void check(const PlanDecode&);

@@ -19,6 +19,7 @@ void pack_weight(const PackWeight&) { missing("pack_weight"); }
 void linear(const Linear&) { missing("linear"); }
 void linear_silu_mul(const LinearSiluMul&) { missing("linear_silu_mul"); }
 void rms_norm(const RmsNorm&) { missing("rms_norm"); }
+void norm_linear(const NormLinear&) { missing("norm_linear"); }
 void rotate_and_store(const RotateAndStore&) { missing("rotate_and_store"); }
 void silu_mul(const SiluMul&) { missing("silu_mul"); }
 void plan_decode(const PlanDecode&) { missing("plan_decode"); }

@@ -33,6 +33,7 @@ void pack_weight(const PackWeight& args) { run(args, args.weight, cpu::pack_weig
 void linear(const Linear& args) { run(args, args.out, cpu::linear, cuda::linear); }
 void linear_silu_mul(const LinearSiluMul& args) { run(args, args.out, cpu::linear_silu_mul, cuda::linear_silu_mul); }
 void rms_norm(const RmsNorm& args) { run(args, args.out, cpu::rms_norm, cuda::rms_norm); }
+void norm_linear(const NormLinear& args) { run(args, args.out, cpu::norm_linear, cuda::norm_linear); }
 void rotate_and_store(const RotateAndStore& args) { run(args, args.q, cpu::rotate_and_store, cuda::rotate_and_store); }
 void silu_mul(const SiluMul& args) { run(args, args.out, cpu::silu_mul, cuda::silu_mul); }
 void plan_decode(const PlanDecode& args) { run(args, args.seq_lens, cpu::plan_decode, cuda::plan_decode); }

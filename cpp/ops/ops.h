@@ -61,13 +61,30 @@ struct LinearSiluMul {
   Stream stream;
 };
 
-// out = x / rms(x) * weight over the last dimension. With `residual`: residual += x first, then out = norm(residual);
-// where x begins the sum, residual = 0 + x, whatever was in it.
+// out = x / rms(x) * weight over the last dimension. With `residual`: x is added to it first, and out = norm(the sum);
+// where x begins the sum, it is 0 + x, whatever was in residual.
 struct RmsNorm {
   TensorView out;       // T [rows, dim]; may alias x
   TensorView x;         // T [rows, dim]; row stride free
   TensorView weight;    // T [dim]
-  TensorView residual;  // T or f32 [rows, dim], or undefined; updated in place. f32 keeps the sum of all layers exact.
+  TensorView residual;  // T or f32 [rows, dim], or undefined. f32 keeps the sum of all layers exact.
+  TensorView sum;       // like residual, where the sum goes, apart from it; undefined: to residual itself
+  float eps;
+  bool begins_residual;
+  Stream stream;
+};
+
+// sum = residual + x; normed = norm(sum); out = normed @ product_weight^T + bias or, with gate_up, what linear_silu_mul
+// makes of it. Same bits as rms_norm and that product one after the other.
+struct NormLinear {
+  TensorView out;                    // T or f32 [rows, n]; with gate_up T [rows, n / 2]
+  TensorView x;                      // T [rows, k]; row stride free
+  TensorView weight, residual, sum;  // of the norm, as in RmsNorm; sum is needed
+  TensorView normed;                 // T [rows, k], contiguous; scratch: contents undefined afterwards
+  TensorView product_weight;         // T, packed
+  TensorView bias;                   // T [n] or undefined
+  TensorView gate_up;                // T [rows, n], contiguous, scratch as well; undefined: no silu_mul
+  int64_t n, k;
   float eps;
   bool begins_residual;
   Stream stream;
@@ -186,6 +203,7 @@ void pack_weight(const PackWeight&);
 void linear(const Linear&);
 void linear_silu_mul(const LinearSiluMul&);
 void rms_norm(const RmsNorm&);
+void norm_linear(const NormLinear&);
 void rotate_and_store(const RotateAndStore&);
 void silu_mul(const SiluMul&);
 void plan_decode(const PlanDecode&);
@@ -203,6 +221,7 @@ void pack_weight(const PackWeight&);
 void linear(const Linear&);
 void linear_silu_mul(const LinearSiluMul&);
 void rms_norm(const RmsNorm&);
+void norm_linear(const NormLinear&);
 void rotate_and_store(const RotateAndStore&);
 void silu_mul(const SiluMul&);
 void plan_decode(const PlanDecode&);
@@ -219,6 +238,7 @@ void pack_weight(const PackWeight&);
 void linear(const Linear&);
 void linear_silu_mul(const LinearSiluMul&);
 void rms_norm(const RmsNorm&);
+void norm_linear(const NormLinear&);
 void rotate_and_store(const RotateAndStore&);
 void silu_mul(const SiluMul&);
 void plan_decode(const PlanDecode&);

@@ -14,6 +14,21 @@ def embedding(out: Any, ids: Any, table: Any, picked: Any | None, vocab: int) ->
 def linear(out: Any, x: Any, weight: Any, bias: Any | None, n: int, k: int) -> None: ...
 def linear_silu_mul(out: Any, x: Any, weight: Any, bias: Any | None, gate_up: Any, k: int) -> None: ...
 def rms_norm(out: Any, x: Any, weight: Any, residual: Any | None, eps: float, begins_residual: bool) -> None: ...
+def norm_linear(
+    out: Any,
+    x: Any,
+    weight: Any,
+    residual: Any,
+    sum: Any,
+    normed: Any,
+    product_weight: Any,
+    bias: Any | None,
+    gate_up: Any | None,
+    n: int,
+    k: int,
+    eps: float,
+    begins_residual: bool,
+) -> None: ...
 def silu_mul(out: Any, x: Any) -> None: ...
 def rotate_and_store(
     q: Any,

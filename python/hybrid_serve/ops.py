@@ -80,14 +80,31 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return out
 
 
-def add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, out: Tensor | None = None, begins_residual: bool = False
+def norm_linear(
+    x: Tensor,
+    norm: Tensor,
+    residual: Tensor,
+    sum: Tensor,
+    eps: float,
+    weight: PackedWeight,
+    bias: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    gate_up: Tensor | None = None,
+    normed: Tensor | None = None,
+    out: Tensor | None = None,
+    begins_residual: bool = False,
 ) -> Tensor:
-    """residual (T or f32) += x, in place; returns norm(residual), of type T. ``begins_residual``: residual = x instead,
-    whatever was in it."""
+    """sum = residual + x (= x with ``begins_residual``), T or f32 [rows, k], apart from ``residual``; then ``linear``
+    of norm(sum) or, with ``gate_up``, ``linear_silu_mul``. ``normed``, T [rows, k], is memory: what it holds afterwards
+    is undefined."""
+    rows, n = x.shape[0], weight.n if gate_up is None else weight.n // 2
+    if normed is None:
+        normed = torch.empty_like(x)
     if out is None:
-        out = torch.empty_like(x)
-    _kernels.rms_norm(out, x, weight, residual, eps, begins_residual)
+        out = x.new_empty(rows, n) if dtype is None else x.new_empty((rows, n), dtype=dtype)
+    _kernels.norm_linear(
+        out, x, norm, residual, sum, normed, weight.data, bias, gate_up, weight.n, weight.k, eps, begins_residual
+    )
     return out
 
 

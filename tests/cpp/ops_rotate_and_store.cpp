@@ -90,7 +90,7 @@ struct Case {
         T* x = product.data() + r * row + h * shape.dim;
         const TensorView head = view_of(x, dtype_of<T>(), {1, shape.dim});
         if (normed)
-          isa.rms_norm({head, head, h < shape.heads ? q_weight.view : k_weight.view, {}, 1e-5f, false, nullptr});
+          isa.rms_norm({head, head, h < shape.heads ? q_weight.view : k_weight.view, {}, {}, 1e-5f, false, nullptr});
         for (int64_t i = 0; i < half; ++i) {
           const float a = static_cast<float>(x[i]), b = static_cast<float>(x[i + half]);
           const float c = cos_sin[position[r] * 2 * half + i], s = cos_sin[position[r] * 2 * half + half + i];

@@ -21,8 +21,14 @@ TYPED_TEST(GpuElementwise, rms_norm_equals_its_cpu_twin_with_and_without_residua
         Twin<T> x({rows, dim}), weight({dim}), residual({rows, dim}), out({rows, dim});
         x.fill_random(this->rng), weight.fill_random(this->rng), residual.fill_random(this->rng), out.poison();
         for (Device device : {Device::cpu, Device::cuda})
-          rms_norm({out.on(device), x.on(device), weight.on(device), add ? residual.on(device) : TensorView{}, 1e-5f,
-                    false, nullptr});
+          rms_norm({out.on(device),
+                    x.on(device),
+                    weight.on(device),
+                    add ? residual.on(device) : TensorView{},
+                    {},
+                    1e-5f,
+                    false,
+                    nullptr});
         expect_close(out, rounding<T>(), rounding<T>(), "out");
         if (add) expect_close(residual, rounding<T>(), 0.0f, "residual");
       }
@@ -36,7 +42,7 @@ TYPED_TEST(GpuElementwise, rms_norm_keeps_a_float_residual_of_16_bit_rows_unroun
     Twin<float> residual({rows, dim});
     x.fill_random(this->rng), weight.fill_random(this->rng), residual.fill_random(this->rng), out.poison();
     for (Device device : {Device::cpu, Device::cuda})
-      rms_norm({out.on(device), x.on(device), weight.on(device), residual.on(device), 1e-5f, false, nullptr});
+      rms_norm({out.on(device), x.on(device), weight.on(device), residual.on(device), {}, 1e-5f, false, nullptr});
     expect_close(residual, 0.0f, 0.0f, "residual");
     expect_close(out, rounding<T>(), rounding<T>(), "out");
   }
@@ -50,7 +56,7 @@ TYPED_TEST(GpuElementwise, rms_norm_that_begins_the_residual_does_not_read_it) {
     Twin<float> residual({rows, dim});
     x.fill_random(this->rng), weight.fill_random(this->rng), residual.poison(), out.poison();
     for (Device device : {Device::cpu, Device::cuda})
-      rms_norm({out.on(device), x.on(device), weight.on(device), residual.on(device), 1e-5f, true, nullptr});
+      rms_norm({out.on(device), x.on(device), weight.on(device), residual.on(device), {}, 1e-5f, true, nullptr});
     expect_close(residual, 0.0f, 0.0f, "residual");
     for (float sum : residual.host()) ASSERT_FALSE(std::isnan(sum));
     expect_close(out, rounding<T>(), rounding<T>(), "out");
@@ -73,10 +79,11 @@ TYPED_TEST(GpuElementwise, rms_norm_gives_a_row_the_same_bits_alone_and_in_a_bat
                 row(x.on(Device::cuda), r),
                 weight.on(Device::cuda),
                 {},
+                {},
                 1e-5f,
                 false,
                 nullptr});
-    rms_norm({together.on(Device::cuda), x.on(Device::cuda), weight.on(Device::cuda), {}, 1e-5f, false, nullptr});
+    rms_norm({together.on(Device::cuda), x.on(Device::cuda), weight.on(Device::cuda), {}, {}, 1e-5f, false, nullptr});
     const std::vector<T> one = alone.download(), all = together.download();
     EXPECT_EQ(0, std::memcmp(one.data(), all.data(), alone.bytes())) << dim;
   }

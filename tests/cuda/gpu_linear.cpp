@@ -121,6 +121,60 @@ TYPED_TEST(GpuLinear, followed_by_silu_mul_has_the_bits_of_both_apart) {
   }
 }
 
+// One row and rows too long for it included: where one kernel does both.
+TYPED_TEST(GpuLinear, behind_a_norm_has_the_bits_of_both_apart_and_equals_its_cpu_twin) {
+  using T = TypeParam;
+  const BatchInvariant on;
+  for (const auto& [n, k] : {std::pair<int64_t, int64_t>{16, 64}, {1152, 896}, {400, 1000}, {6144, 4096}, {96, 4864}}) {
+    Weight<T> weight(n, k, this->rng);
+    Twin<T> bias({n}), norm({k});
+    bias.fill_random(this->rng), norm.fill_random(this->rng, 1.0f / std::sqrt(static_cast<float>(k)));
+    for (int64_t rows : {1, 2, 9, 40})
+      for (bool begins : {false, true}) {
+        SCOPED_TRACE(concat("rows ", rows, " n ", n, " k ", k, " begins ", begins));
+        Twin<T> x({rows, 2 * k}), normed({rows, k}), out({rows, n}), gated({rows, n / 2}), gate_up({rows, n});
+        Twin<float> residual({rows, k}), sum({rows, k}), gated_sum({rows, k}), wide({rows, n});
+        x.fill_random(this->rng), residual.fill_random(this->rng);
+        if (begins) residual.poison();
+        out.poison(), gated.poison(), wide.poison(), sum.poison(), gated_sum.poison();
+        for (Device device : {Device::cpu, Device::cuda}) {
+          const TensorView half = columns(x.on(device), k, k), w = weight.packed.on(device);
+          const auto run = [&](const TensorView& to, const TensorView& new_sum, const TensorView& scratch) {
+            normed.poison(), gate_up.poison();
+            norm_linear({to, half, norm.on(device), residual.on(device), new_sum, normed.on(device), w, bias.on(device),
+                         scratch, n, k, 1e-5f, begins, nullptr});
+          };
+          run(out.on(device), sum.on(device), {});
+          run(wide.on(device), sum.on(device), {});
+          run(gated.on(device), gated_sum.on(device), gate_up.on(device));
+        }
+        expect_close(sum, 0.0f, 0.0f, "sum");
+        expect_close(gated_sum, 0.0f, 0.0f, "sum of the gated one");
+        // What is multiplied may differ by a rounding.
+        expect_close(out, 4 * rounding<T>(), 4 * rounding<T>(), "out");
+        expect_close(wide, 4 * rounding<T>(), 4 * rounding<T>(), "float out");
+        expect_close(gated, 8 * rounding<T>(), 8 * rounding<T>(), "gated");
+
+        Twin<T> apart({rows, n}), gated_apart({rows, n / 2});
+        Twin<float> added({rows, k});
+        const Device device = Device::cuda;
+        const TensorView w = weight.packed.on(device);
+        apart.poison(), gated_apart.poison(), added.poison();
+        rms_norm({normed.on(device), columns(x.on(device), k, k), norm.on(device), residual.on(device),
+                  added.on(device), 1e-5f, begins, nullptr});
+        linear({apart.on(device), normed.on(device), w, bias.on(device), n, k, nullptr});
+        linear_silu_mul(
+            {gated_apart.on(device), normed.on(device), w, bias.on(device), gate_up.on(device), k, nullptr});
+        const auto same = [](const auto& a, const auto& b) {
+          return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(a[0])) == 0;
+        };
+        ASSERT_TRUE(same(out.download(), apart.download()));
+        ASSERT_TRUE(same(gated.download(), gated_apart.download()));
+        ASSERT_TRUE(same(sum.download(), added.download()));
+      }
+  }
+}
+
 TYPED_TEST(GpuLinear, gives_a_row_the_same_bits_in_every_batch_when_asked_to) {
   using T = TypeParam;
   const BatchInvariant on;
@@ -166,7 +220,7 @@ TEST(GpuLinearGraph, replays_a_chain_of_products_as_it_ran_eagerly) {
     const Device device = Device::cuda;
     const auto chain = [&] {
       for (size_t i = 0; i < static_cast<size_t>(layers); ++i) {
-        rms_norm({x.on(device), x.on(device), norm.on(device), {}, 1e-6f, false, stream});
+        rms_norm({x.on(device), x.on(device), norm.on(device), {}, {}, 1e-6f, false, stream});
         linear_silu_mul(
             {product.on(device), x.on(device), up[i]->packed.on(device), {}, gate_up.on(device), hidden, stream});
         linear({x.on(device), product.on(device), down[i]->packed.on(device), {}, hidden, inner, stream});

@@ -130,7 +130,7 @@ TYPED_TEST(GpuRotateAndStore, reads_what_the_kernel_before_wrote_in_a_captured_g
   Twin<T> x({rows, width}), weight({width});
   const auto run = [&](Device device, Stream stream) {
     for (int64_t layer = 0; layer < layers; ++layer) {
-      rms_norm({step.qkv.on(device), x.on(device), weight.on(device), {}, 1e-5f, false, stream});
+      rms_norm({step.qkv.on(device), x.on(device), weight.on(device), {}, {}, 1e-5f, false, stream});
       rotate_and_store(step.on(device, true, stream));
     }
   };

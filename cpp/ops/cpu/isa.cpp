@@ -100,6 +100,13 @@ void linear_silu_mul(const LinearSiluMul& args) {
   silu_mul({args.out, args.gate_up, args.stream});
 }
 void rms_norm(const RmsNorm& args) { kernels().rms_norm(args); }
+void norm_linear(const NormLinear& args) {
+  rms_norm({args.normed, args.x, args.weight, args.residual, args.sum, args.eps, args.begins_residual, args.stream});
+  if (args.gate_up.defined())
+    linear_silu_mul({args.out, args.normed, args.product_weight, args.bias, args.gate_up, args.k, args.stream});
+  else
+    linear({args.out, args.normed, args.product_weight, args.bias, args.n, args.k, args.stream});
+}
 void rotate_and_store(const RotateAndStore& args) { kernels().rotate_and_store(args); }
 void silu_mul(const SiluMul& args) { kernels().silu_mul(args); }
 void paged_attention(const PagedAttention& args) { kernels().paged_attention(args); }

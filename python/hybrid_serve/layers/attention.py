@@ -1,4 +1,4 @@
-"""Attention: projections, rotary embedding, KV cache and attention of one layer; knows no residual around it."""
+"""Attention: norm, projections, rotary embedding, KV cache and attention of one layer; knows no other layer."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import ops
 from .batch import BatchView
 from .linear import Linear
+from .residual import NormedLinear, Residual
 
 
 class HeadShape(NamedTuple):
@@ -33,7 +34,7 @@ class AttentionScratch(NamedTuple):
 class Attention:
     def __init__(
         self,
-        qkv: Linear,
+        qkv: NormedLinear,
         output: Linear,
         shape: HeadShape,
         cos_sin: Tensor,
@@ -61,9 +62,11 @@ class Attention:
         mixed = x.new_empty((rows, heads, dim))
         return AttentionScratch(qkv, q, k, v, mixed, mixed.view(rows, heads * dim), x.new_empty(x.shape))
 
-    def __call__(self, x: Tensor, batch: BatchView, scratch: AttentionScratch) -> Tensor:
-        """x: T [rows, hidden] -> ``scratch.out``."""
-        self.qkv(x, scratch.qkv)
+    def __call__(
+        self, x: Tensor, residual: Residual, normed: Tensor, batch: BatchView, scratch: AttentionScratch
+    ) -> Tensor:
+        """Of ``residual += x``, T [rows, hidden] -> ``scratch.out``, to be added next. ``normed`` like x, memory."""
+        self.qkv(x, residual, normed, scratch.qkv)
         ops.rotate_and_store(
             scratch.q,
             self.k_cache,

@@ -1,4 +1,4 @@
-"""GatedMlp: down(silu(gate(x)) * up(x))."""
+"""GatedMlp: down(silu(gate(x)) * up(x)) of the normed residual stream."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from .. import ops
 from .linear import Linear
+from .residual import NormedLinear, Residual
 
 
 class MlpScratch(NamedTuple):
@@ -19,7 +19,7 @@ class MlpScratch(NamedTuple):
 
 
 class GatedMlp:
-    def __init__(self, gate_up: Linear, down: Linear) -> None:
+    def __init__(self, gate_up: NormedLinear, down: Linear) -> None:
         """``gate_up`` yields both projections side by side."""
         self.gate_up, self.down = gate_up, down
 
@@ -27,10 +27,12 @@ class GatedMlp:
         """For inputs of the shape of ``x``."""
         rows = x.shape[0]
         return MlpScratch(
-            x.new_empty((rows, self.gate_up.weight.n)), x.new_empty((rows, self.down.weight.k)), x.new_empty(x.shape)
+            x.new_empty((rows, self.gate_up.linear.weight.n)),
+            x.new_empty((rows, self.down.weight.k)),
+            x.new_empty(x.shape),
         )
 
-    def __call__(self, x: Tensor, scratch: MlpScratch) -> Tensor:
-        """x: T [rows, hidden] -> ``scratch.out``."""
-        product = ops.linear_silu_mul(x, self.gate_up.weight, self.gate_up.bias, scratch.gate_up, scratch.product)
+    def __call__(self, x: Tensor, residual: Residual, normed: Tensor, scratch: MlpScratch) -> Tensor:
+        """Of ``residual += x``, T [rows, hidden] -> ``scratch.out``, to be added next. ``normed`` like x, memory."""
+        product = self.gate_up.silu_mul(x, residual, scratch.gate_up, normed, scratch.product)
         return self.down(product, scratch.out)

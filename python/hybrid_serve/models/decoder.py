@@ -16,6 +16,7 @@ from ..layers.attention import Attention, AttentionScratch, HeadShape
 from ..layers.batch import BatchView
 from ..layers.linear import Linear
 from ..layers.mlp import GatedMlp, MlpScratch
+from ..layers.residual import NormedLinear, Residual
 from ..layers.rotary import cos_sin_table
 from . import family_of
 from .family import Family
@@ -37,20 +38,16 @@ class DecoderLayer:
     """The residual stream through one layer. Norms fold in the addition before them, so each layer begins with the sum
     that the previous one left open; the first one's input, the embedding, is what the stream begins with."""
 
-    def __init__(
-        self, attention: Attention, mlp: GatedMlp, input_norm: Tensor, mlp_norm: Tensor, eps: float, is_first: bool
-    ) -> None:
+    def __init__(self, attention: Attention, mlp: GatedMlp) -> None:
         self.attention, self.mlp = attention, mlp
-        self.input_norm, self.mlp_norm, self.eps, self.is_first = input_norm, mlp_norm, eps, is_first
 
-    def scratch(self, residual: Tensor) -> LayerScratch:
-        return LayerScratch(torch.empty_like(residual), self.attention.scratch(residual), self.mlp.scratch(residual))
+    def scratch(self, x: Tensor) -> LayerScratch:
+        return LayerScratch(torch.empty_like(x), self.attention.scratch(x), self.mlp.scratch(x))
 
-    def __call__(self, x: Tensor, residual: Tensor, batch: BatchView, scratch: LayerScratch) -> Tensor:
-        """``residual += x`` first (``= x`` in the first layer); returns what is still to be added to ``residual``."""
-        normed = ops.add_rms_norm(x, residual, self.input_norm, self.eps, scratch.normed, self.is_first)
-        x = self.attention(normed, batch, scratch.attention)
-        return self.mlp(ops.add_rms_norm(x, residual, self.mlp_norm, self.eps, normed), scratch.mlp)
+    def __call__(self, x: Tensor, residual: Residual, batch: BatchView, scratch: LayerScratch) -> Tensor:
+        """``residual += x`` first; returns what is still to be added to ``residual``."""
+        x = self.attention(x, residual, scratch.normed, batch, scratch.attention)
+        return self.mlp(x, residual, scratch.normed, scratch.mlp)
 
 
 class Decoder:
@@ -58,11 +55,9 @@ class Decoder:
         self,
         embedding: ops.PackedWeight,
         layers: list[DecoderLayer],
-        norm: Tensor,
-        lm_head: Linear,
-        eps: float,
+        lm_head: NormedLinear,
     ) -> None:
-        self.embedding, self.layers, self.norm, self.lm_head, self.eps = embedding, layers, norm, lm_head, eps
+        self.embedding, self.layers, self.lm_head = embedding, layers, lm_head
 
     def bind_cache(self, cache: Tensor) -> None:
         """cache: T [blocks, layers, 2, kv_heads, block_size, head_dim]; kept as views, one pair a layer."""
@@ -72,14 +67,13 @@ class Decoder:
     def __call__(self, batch: BatchView) -> Tensor:
         """Logits, f32 [R, vocab], of the sampled rows; keys and values of all tokens go to the cache."""
         x = ops.embedding(batch.token_ids, self.embedding, batch.picked)
-        # The sum of all layers is kept in f32, so that a 16-bit model rounds each layer's input and output only.
-        residual = torch.empty(x.shape, dtype=torch.float32, device=x.device)
-        scratch = self.layers[0].scratch(x)
+        residual, scratch = Residual(x), self.layers[0].scratch(x)
         for layer in self.layers:
             x = layer(x, residual, batch, scratch)
         if (rows := batch.sample_rows) is not None:
-            x, residual = x.index_select(0, rows), residual.index_select(0, rows)
-        return self.lm_head(ops.add_rms_norm(x, residual, self.norm, self.eps))
+            x = x.index_select(0, rows)
+            residual.select(rows)
+        return self.lm_head(x, residual)
 
 
 def build_decoder(
@@ -100,7 +94,7 @@ def build_decoder(
     lm_head = embedding if spec.tie_embeddings else _table(weights, LM_HEAD, spec, dtype)
     norm = vector(weights, FINAL_NORM, spec.hidden_size, dtype)
     report(1.0)
-    return Decoder(embedding, layers, norm, Linear(lm_head, dtype=torch.float32), spec.rms_norm_eps)
+    return Decoder(embedding, layers, NormedLinear(norm, spec.rms_norm_eps, Linear(lm_head, dtype=torch.float32)))
 
 
 def _build_layer(
@@ -112,14 +106,13 @@ def _build_layer(
     if family.head_norm:
         q_norm = vector(weights, names.q_norm, spec.head_dim, dtype)
         k_norm = vector(weights, names.k_norm, spec.head_dim, dtype)
-    shape = HeadShape(spec.num_heads, spec.num_kv_heads, spec.head_dim)
+    shape, eps = HeadShape(spec.num_heads, spec.num_kv_heads, spec.head_dim), spec.rms_norm_eps
+    input_norm, mlp_norm = (
+        vector(weights, name, spec.hidden_size, dtype) for name in (names.input_norm, names.mlp_norm)
+    )
     return DecoderLayer(
-        Attention(qkv, output, shape, cos_sin, q_norm, k_norm, spec.rms_norm_eps),
-        GatedMlp(gate_up, down),
-        vector(weights, names.input_norm, spec.hidden_size, dtype),
-        vector(weights, names.mlp_norm, spec.hidden_size, dtype),
-        spec.rms_norm_eps,
-        is_first=index == 0,
+        Attention(NormedLinear(input_norm, eps, qkv), output, shape, cos_sin, q_norm, k_norm, eps),
+        GatedMlp(NormedLinear(mlp_norm, eps, gate_up), down),
     )
 
 

@@ -115,8 +115,9 @@ class ModelSizes:
             spec.num_kv_heads * spec.head_dim,
             spec.intermediate_size,
         )
-        # Embedding, norm and both outputs; q, k, v; attention's result; gate, up and their product; the f32 residual.
-        per_token = item * (4 * spec.hidden_size + 2 * heads + 2 * kv_heads + 3 * inner) + 4 * spec.hidden_size
+        # Embedding, norm and both outputs; q, k, v; attention's result; gate, up and their product; the f32
+        # residual, twice.
+        per_token = item * (4 * spec.hidden_size + 2 * heads + 2 * kv_heads + 3 * inner) + 8 * spec.hidden_size
         per_row = 4 * spec.vocab_size + (2 * item + 4) * spec.hidden_size
         return tokens * per_token + rows * per_row
 

@@ -51,22 +51,31 @@ def test_rms_norm_is_torchs_rms_norm_also_on_a_slice(dtype: torch.dtype) -> None
     assert_close(out, functional.rms_norm(x.double(), (128,), weight.double(), 1e-5), dtype)
 
 
+@pytest.mark.parametrize("begins", [False, True])
+@pytest.mark.parametrize("sum_type", [torch.float32, None])
 @pytest.mark.parametrize("dtype", FLOAT_TYPES)
-def test_add_rms_norm_updates_the_residual(dtype: torch.dtype) -> None:
-    x, residual, weight = randn(3, 96, dtype=dtype), randn(4, 96, dtype=dtype)[1:], randn(96, dtype=dtype)
-    expected_residual = (x.float() + residual.float()).to(dtype)
-    out = ops.add_rms_norm(x, residual, weight, 1e-6)
-    assert torch.equal(residual, expected_residual)
-    assert_close(out, functional.rms_norm(residual.double(), (96,), weight.double(), 1e-6), dtype)
-
-
-@pytest.mark.parametrize("dtype", FLOAT_TYPES)
-def test_add_rms_norm_may_begin_the_residual(dtype: torch.dtype) -> None:
-    x, weight = randn(3, 96, dtype=dtype), randn(96, dtype=dtype)
-    residual = torch.full((3, 96), torch.nan)
-    out = ops.add_rms_norm(x, residual, weight, 1e-6, begins_residual=True)
-    assert torch.equal(residual, x.float())
-    assert torch.equal(out, ops.rms_norm(x, weight, 1e-6))
+def test_norm_linear_adds_norms_and_multiplies(dtype: torch.dtype, sum_type: torch.dtype | None, begins: bool) -> None:
+    x, residual = randn(3, 96, dtype=dtype), randn(4, 96, dtype=dtype)[1:].to(sum_type or dtype)
+    norm, weight, bias = (randn(*shape, dtype=dtype) for shape in [(96,), (64, 96), (64,)])
+    before, total = residual.clone(), torch.empty_like(residual)
+    packed = ops.pack_weight(weight)
+    out = ops.norm_linear(x, norm, residual, total, 1e-6, packed, bias, begins_residual=begins)
+    assert torch.equal(residual, before)
+    assert torch.equal(total, (x.float() + (0 if begins else residual.float())).to(total.dtype))
+    normed = ops.rms_norm(total.to(dtype), norm, 1e-6)
+    if total.dtype == dtype:
+        assert torch.equal(out, ops.linear(normed, packed, bias))
+    else:  # what is normed was not rounded
+        exact = functional.rms_norm(total.double(), (96,), norm.double(), 1e-6)
+        torch.testing.assert_close(
+            out.double(), functional.linear(exact, weight.double(), bias.double()), rtol=0.03, atol=0.3
+        )
+    logits = ops.norm_linear(x, norm, residual, total, 1e-6, packed, dtype=torch.float32, begins_residual=begins)
+    assert logits.dtype == torch.float32
+    gated = ops.norm_linear(
+        x, norm, residual, total, 1e-6, packed, bias, gate_up=torch.empty(3, 64, dtype=dtype), begins_residual=begins
+    )
+    assert torch.equal(gated, ops.silu_mul(out))
 
 
 @pytest.mark.parametrize("normed", [False, True])

@@ -191,7 +191,7 @@ def test_dummy_weights_need_only_a_config_and_repeat_with_the_seed(tmp_path: Pat
     assert torch.equal(values, same)
     assert not torch.equal(values, different)
     assert values.std().item() == pytest.approx(0.02, rel=0.1)
-    assert torch.equal(first.decoder.norm, torch.ones(96))
+    assert torch.equal(first.decoder.lm_head.norm, torch.ones(96))
     assert len(Generator(first).generate([PROMPT], max_tokens=5)[0]) == 5
 
 

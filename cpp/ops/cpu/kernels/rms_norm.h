@@ -8,13 +8,13 @@
 
 namespace hybrid::cpu::HYBRID_ISA {
 
-// residual += x; the norm is taken of what was stored, so that it equals a norm of the residual read back later.
+// sum = residual + x; the norm is taken of what was stored, so that it equals a norm of the sum read back later.
 template <class R, class T>
-void add_row(R* residual, const T* x, int64_t dim) {
+void add_row(R* sum, const R* residual, const T* x, int64_t dim) {
   int64_t i = 0;
-  for (; i + F32::width <= dim; i += F32::width) (F32::load(residual + i) + F32::load(x + i)).store(residual + i);
+  for (; i + F32::width <= dim; i += F32::width) (F32::load(residual + i) + F32::load(x + i)).store(sum + i);
   if (const int tail = static_cast<int>(dim - i); tail > 0)
-    (F32::load(residual + i, tail) + F32::load(x + i, tail)).store(residual + i, tail);
+    (F32::load(residual + i, tail) + F32::load(x + i, tail)).store(sum + i, tail);
 }
 
 template <class T>
@@ -52,10 +52,12 @@ void norm_row(T* out, const X* x, const T* weight, int64_t dim, float eps) {
 template <class T, class R>
 void add_and_norm_row(const RmsNorm& args, int64_t row, T* out, const T* x) {
   const int64_t dim = args.x.shape[1];
-  R* residual = args.residual.as<R>() + row * args.residual.strides[0];
-  if (args.begins_residual) std::fill_n(residual, dim, R{});
-  add_row(residual, x, dim);
-  norm_row(out, residual, args.weight.as<T>(), dim, args.eps);
+  const TensorView& to = args.sum.defined() ? args.sum : args.residual;
+  R* const sum = to.as<R>() + row * to.strides[0];
+  const R* residual = args.residual.as<R>() + row * args.residual.strides[0];
+  if (args.begins_residual) std::fill_n(sum, dim, R{}), residual = sum;
+  add_row(sum, residual, x, dim);
+  norm_row(out, sum, args.weight.as<T>(), dim, args.eps);
 }
 
 inline void rms_norm(const RmsNorm& args) {
