@@ -56,7 +56,12 @@ class Twin {
   }
   size_t bytes() const { return static_cast<size_t>(numel()) * sizeof(T); }
   std::vector<T>& host() { return host_; }
-  void upload() { cuda::check(cudaMemcpy(device_, host_.data(), bytes(), cudaMemcpyHostToDevice)); }
+  // And waits for it: a copy from pageable memory may return before its end, and streams that do not block would not
+  // wait for it either.
+  void upload() {
+    cuda::check(cudaMemcpy(device_, host_.data(), bytes(), cudaMemcpyHostToDevice));
+    cuda::check(cudaStreamSynchronize(nullptr));
+  }
   std::vector<T> download() const {
     std::vector<T> copy(host_.size());
     cuda::check(cudaMemcpy(copy.data(), device_, bytes(), cudaMemcpyDeviceToHost));
