@@ -32,7 +32,28 @@ route's path, or `none` for what is no route.
 
 `deploy/grafana-dashboard.json` and `deploy/prometheus-alerts.yaml` query nothing that is not here. With API keys,
 scraping needs one: `authorization: {credentials: KEY}` in Prometheus' scrape configuration, where KEY may have the
-scope `metrics` alone."""
+scope `metrics` alone.
+
+`promtool check metrics` has two kinds of findings, both about vLLM's names, which stay as dashboards query them: the
+colon of `vllm:`, and that the histogram `vllm:iteration_tokens_total` is called as a counter is. With
+`--metrics-prefix llm_` it has none (the histogram is then `llm_iteration_tokens`)."""
+NOT_HERE_ARE = """## What vLLM's dashboards query and is not here
+
+Of the dashboards that vLLM publishes (its repository's examples, the newest and those of earlier versions), every other
+name is above. vLLM, too, has these only where the feature is in use; their panels stay empty here. `*`: all names that
+begin so."""
+NOT_HERE = {
+    "vllm:lora_requests_info": "adapters are not built",
+    "vllm:spec_decode_*": "speculative decoding is not built",
+    "vllm:sleep_mode_operation_*": "an engine does not sleep; `engine_sleep_state` says awake",
+    "vllm:rl_weight_update_operation_*": "weights are not changed while a server runs",
+    "vllm:estimated_*": "behind a flag of vLLM's: no estimate of operations and bytes is made",
+    "vllm:kv_block_*": "behind a flag of vLLM's: the ages of KV blocks are not recorded",
+    "vllm:num_requests_kv_fetch_by_stage": "KV does not come from other servers",
+    "vllm:nixl_*": "KV does not come from other servers",
+    "vllm:kv_offload_*": "an evicted prefix is not kept; for preempted requests see `hybrid_swapped_blocks_total`",
+    "vllm:simple_kv_offload_*": "the same",
+}
 NOTICE = "<!-- Made by docs/generate.py: edit the source that it reads, then run it again. -->\n"
 
 
@@ -117,7 +138,9 @@ def metrics() -> str:
         if family.name.endswith("cache_config_info"):
             labels = ["engine", "num_gpu_blocks", "the options of the cache"]
         rows.append((f"`{family.name}{suffix}`", family.type, ", ".join(labels), family.documentation))
-    return f"# Metrics\n\n{METRICS_ARE}\n\n" + table(("name", "type", "labels", "meaning"), rows)
+    absent = table(("name", "why"), [(f"`{name}`", why) for name, why in NOT_HERE.items()])
+    here = table(("name", "type", "labels", "meaning"), rows)
+    return f"# Metrics\n\n{METRICS_ARE}\n\n{here}\n\n{NOT_HERE_ARE}\n\n{absent}"
 
 
 def asked(path: str) -> bytes:

@@ -1,7 +1,7 @@
 """/metrics: the counts of all API servers and the engine's own, under the names that dashboards query.
 
 docs/reference/metrics.md lists every name. Those with ``--metrics-prefix`` are vLLM's, ``http_`` and ``process_`` ones
-are as the usual libraries call them, ``hybrid:`` ones are ours.
+are as the usual libraries call them, ``hybrid_`` ones are ours.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ..wire import STEP_GAP_BOUNDS, STEP_TOKEN_BOUNDS, EngineStats, Status
 from .metrics import REQUEST_HISTOGRAMS, Flat, Histogram, Metrics, RequestCounts
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-OURS = "hybrid:"
+OURS = "hybrid_"
 _MODEL = ("model_name",)
 _ENGINE = ("model_name", "engine")
 _Rows = Iterable[tuple[Sequence[str], float]]
@@ -122,12 +122,15 @@ class Exposition(Collector):
         rows = [(tuple(info.values()), 1) for info in infos]
         yield gauges(f"{self._prefix}cache_config_info", text, tuple(infos[0]), rows)
         tokens = [(each.labels, each.stats.step_token_counts, each.stats.step_tokens) for each in engines]
-        yield step_histogram(f"{self._prefix}iteration_tokens_total", "Tokens of a step.", STEP_TOKEN_BOUNDS, tokens)
+        # vLLM calls this histogram as counters are called; who chooses another prefix has no dashboard that wants that.
+        name = f"{self._prefix}iteration_tokens" + "_total" * (self._prefix == "vllm:")
+        yield step_histogram(name, "Tokens of a step.", STEP_TOKEN_BOUNDS, tokens)
 
     def _cache_info(self, engine: OfEngine) -> dict[str, str]:
         facts = engine.status.facts
         info = {name: str(value) for name, value in vars(engine.cache).items()} | {"engine": engine.labels[1]}
-        return info | {"num_gpu_blocks": str(facts.num_blocks) if facts is not None else "0"}
+        info["num_gpu_blocks"] = str(facts.num_blocks) if facts is not None else "0"
+        return info | {"num_cpu_blocks": str(engine.stats.host_blocks_total)}
 
     def _absent(self, engines: list[OfEngine]) -> Iterator[Metric]:
         """What dashboards query and is not here: caches outside the engine and of media."""

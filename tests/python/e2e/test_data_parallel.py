@@ -163,8 +163,8 @@ def test_streams_of_a_killed_engine_end_as_if_it_had_lived(pair: Server) -> None
     assert len(set(undisturbed)) > 8
     assert texts(disturb=True) == undisturbed
     wait_until(lambda: ready(pair)["engines"] == {"0": "ready", "1": "ready"}, "engine 1 is back")
-    assert by_engine(pair, "hybrid:engine_restarts_total") == {"0": 0, "1": 1}
-    assert by_engine(pair, "hybrid:requests_replayed_total")["1"] > 0
+    assert by_engine(pair, "hybrid_engine_restarts_total") == {"0": 0, "1": 1}
+    assert by_engine(pair, "hybrid_requests_replayed_total")["1"] > 0
 
 
 def ready(server: Server) -> dict[str, Any]:

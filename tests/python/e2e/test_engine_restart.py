@@ -102,15 +102,15 @@ def test_kill_9_of_the_engine_changes_no_reply(mortal: Server) -> None:
     undisturbed = run(mortal)
     assert run(mortal, begins_after=20, disturb=True) == undisturbed
     wait_until(mortal.ready, "the engine serves again")
-    assert mortal.metric("hybrid:engine_restarts_total") == 1
-    assert mortal.metric("hybrid:requests_replayed_total") >= 3  # those that nothing can end before their length
-    assert mortal.metric("hybrid:requests_quarantined_total") == 0
+    assert mortal.metric("hybrid_engine_restarts_total") == 1
+    assert mortal.metric("hybrid_requests_replayed_total") >= 3  # those that nothing can end before their length
+    assert mortal.metric("hybrid_requests_quarantined_total") == 0
 
 
 def test_kill_9_of_the_only_api_server_brings_another(mortal: Server) -> None:
     """The loaded model stays: only the HTTP side is started again, and goes on counting (P22)."""
     api, engine = mortal.child("hybrid-serve: api"), mortal.child("hybrid-serve: engine")
-    names = ("hybrid:engine_restarts_total", "hybrid:requests_replayed_total", "vllm:generation_tokens_total")
+    names = ("hybrid_engine_restarts_total", "hybrid_requests_replayed_total", "vllm:generation_tokens_total")
     counted = [mortal.metric(name) for name in names]
     api.kill()
     wait_until(lambda: not api.is_running() and mortal.ready(), "another API server is ready")

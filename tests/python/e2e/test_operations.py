@@ -133,7 +133,7 @@ def test_metrics_of_a_real_engine_have_its_times_and_steps(secured: Secured) -> 
     assert value(f"vllm:request_queue_time_seconds_count{one}") == requests
     assert value(f"vllm:request_prefill_time_seconds_sum{one}") > 0
     assert value(f"vllm:request_queue_time_seconds_sum{one}") > 0
-    assert value(r'hybrid:startup_phase_seconds\{engine="0",phase="loading_weights"\}') > 0
+    assert value(r'hybrid_startup_phase_seconds\{engine="0",phase="loading_weights"\}') > 0
     assert value(f"vllm:iteration_tokens_total_count{one}") > 0
     assert "canary" not in text
 

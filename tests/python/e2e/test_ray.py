@@ -133,7 +133,7 @@ def test_when_a_node_is_removed_streams_go_on_and_its_engine_is_started_on_anoth
 ) -> None:
     """F-11: token for token, and the server is ready throughout."""
     before = engines(cluster)
-    num_restarts = partial(server.metric, "hybrid:engine_restarts_total")
+    num_restarts = partial(server.metric, "hybrid_engine_restarts_total")
     assert texts(server, cluster.remove_worker, lambda: num_restarts() == 1) == undisturbed
     wait_until(lambda: set(phases(server).values()) == {"ready"}, "the engine is back", 150)
     after = engines(cluster)
@@ -141,7 +141,7 @@ def test_when_a_node_is_removed_streams_go_on_and_its_engine_is_started_on_anoth
     assert len(lost) == 1
     assert not before[lost[0]].is_running()
     assert after["0"].parents()[2] == after["1"].parents()[2]
-    assert server.metric("hybrid:requests_replayed_total") > 0
+    assert server.metric("hybrid_requests_replayed_total") > 0
 
 
 def test_an_engine_whose_actor_dies_too_often_is_left_out_and_the_other_serves_on(
