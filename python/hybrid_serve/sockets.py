@@ -6,12 +6,11 @@ from typing import Any
 
 import zmq
 
-from .curve import DOMAIN, Gate, Keys
+from .curve import HANDSHAKE_MS, Gate, Keys
 from .wire import MAX_FRAME_BYTES
 
 RECONNECT_MS = 20  # a peer that is just starting is found this soon
 RECONNECT_MAX_MS = 1000  # over a network, after several tries
-HANDSHAKE_MS = 5000
 HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS = 2000, 10000  # over a network: a machine that is gone says nothing more
 
 
@@ -21,9 +20,7 @@ def bind_router(context: zmq.Context[Any], address: str, gate: Gate | None = Non
     socket: zmq.Socket[bytes] = context.socket(zmq.ROUTER)
     _set_common(socket, address, gate.keys if gate is not None else None)
     if gate is not None:
-        socket.setsockopt(zmq.CURVE_SERVER, 1)
-        socket.setsockopt(zmq.ZAP_DOMAIN, DOMAIN)
-        socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
+        gate.guard(socket)
     socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
     # A process that takes another's place may connect before the other's connection is seen to be gone.
     socket.setsockopt(zmq.ROUTER_HANDOVER, 1)

@@ -44,6 +44,7 @@ class Kind:
     STATUS = b"\x22"  # Status
     FAILED = b"\x23"  # StartupFailure
     SHUTDOWN = b"\x24"  # Empty; to an API server: finish what runs, and when it comes a second time: end now
+    REFUSED = b"\x28"  # Refused: at the port for headless engines, to API servers
     # node of headless engines <-> its head
     WELCOME = b"\x25"  # Welcome: the answer to a node's HELLO; FAILED: it is refused
     PULSE = b"\x26"  # Empty; both ways, a few times in the time that a silence may last
@@ -184,6 +185,8 @@ class EngineStats(msgspec.Struct, array_like=True, frozen=True):
     host_blocks_total: int = 0
     blocks_swapped_out: int = 0
     blocks_swapped_in: int = 0
+    num_dropped: int = 0  # messages that no API server of this engine sends
+    num_refused: int = 0  # connections without our key, where the engine listens to a network
 
 
 class Hello(msgspec.Struct, array_like=True, frozen=True):
@@ -200,6 +203,10 @@ class Welcome(msgspec.Struct, array_like=True, frozen=True):
     """What a node's engines must know of their head."""
 
     num_api_servers: int
+
+
+class Refused(msgspec.Struct, array_like=True, frozen=True):
+    num: int  # connections without our key, since the start
 
 
 class EngineFacts(msgspec.Struct, array_like=True, frozen=True):

@@ -3,7 +3,8 @@
 A connection to the inherited socket says one line: ``PROMPT_LENGTH SEED MAX_TOKENS``. The reply is one token id a line,
 then ``end``, or ``error: ...``; with ``pid`` before it, the process's id comes first. Or the line is an ``Ask`` as
 JSON, and every line of the reply a ``ChoiceOutput`` as JSON, then ``end`` or ``error: CODE``. ``status`` is answered
-with what the client knows, ``engines`` with a line for each engine.
+with what the client knows, ``engines`` with a line for each engine, ``refused`` with a line of how many peers the head
+and each engine have refused.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from hybrid_serve.client import EngineDead, EngineRejected
 from hybrid_serve.client.engine_client import ZmqEngineClient
 from hybrid_serve.config import Config
 from hybrid_serve.wire import SamplingParams
+
+refused_at_head = [0]  # what the client was told, the last the newest
 
 
 class Ask(msgspec.Struct):
@@ -56,6 +59,7 @@ async def serve(config: Config, fd: int, client: ZmqEngineClient) -> None:
             cut.set_result(None)
 
     client.on_shutdown = on_shutdown
+    client.on_refused = refused_at_head.append
     client.start()
 
     async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -83,8 +87,11 @@ async def answer(client: ZmqEngineClient, reader: asyncio.StreamReader, writer: 
         writer.write(f"{client.status.phase} {os.getpid()} {counts}\n".encode())
     elif words == [b"engines"]:
         for engine in client.engines:
-            numbers = f"{engine.status.restarts} {engine.stats.num_running} {len(engine.streams)}"
-            writer.write(f"{engine.status.phase} {numbers}\n".encode())
+            counts = f"{engine.status.restarts} {engine.stats.num_running} {len(engine.streams)}"
+            writer.write(f"{engine.status.phase} {counts}\n".encode())
+    elif words == [b"refused"]:
+        numbers = [refused_at_head[-1], *(engine.stats.num_refused for engine in client.engines)]
+        writer.write(" ".join(map(str, numbers)).encode() + b"\n")
     elif words and words[0].startswith(b"{"):
         await answer_json(client, msgspec.json.decode(b" ".join(words), type=Ask), writer)
     else:

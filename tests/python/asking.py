@@ -53,6 +53,11 @@ def status(server: ServerProcess) -> Status:
     return Status(phase, *map(int, numbers))
 
 
+def refused(server: ServerProcess) -> list[int]:
+    """Peers that the head has refused, and each engine."""
+    return [int(count) for count in read_all(server.ask("refused"))[0].split()]
+
+
 def is_serving(server: ServerProcess, restarts: int) -> bool:
     now = status(server)
     return (now.phase, now.restarts) == ("ready", restarts)

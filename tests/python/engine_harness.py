@@ -66,8 +66,12 @@ class EngineThread:
             max_num_seqs=self.config.scheduler.max_num_seqs or facts.max_num_seqs,
             max_num_queued_reqs=self.config.scheduler.max_num_queued_reqs,
         )
+
+        def strangers() -> tuple[int, int]:
+            return self.inbox.num_dropped, 0
+
         watched = WatchedExecutor(self.executor, self.core, self.heartbeat)
-        self.loop = EngineLoop(self.core, watched, self.inbox, Outbox(self.peers, probation, watched.gaps))
+        self.loop = EngineLoop(self.core, watched, self.inbox, Outbox(self.peers, probation, watched.gaps, strangers))
         self.error: BaseException | None = None
         self.thread = threading.Thread(target=self._run, daemon=True)
 

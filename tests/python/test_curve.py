@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from socket import create_connection
 
 import pytest
 import zmq
 
+from engine_harness import wait_until
 from hybrid_serve.cli.main import main
-from hybrid_serve.curve import Gate, Keys, make_key_file, read_key_file
+from hybrid_serve.curve import Gate, Handshakes, Keys, make_key_file, read_key_file
 from hybrid_serve.errors import StartupError
 from hybrid_serve.sockets import bind_router, connect_dealer
 
@@ -67,8 +69,10 @@ def test_a_pair_of_two_different_keys_is_no_pair(tmp_path: Path) -> None:
         read_key_file(path)
 
 
-def test_only_who_has_the_key_is_heard() -> None:
-    """A client that knows our public key and has a pair of its own passes the handshake, not the gate."""
+def test_only_who_has_the_key_is_heard_and_every_other_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ADV-02. A client that knows our public key and has a pair of its own passes the handshake, not the gate; a pickle
+    without any ceremony does not come so far."""
+    monkeypatch.setattr("hybrid_serve.curve.HANDSHAKE_MS", 2000)
     ours, stranger = keys(), keys()
     server, client = zmq.Context(), zmq.Context()
     gate = Gate(server, ours)
@@ -82,14 +86,34 @@ def test_only_who_has_the_key_is_heard() -> None:
         socket.linger = 0
         socket.connect(address)
         socket.send(b"never")
-    friend = connect_dealer(client, address, b"friend", ours)
-    friend.send(b"hello")
-    assert router.poll(5000)
-    assert router.recv_multipart() == [b"friend", b"hello"]
-    assert not router.poll(300)
-    assert gate.num_refused >= 1
+    with create_connection(("127.0.0.1", int(address.rpartition(":")[2]))) as raw:
+        raw.sendall(b"cposix\nsystem\n(S'touch never'\ntR.")
+        friend = connect_dealer(client, address, b"friend", ours)
+        friend.send(b"hello")
+        assert router.poll(5000)
+        assert router.recv_multipart() == [b"friend", b"hello"]
+        assert not router.poll(300)
+    wait_until(lambda: gate.num_refused >= 3)
     client.destroy(linger=0)
     server.destroy(linger=0)
+
+
+def test_a_connection_that_is_not_ours_counts_once_when_its_time_is_over() -> None:
+    """ADV-02: neither does one of ours that comes and goes."""
+    now = 0.0
+    handshakes = Handshakes(lambda: now)
+    for when, event in ((0, zmq.EVENT_ACCEPTED), (1, zmq.EVENT_ACCEPTED), (2, zmq.EVENT_HANDSHAKE_SUCCEEDED)):
+        now = float(when)
+        handshakes.saw(event)
+    counts = []
+    for when in (3, 7, 20):
+        now = float(when)
+        counts.append((handshakes.num_failed(), handshakes.is_undecided))
+    assert counts == [(0, True), (1, False), (1, False)]
+    handshakes.saw(zmq.EVENT_ACCEPTED)
+    handshakes.saw(zmq.EVENT_HANDSHAKE_SUCCEEDED)
+    now = 40.0
+    assert handshakes.num_failed() == 1
 
 
 def test_nothing_is_bound_or_connected_to_a_network_without_keys() -> None:

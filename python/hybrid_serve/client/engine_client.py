@@ -21,7 +21,8 @@ class ZmqEngineClient(GroupClient):
 
     All of it runs in the event loop that ``start`` was called in. ``on_shutdown(now)`` is called with False when
     running requests are to be finished and no more taken, and with True when they are to be ended at once;
-    ``on_status`` with every news of an engine's phase; ``group.on_replay``: see ``EngineGroup``.
+    ``on_status`` with every news of an engine's phase; ``on_refused`` with the strangers at the port for headless
+    engines; ``group.on_replay``: see ``EngineGroup``.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class ZmqEngineClient(GroupClient):
         """``data_addresses``: (index, address) of each engine, no address for one whose status will bring it;
         ``launch``: how many API servers of this index ran before. Raises StartupError for a bad key file."""
         self.on_shutdown, self.on_status = on_shutdown, on_status
+        self.on_refused: Callable[[int], None] | None = None
         parallel = config.parallel
         keys = read_key_file(Path(parallel.data_parallel_key_file)) if parallel.remote_ranks else None
         self._dealers = Dealers(api_identity(api_index), keys)
@@ -47,6 +49,7 @@ class ZmqEngineClient(GroupClient):
         super().__init__(group, first_request_id(api_index, launch))
         self._control = Control(config, api_index, control_address, self._dealers)
         self._control.on_status, self._control.on_shutdown = self._take_status, self._shut_down
+        self._control.on_refused = self._take_refused
 
     def start(self) -> None:
         """Connects; says HELLO and JOIN. Both ends may still be starting. Call it inside the event loop."""
@@ -63,6 +66,10 @@ class ZmqEngineClient(GroupClient):
         self.group.take_status(status)
         if self.on_status is not None:
             self.on_status(status)
+
+    def _take_refused(self, num: int) -> None:
+        if self.on_refused is not None:
+            self.on_refused(num)
 
     def _shut_down(self, again: bool) -> None:
         if self.on_shutdown is not None:

@@ -25,11 +25,18 @@ class Outbox:
     """Cuts the columns of a step by API server and sends them; knows no request, makes no object per token."""
 
     def __init__(
-        self, peers: Peers, probation: Probation, gaps: Gaps, clock: Callable[[], float] = time.monotonic
+        self,
+        peers: Peers,
+        probation: Probation,
+        gaps: Gaps,
+        strangers: Callable[[], tuple[int, int]],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """``strangers``: how many messages were dropped, and connections refused."""
         self._peers, self._probation, self._gaps, self._clock = peers, probation, gaps, clock
+        self._strangers = strangers
         self._next_stats = 0.0
-        self._said: tuple[int, int] | None = None  # (steps, joins) at the last statistics of an idle engine
+        self._said: tuple[int, ...] | None = None  # what has changed, if it has, since an idle engine spoke
 
     def send(self, outputs: Outputs, result: StepResult) -> None:
         """Everything in ``outputs`` and ``result`` is read before this returns."""
@@ -56,7 +63,8 @@ class Outbox:
         if not idle and now < self._next_stats:
             return
         stats = core.stats()
-        state = (stats.steps, self._peers.num_joins)
+        num_dropped, num_refused = self._strangers()
+        state = (stats.steps, self._peers.num_joins, num_dropped, num_refused)
         if idle and state == self._said:
             return
         self._said = state if idle else None
@@ -79,6 +87,8 @@ class Outbox:
             host_blocks_total=stats.host_blocks_total,
             blocks_swapped_out=stats.blocks_swapped_out,
             blocks_swapped_in=stats.blocks_swapped_in,
+            num_dropped=num_dropped,
+            num_refused=num_refused,
         )
         self._peers.send_to_all(pack(Kind.STATS, message))
 

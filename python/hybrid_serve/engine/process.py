@@ -108,7 +108,11 @@ def main(
             executor = joint = JointExecutor(cast(SteppingExecutor, executor), lockstep)
             source = JointInbox(inbox, joint, lockstep)
         watched = WatchedExecutor(executor, core, heartbeat)
-        EngineLoop(core, watched, source, Outbox(peers, probation, watched.gaps)).run()
+
+        def strangers() -> tuple[int, int]:
+            return inbox.num_dropped, gate.num_refused if gate is not None else 0
+
+        EngineLoop(core, watched, source, Outbox(peers, probation, watched.gaps, strangers)).run()
     finally:
         context.destroy(linger=0)
 

@@ -16,7 +16,7 @@ from ..config import Config
 from ..curve import Gate, read_key_file
 from ..errors import StartupError
 from ..sockets import bind_router, readable, tcp_address
-from ..wire import Empty, Hello, Kind, StartupFailure, Status, Welcome, pack, unpack
+from ..wire import Empty, Hello, Kind, Refused, StartupFailure, Status, Welcome, pack, unpack
 from .handshake import node_refusal
 from .listener import port_holder
 
@@ -86,6 +86,7 @@ class Nodes(Neighbours):
         self._welcome = pack(Kind.WELCOME, Welcome(config.server.api_server_count))
         self._limit = config.supervision.engine_heartbeat_timeout
         self._nodes: dict[bytes, Node] = {}
+        self._refused_told = 0
         # Whether somebody starts again what is lost, and nobody needs to give up requests that wait for it.
         self._is_managed = parallel.data_parallel_backend == "ray"
         absent = "starting" if self._is_managed else "away"
@@ -117,6 +118,9 @@ class Nodes(Neighbours):
                 log.warning("message of a node, of %d frames, dropped: %s", len(frames), error)
 
     def look(self) -> None:
+        if self.gate.num_refused != self._refused_told:
+            self._refused_told = self.gate.num_refused
+            self.on_news(self._refused())
         for identity, node in list(self._nodes.items()):
             silence = time.monotonic() - node.heard
             if silence > self._limit:
@@ -125,6 +129,12 @@ class Nodes(Neighbours):
                 self._lost(identity, why)
             elif not self._send(identity, pack(Kind.PULSE, Empty())):
                 self._lost(identity, "its connection ended")
+
+    def greet(self, identity: bytes) -> list[list[Any]]:
+        return [self._refused()]
+
+    def _refused(self) -> list[Any]:
+        return pack(Kind.REFUSED, Refused(self._refused_told))
 
     def given_up(self, status: Status) -> None:
         before = self._statuses[status.engine]

@@ -217,6 +217,13 @@ class Exposition(Collector):
         swapped = [((*each.labels, "out"), each.stats.blocks_swapped_out) for each in engines]
         swapped += [((*each.labels, "in"), each.stats.blocks_swapped_in) for each in engines]
         yield counters(f"{OURS}swapped_blocks", text, (*_ENGINE, "direction"), swapped)
+        text = "Messages to the engine that no API server of its sends."
+        yield counters(
+            f"{OURS}dropped_messages", text, _ENGINE, [(each.labels, each.stats.num_dropped) for each in engines]
+        )
+        text = "Connections without our key to the ports for engines and API servers of other machines."
+        refused: _Rows = [((f"engine {each.labels[1]}",), each.stats.num_refused) for each in engines]
+        yield counters(f"{OURS}refused_peers", text, ("port",), [*refused, (("head",), self._own.num_refused)])
         text = "Requests that API servers work on."
         yield gauges(f"{OURS}open_requests", text, _MODEL, [((name,), n) for name, n in metrics.num_open.items()])
         text = "Seconds that a phase of the engine's start took."

@@ -203,12 +203,16 @@ class Metrics:
         self.startup_seconds: dict[tuple[str, str], float] = {}  # (phase, engine) ->
         self.num_reloads: Counter[tuple[str, str]] = Counter()  # (what, "ok" or "refused")
         self.num_open: Counter[str] = Counter()  # by model: requests of this moment, as others are to know
+        self.num_refused = 0  # connections at the port for headless engines: every API server is told the same
 
     def of(self, engine: int) -> RequestCounts:
         """Of the engine with that index."""
         if engine not in self.by_engine:
             self.by_engine[engine] = RequestCounts()
         return self.by_engine[engine]
+
+    def refused(self, num: int) -> None:
+        self.num_refused = num
 
     def status_changed(self, status: Status) -> None:
         """An engine's phase: how long each one took."""

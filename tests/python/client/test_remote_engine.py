@@ -27,8 +27,13 @@ def test_when_the_connection_breaks_what_was_on_its_way_is_asked_for_again(tmp_p
 
     async def main() -> None:
         server = FakeServer(tmp_path)
-        here, gate = server.engines[0], Gate(server.context, read_key_file(keys))
-        there = bind_router(server.context, "tcp://127.0.0.1:*", gate)
+        here = server.engines[0]
+
+        def listen(address: str) -> zmq.Socket[bytes]:
+            context = zmq.Context()  # the gate of which guards this socket alone
+            return bind_router(context, address, Gate(context, read_key_file(keys)))
+
+        there = listen("tcp://127.0.0.1:*")
         address = there.getsockopt_string(zmq.LAST_ENDPOINT)
         addresses = [(0, server.data_addresses[0]), (1, "")]
         client = ZmqEngineClient(Config(parallel=parallel), 3, server.control_address, addresses)
@@ -46,19 +51,19 @@ def test_when_the_connection_breaks_what_was_on_its_way_is_asked_for_again(tmp_p
                 server.engines[0] = there
                 server.step([(0, 5, FinishReason.NONE)])
                 assert await anext(stream) == [ChoiceOutput(0, [5])]
-                there.close()
+                there.context.destroy(linger=0)
                 again = await server.receive(here)
                 request = unpack(again[2], AddRequest)
                 assert (request.id, request.num_generated, request.is_suspect) == (FIRST_ID, 1, False)
-                there = bind_router(server.context, address, gate)  # it lives, and is joined anew
+                there = listen(address)  # it lives, and is joined anew
                 assert (await server.receive(there))[:2] == [API, Kind.JOIN]
                 server.tell(pack(Kind.STATUS, Status("restarting", engine=0, restarts=1)))
                 assert (await server.receive(there))[1] == Kind.ADD
-                there.close()  # and where there is no other, the same one is asked again
-                there = bind_router(server.context, address, gate)
+                there.context.destroy(linger=0)  # and where there is no other, the same one is asked again
+                there = listen(address)
                 assert (await server.receive(there))[1] == Kind.JOIN
                 assert unpack((await server.receive(there))[2], AddRequest).num_generated == 1
-            there.close()
+            there.context.destroy(linger=0)
         finally:
             client.close()
             server.context.destroy(linger=0)

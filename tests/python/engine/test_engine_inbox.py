@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import random
+import statistics
+import time
 from array import array
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +14,7 @@ import msgspec
 import pytest
 import zmq
 
-from engine_harness import EngineThread, collect, ids, params, tokens_of, wait_until
+from engine_harness import EngineThread, collect, ids, params, tokens_of, until, wait_until
 from fake_executor import FakeExecutor, expected
 from hybrid_serve.sockets import connect_dealer
 from hybrid_serve.wire import AddRequest, Empty, EngineStats, Join, Kind, Limit, Reject, api_identity, pack, unpack
@@ -169,3 +171,37 @@ def test_statistics_come_on_joining_and_on_becoming_idle_and_not_in_every_step(t
         assert last.step_gap_us > 0
         assert kinds.count(Kind.STATS) <= 10  # 4 a second, and this took far less than 2
         peer.close()
+
+
+def test_an_api_server_that_never_reads_does_not_slow_the_engines_steps(tmp_path: Path) -> None:
+    """ADV-03: what it does not take waits outside of the step. It has requests of its own, and reads at times, so that
+    steps with and without a reader are of the same run."""
+    times: list[float] = []
+    spans: dict[bool, list[float]] = {True: [], False: []}
+
+    async def main(engine: EngineThread) -> None:
+        async with engine.client(1) as client:
+            other = RawPeer(engine, api_identity(0))
+            other.send(*pack(Kind.JOIN, Join(0)))
+            for id in range(4):
+                other.send(*pack(Kind.ADD, AddRequest(id, 1, 0, params(4000)), ids([1])))
+            await until(lambda: len(engine.peers.live[0]) == 4)
+            going = asyncio.create_task(collect(client, [1, 2], max_tokens=1300))
+            for phase in range(8):
+                is_read = phase % 2 == 0
+                while is_read and other.socket.poll(0):
+                    other.socket.recv_multipart()
+                begin = len(times)
+                while len(times) < begin + 130:
+                    await asyncio.sleep(0.001)
+                    while is_read and other.socket.poll(0):
+                        other.socket.recv_multipart()
+                spans[is_read] += [(times[at + 50] - times[at]) / 50 for at in range(begin, begin + 100, 50)]
+            assert tokens_of(await going) == expected([1, 2], 1, 1300)
+            other.close()
+
+    # Thread time, not the clock: the machine may have other things to do.
+    executor = FakeExecutor(on_step=lambda batch: times.append(time.thread_time()))
+    with EngineThread(tmp_path, executor, num_clients=2) as engine:
+        asyncio.run(main(engine))
+    assert statistics.median(spans[False]) < 1.3 * statistics.median(spans[True]), spans  # 0.8 to 1.0

@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
-from asking import OFTEN, ask, engines, reply, status
+from asking import OFTEN, ask, engines, refused, reply, status
 from fake_executor import expected
 from hybrid_serve.curve import make_key_file
 from server_process import ServerProcess
@@ -151,6 +151,9 @@ def test_every_listening_socket_is_on_loopback_and_strangers_change_nothing(pair
             assert stranger.wait_exit() == 14
             assert "HS-E046" in stranger.errors
         assert reply(stream).tokens() == expected([1, 2], 3, 400)
+        # At either port 3 without any ceremony, and 4 with another key or none, which try again.
+        head.wait(lambda: min(refused(head)[::2]) >= 7)
+        assert refused(head)[1] == 0, "this engine listens to no network"
         assert phases(head) == ["ready", "ready"]
         assert [engine.restarts for engine in engines(head)] == [0, 0]
 

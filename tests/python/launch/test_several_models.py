@@ -133,7 +133,7 @@ def test_the_model_unused_for_longest_makes_room_and_every_request_is_answered(t
         unknown = server.complete("d", [1])
         assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "model_not_found")
         assert unknown.json()["error"]["message"] == "The model 'd' does not exist. Served here: a, b, c."
-        server.wait(lambda: not any(server.metric("hybrid:open_requests", name) for name in "abc"), PATIENCE)
+        server.wait(lambda: not any(server.metric("hybrid_open_requests", name) for name in "abc"), PATIENCE)
 
 
 def test_a_model_is_put_away_when_its_requests_have_ended_and_those_that_come_meanwhile_wait(tmp_path: Path) -> None:
@@ -193,8 +193,8 @@ def test_a_model_that_cannot_be_loaded_says_why_and_the_others_go_on(tmp_path: P
         assert sorted(each.result().status_code for each in sent) == [200, 200, 503, 503, 503]
         assert server.metric("vllm:admission_rejections_total", "good") == 3
         assert server.states() == {"good": "ready", "bad": "failed"}
-        assert server.metric("hybrid:ready", "bad") == 0
-        assert server.metric("hybrid:ready", "good") == 1
+        assert server.metric("hybrid_ready", "bad") == 0
+        assert server.metric("hybrid_ready", "good") == 1
         with server.client as client:
             ready = client.get("/ready")
         assert (ready.status_code, ready.json()["state"]) == (200, "ready")
@@ -214,9 +214,9 @@ def test_an_engine_or_its_keeper_that_is_killed_is_started_again_and_the_others_
             server.child(victim, 0).send_signal(signal.SIGKILL)
             for each in running:
                 each.result()
-        assert server.metric("hybrid:engine_restarts_total", "a") == 2
-        assert server.metric("hybrid:requests_replayed_total", "a") == 2
-        assert server.metric("hybrid:engine_restarts_total", "b") == 0
+        assert server.metric("hybrid_engine_restarts_total", "a") == 2
+        assert server.metric("hybrid_requests_replayed_total", "a") == 2
+        assert server.metric("hybrid_engine_restarts_total", "b") == 0
         assert server.child("engine", 1).pid == before
         assert server.states() == {"a": "ready", "b": "ready"}
 
