@@ -10,7 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 log = logging.getLogger(__name__)
-INTERVAL = 0.4  # seconds
+INTERVAL = 0.1  # seconds; a file is read when it looks the same twice
+
+
+_Signature = list[tuple[int, int, int] | None]
 
 
 @dataclass(frozen=True)
@@ -25,15 +28,16 @@ class Watched:
 async def watch(files: Sequence[Watched], outcomes: Counter[tuple[str, str]]) -> None:
     """Never returns. Looks at times and sizes instead of waiting for events: those do not come from every file system,
     and not at all through the links that cluster managers swap."""
-    taken = [await asyncio.to_thread(_signature, each.paths) for each in files]
-    last = list(taken)
+    if not files:
+        await asyncio.Event().wait()
+    taken = last = await asyncio.to_thread(_signatures, files)
     while True:
         await asyncio.sleep(INTERVAL)
+        before, last = last, await asyncio.to_thread(_signatures, files)
         for i, each in enumerate(files):
-            before, last[i] = last[i], await asyncio.to_thread(_signature, each.paths)
-            if last[i] == taken[i] or last[i] != before:  # nothing new, or somebody is writing still
+            if last[i] == taken[i] or last[i] != before[i]:  # nothing new, or somebody is writing still
                 continue
-            taken[i] = last[i]
+            taken = [*taken[:i], last[i], *taken[i + 1 :]]
             try:
                 each.reload()
             except (ValueError, OSError) as error:
@@ -47,8 +51,12 @@ async def watch(files: Sequence[Watched], outcomes: Counter[tuple[str, str]]) ->
                 outcomes[each.name, "ok"] += 1
 
 
-def _signature(paths: Sequence[Path]) -> list[tuple[int, int, int] | None]:
-    found: list[tuple[int, int, int] | None] = []
+def _signatures(files: Sequence[Watched]) -> list[_Signature]:
+    return [_signature(each.paths) for each in files]
+
+
+def _signature(paths: Sequence[Path]) -> _Signature:
+    found: _Signature = []
     for path in paths:
         try:
             stat = path.stat()

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import ssl
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -164,7 +165,7 @@ def test_certificates_change_under_load_and_no_stream_is_cut(make_api: MakeApi, 
             await asyncio.gather(*clients)
             watching.cancel()
             assert counts["complete"] == counts["begun"] > 24
-            assert min(delays) < 1.0, "all of them, on a machine that does nothing else"
+            assert statistics.median(delays) < 1.0, delays
             assert outcomes["certificate", "ok"] == 5
 
     api.run(scenario())
