@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -170,6 +172,15 @@ def test_stages_and_images_that_are_named_exist() -> None:
     volumes = of_kind("Deployment")["spec"]["template"]["spec"]["volumes"]
     assert claim in [volume.get("persistentVolumeClaim", {}).get("claimName") for volume in volumes]
     assert {mount["name"] for mount in container()["volumeMounts"]} == {volume["name"] for volume in volumes}
+
+
+def test_systemd_knows_every_key_of_the_unit() -> None:
+    program = shutil.which("systemd-analyze")
+    if program is None:
+        pytest.skip("systemd is not installed")
+    done = subprocess.run([program, "verify", str(DEPLOY / "hybrid-serve.service")], capture_output=True, text=True)
+    problems = [line for line in done.stderr.splitlines() if "hybrid-serve.service" in line]
+    assert [line for line in problems if "is not executable" not in line] == []  # it is not installed here
 
 
 def test_no_server_runs_as_root() -> None:
