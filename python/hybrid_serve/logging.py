@@ -11,9 +11,11 @@ import json
 import logging
 import os
 import re
+import select
 import sys
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from contextvars import ContextVar
 from typing import TextIO
 
@@ -21,6 +23,7 @@ _OURS = "hybrid_serve"
 request_id: ContextVar[str | None] = ContextVar("request_id", default=None)  # of what this task works on
 _LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 _MASK = "***"
+_PATIENCE_MS = 20  # with a reader that is slow; one that has stopped is waited for once
 # Line breaks, ANSI sequences and direction overrides would let a model name or a path write lines of its own (ADV-57);
 # a lone surrogate has no bytes.
 _UNSAFE = [*range(0x20), *range(0x7F, 0xA0), *range(0x2028, 0x202F), *range(0x2066, 0x206A), *range(0xD800, 0xE000)]
@@ -98,6 +101,61 @@ class JsonFormatter(Masked):
         return json.dumps(masked)
 
 
+class Lines(logging.StreamHandler[TextIO]):
+    """Writes lines as long as somebody takes them. Where a reader has stopped or a disk is full they are dropped and
+    counted, and the next one that is taken says how many: what a server does must not wait for who reads of it."""
+
+    num_dropped = 0  # by this process
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__(stream)
+        self._num_told, self._is_blocked, self._is_torn = Lines.num_dropped, False, False
+        self._poll: select.poll | None = None
+        with suppress(OSError, ValueError):  # not a file
+            self._fd = stream.fileno()
+            self._poll = select.poll()
+            self._poll.register(self._fd, select.POLLOUT)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        untold = Lines.num_dropped - self._num_told
+        if untold and self._put(_dropped(untold)):
+            self._num_told += untold
+        if not self._put(record):
+            Lines.num_dropped += 1
+
+    def _put(self, record: logging.LogRecord) -> bool:
+        try:
+            line = self.format(record) + self.terminator
+            if self._poll is None:
+                self.stream.write(line)
+                return True
+            self.stream.flush()
+            data = (self.terminator * self._is_torn + line).encode(errors="backslashreplace")
+            # A pipe that can be written has room for so many bytes. Of a longer line the rest may be lost.
+            for at in range(0, len(data), select.PIPE_BUF):
+                if not self._write(data[at : at + select.PIPE_BUF]):
+                    self._is_torn = self._is_torn or at > 0
+                    return False
+            self._is_torn = False
+            return True
+        except OSError:  # its reader is gone, or the disk is full
+            return False
+        except Exception:
+            self.handleError(record)
+            return True
+
+    def _write(self, data: bytes) -> bool:
+        assert self._poll is not None
+        events = self._poll.poll(0 if self._is_blocked else _PATIENCE_MS)
+        self._is_blocked = not events
+        return bool(events) and os.write(self._fd, data) == len(data)
+
+
+def _dropped(count: int) -> logging.LogRecord:
+    text = "%d lines before this one were dropped: nobody took them"
+    return logging.LogRecord(__name__, logging.WARNING, "", 0, text, (count,), None)
+
+
 FORMATS: dict[str, type[Masked]] = {"text": LineFormatter, "json": JsonFormatter}
 
 
@@ -129,7 +187,7 @@ def configure(
     level.
     """
     set_level(level)
-    handler = logging.StreamHandler(stream or sys.stderr)
+    handler = Lines(stream or sys.stderr)
     handler.setFormatter(FORMATS[form](process, [*secrets, os.environ.get("HF_TOKEN", "")]))
     root = logging.getLogger()
     for old in root.handlers[:]:

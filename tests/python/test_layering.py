@@ -256,3 +256,16 @@ def test_no_file_is_longer_than_a_reader_bears() -> None:
 def test_every_file_has_a_noun_for_a_name() -> None:
     nameless = re.compile(r"^(utils?|helpers?|misc|common)$")
     assert [str(file) for file in SOURCES if nameless.match(file.stem)] == []
+
+
+WALL_CLOCK = {  # what people read, or the start of a process as the system has it; no deadline
+    "server/timeline.py", "server/context.py", "server/endpoints/completions.py", "server/endpoints/chat.py",
+    "server/tracing.py", "text/chat_template.py", "cli/ps.py", "launch/evidence.py", "launch/listener.py",
+}  # fmt: skip
+
+
+def test_no_deadline_is_of_a_clock_that_can_be_set() -> None:
+    """F-61: a jump of the clock by an hour changes no timeout."""
+    reads = re.compile(r"\btime\.time(_ns)?\(|\bdatetime\.now|^from time import .*\btime\b", re.MULTILINE)
+    found = {str(file.relative_to(PACKAGE)) for file in PACKAGE.rglob("*.py") if reads.search(file.read_text())}
+    assert found == WALL_CLOCK

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import re
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 
@@ -117,3 +119,37 @@ def test_the_default_stream_is_stderr(capsys: pytest.CaptureFixture[str], stream
     shown = capsys.readouterr()
     assert (shown.out, shown.err.count("\n")) == ("", 1)
     assert sys.stderr is not stream
+
+
+def test_a_reader_that_stops_costs_lines_and_no_time_and_is_told_how_many(stream: io.StringIO) -> None:
+    """F-60: a pipe that is full, as behind a log shipper that hangs."""
+    read, write = os.pipe()
+    logger = logging.getLogger("hybrid_serve")
+    with os.fdopen(write, "w") as pipe:
+        log_lines.configure("info", "api 0", (), pipe)
+        dropped, began = log_lines.Lines.num_dropped, time.monotonic()
+        for number in range(3000):
+            logger.info("line %d %s", number, "x" * 100)
+        logger.info("a long one %s", "y" * 100_000)
+        assert time.monotonic() - began < 5
+        dropped = log_lines.Lines.num_dropped - dropped
+        assert dropped > 1000
+        taken = os.read(read, 1 << 20).decode()
+        logger.info("the last")
+    with os.fdopen(read) as rest:
+        lines = (taken + rest.read()).splitlines()
+    kept = [int(line.split(" line ")[1].split()[0]) for line in lines if " line " in line and line.endswith("x")]
+    assert kept == list(range(len(kept)))
+    assert 3001 - dropped - len(kept) in (0, 1), "at most one is torn"
+    assert LINE.fullmatch(lines[-2])[2] == f"{dropped} lines before this one were dropped: nobody took them"  # type: ignore[index]
+    assert LINE.fullmatch(lines[-1])[2] == "the last"  # type: ignore[index]
+
+
+def test_a_full_disk_stops_nobody(stream: io.StringIO) -> None:
+    """F-60"""
+    dropped = log_lines.Lines.num_dropped
+    with open("/dev/full", "w") as full:
+        log_lines.configure("info", "api 0", (), full)
+        for _ in range(10):
+            logging.getLogger("hybrid_serve").error("lost")
+        assert log_lines.Lines.num_dropped == dropped + 10

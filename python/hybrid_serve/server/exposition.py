@@ -24,6 +24,7 @@ from prometheus_client.registry import Collector
 from .. import __version__
 from ..client import EngineClient
 from ..config import CacheConfig
+from ..logging import Lines
 from ..wire import STEP_GAP_BOUNDS, STEP_TOKEN_BOUNDS, EngineStats, Status
 from .metrics import REQUEST_HISTOGRAMS, Flat, Histogram, Metrics, RequestCounts
 
@@ -87,6 +88,7 @@ class Exposition(Collector):
     def _all(self) -> Metrics:
         """The counts of every API server together."""
         self._own.num_open = self._num_open()
+        self._own.lines_dropped(Lines.num_dropped)
         metrics = Metrics()
         for flat in (self._own.flat(), *self.others()):
             metrics.add(flat)
@@ -232,6 +234,8 @@ class Exposition(Collector):
         uses = [((name, what), count) for name, counts in metrics.by_key.items() for what, count in counts.items()]
         text = "Requests, tokens and refusals by the name of the API key."
         yield counters(f"{OURS}key_usage", text, ("key", "kind"), uses)
+        text = "Lines that API servers did not log, as nobody took them."
+        yield counters(f"{OURS}log_lines_dropped", text, (), [((), metrics.num_lines_dropped)])
         text = "Times that a file was read again while the server ran."
         yield counters(f"{OURS}reloads", text, ("file", "outcome"), metrics.num_reloads.items())
 

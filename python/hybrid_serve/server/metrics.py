@@ -202,6 +202,7 @@ class Metrics:
         self.by_key: dict[str, Counter[str]] = {}  # name of a key -> requests, tokens, refused
         self.startup_seconds: dict[tuple[str, str], float] = {}  # (phase, engine) ->
         self.num_reloads: Counter[tuple[str, str]] = Counter()  # (what, "ok" or "refused")
+        self.num_lines_dropped = self._lines_of_process = 0  # of the log: nobody took them
         self.num_open: Counter[str] = Counter()  # by model: requests of this moment, as others are to know
         self.num_refused = 0  # connections at the port for headless engines: every API server is told the same
 
@@ -210,6 +211,11 @@ class Metrics:
         if engine not in self.by_engine:
             self.by_engine[engine] = RequestCounts()
         return self.by_engine[engine]
+
+    def lines_dropped(self, of_process: int) -> None:
+        """How many this process has dropped so far."""
+        self.num_lines_dropped += of_process - self._lines_of_process
+        self._lines_of_process = of_process
 
     def refused(self, num: int) -> None:
         self.num_refused = num
@@ -249,6 +255,7 @@ class Metrics:
         for engine, of_engine in self.by_engine.items():
             found |= {("engine", str(engine), *words): numbers for words, numbers in of_engine.flat().items()}
         found |= {("reloads", *words): [count] for words, count in self.num_reloads.items()}
+        found["lines_dropped",] = [self.num_lines_dropped]
         for name, counts in self.by_key.items():
             found |= {("key", name, what): [count] for what, count in counts.items()}
         return {_JOINT.join(words): numbers for words, numbers in found.items()} | self.http.flat()
@@ -261,6 +268,8 @@ class Metrics:
                     self.num_open[name] += int(numbers[0])
                 case ["engine", index, *words]:
                     self.of(int(index)).add(words, numbers)
+                case ["lines_dropped"]:
+                    self.num_lines_dropped += int(numbers[0])
                 case ["reloads", what, outcome]:
                     self.num_reloads[what, outcome] += int(numbers[0])
                 case ["key", name, what]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from ..logging import Lines
 from ..shared_memory import COUNTS_SLOT_BYTES
 from .metrics import Flat
 
@@ -85,6 +86,7 @@ async def publish(shared: SharedCounts, context: ServerContext) -> None:
     try:
         while True:
             metrics.num_open = context.num_open()
+            metrics.lines_dropped(Lines.num_dropped)
             shared.write(metrics.flat())
             context.take_news()
             await asyncio.sleep(INTERVAL)

@@ -1,16 +1,23 @@
-"""What dies takes nothing with it that it should not (F-06, F-08, F-12, F-16, S11)."""
+"""What dies takes nothing with it that it should not (F-06, F-08, F-12, F-16, S11), and what is missing around a server
+does not end it (F-60, F-62)."""
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import signal
 import socket
 import subprocess
+import sys
+import tempfile
 import threading
 from pathlib import Path
 
 import httpx
 import psutil
+
+from tiny_models import make_tiny_model
 
 from .server import Server, command, free_port, serving, wait_until
 
@@ -56,6 +63,35 @@ def test_sigterm_lets_the_running_stream_finish(demo_gguf: Path) -> None:
         events = [line for line in lines if line.startswith("data: ")]
         assert events[-1] == "data: [DONE]"
         assert json.loads(events[-2][6:])["choices"][0]["finish_reason"] == "length"
+
+
+def test_a_server_without_locale_and_home_whose_log_nobody_reads_serves_and_counts_the_lines(tmp_path: Path) -> None:
+    """F-60, F-62: 100 lines of the access log do not fit into the pipe."""
+    read, write = os.pipe()
+    fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 4096)
+    model = make_tiny_model(tmp_path / "tiny")
+    bare = {"PATH": os.environ["PATH"], "LC_ALL": "C", "HOME": "/nonexistent", "PYTHONPATH": os.pathsep.join(sys.path)}
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+    words = command("serve", str(model), "--port", str(port), "--access-log", "all")
+    with tempfile.NamedTemporaryFile() as log:
+        process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=write, env=bare, cwd="/")
+        server = Server(process, port, log)
+        try:
+            wait_until(server.ready, "the server is ready")
+            with httpx.Client(base_url=server.url, timeout=30) as client:
+                for _ in range(100):
+                    assert client.get("/v1/models").status_code == 200
+                body = {"prompt": "x", "max_tokens": 4}
+                assert client.post("/v1/completions", json=body).status_code == 200
+            assert server.metric("hybrid_log_lines_dropped_total") > 20
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(30) == 0
+        finally:
+            process.kill()
+            os.close(read)
+            os.close(write)
 
 
 def is_free(port: int) -> bool:
