@@ -338,6 +338,13 @@ _ANSWERS = (
         "Wait until one of them ends, or raise the key's limit in the key file.",
     ),
     _http(
+        124,
+        429,
+        "wait_too_long",
+        "The request waited for a place longer than it may, or would, by the pace at which others get one.",
+        "Try again after as long as Retry-After says, or allow more: max_queue_time_s, ttft_slo_ms, deadline_s.",
+    ),
+    _http(
         123,
         404,
         "request_not_found",
@@ -388,6 +395,13 @@ _ANSWERS = (
         "model_failed",
         "One of several models could not be loaded; the others are served. A request tries it again after 30 seconds.",
         "The message has the cause; then POST /v1/models/{id}/load, which tries it at once.",
+    ),
+    _http(
+        160,
+        504,
+        "deadline_exceeded",
+        "The reply was not complete when the request's time was over; it was aborted.",
+        "Ask for less, or allow more time: deadline_s in the body, the header X-Request-Timeout, --deadline-s.",
     ),
 )
 

@@ -91,6 +91,9 @@ class SchedulerConfig:
         int, Option("token budget of a step; auto: by device, less where memory is short", "N|auto", common=True)
     ] = 0
     max_num_queued_reqs: Annotated[int, Option("requests that may wait before new ones get 503; 0: no limit")] = 1024
+    max_queue_time_s: Annotated[float, Option("seconds that a request may wait for a place; 0: any", "SECONDS")] = 0.0
+    ttft_slo_ms: Annotated[float, Option("milliseconds to a request's first token, at most; 0: any", "MS")] = 0.0
+    deadline_s: Annotated[float, Option("seconds for a whole reply, at most; 0: any number", "SECONDS")] = 0.0
 
 
 @dataclass(frozen=True)

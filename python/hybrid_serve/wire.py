@@ -187,6 +187,8 @@ class EngineStats(msgspec.Struct, array_like=True, frozen=True):
     blocks_swapped_in: int = 0
     num_dropped: int = 0  # messages that no API server of this engine sends
     num_refused: int = 0  # connections without our key, where the engine listens to a network
+    may_run: int = 0  # requests at once; 0: not said
+    admission_seconds: float = 0.0  # from one request that is let in to the next, where others wait; 0: not known
 
 
 class Hello(msgspec.Struct, array_like=True, frozen=True):

@@ -20,7 +20,7 @@ from hybrid_serve.client.engine_client import ZmqEngineClient
 from hybrid_serve.config import CacheConfig, Config, SchedulerConfig
 from hybrid_serve.engine.inbox import Inbox
 from hybrid_serve.engine.loop import EngineLoop
-from hybrid_serve.engine.outbox import Outbox
+from hybrid_serve.engine.outbox import Around, Outbox
 from hybrid_serve.engine.peers import Peers
 from hybrid_serve.engine.probation import Probation
 from hybrid_serve.engine.process import engine_facts, make_core
@@ -67,11 +67,11 @@ class EngineThread:
             max_num_queued_reqs=self.config.scheduler.max_num_queued_reqs,
         )
 
-        def strangers() -> tuple[int, int]:
-            return self.inbox.num_dropped, 0
+        def around() -> Around:
+            return Around(self.inbox.may_run, self.inbox.num_dropped, 0)
 
         watched = WatchedExecutor(self.executor, self.core, self.heartbeat)
-        self.loop = EngineLoop(self.core, watched, self.inbox, Outbox(self.peers, probation, watched.gaps, strangers))
+        self.loop = EngineLoop(self.core, watched, self.inbox, Outbox(self.peers, probation, watched.gaps, around))
         self.error: BaseException | None = None
         self.thread = threading.Thread(target=self._run, daemon=True)
 

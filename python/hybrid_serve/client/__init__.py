@@ -94,6 +94,11 @@ class Engine(Protocol):
     @property
     def stats(self) -> EngineStats: ...
 
+    @property
+    def wait_seconds(self) -> float:
+        """Until a new request would be let in, as far as one can tell; 0: at once, or one cannot."""
+        ...
+
 
 class EngineClient(Protocol):
     """One API server's view of the engine(s)."""

@@ -49,6 +49,16 @@ class Link:
         open_requests = max(own * self._num_api_servers, own + self._num_elsewhere)
         return open_requests + self._unstarted_tokens / PROMPT_TOKENS_A_REQUEST + crowd
 
+    @property
+    def wait_seconds(self) -> float:
+        """Until a new request would be let in, by the pace of the last ones; 0: there is room, or no pace is known."""
+        stats = self.stats
+        num_open = max(stats.num_running + stats.num_waiting, len(self.streams))
+        ahead = num_open - stats.may_run + 1 if stats.may_run else 0
+        if stats.num_waiting:  # perhaps for blocks, while fewer run than may
+            ahead = max(ahead, stats.num_waiting + 1)
+        return max(0, ahead) * stats.admission_seconds
+
     def add(self, stream: ZmqStream, ids: range, num_tokens: int) -> None:
         """The engine is asked for these choices of the stream, behind so many tokens."""
         for id in ids:

@@ -55,6 +55,7 @@ class Inbox:
         self._poller.register(control, zmq.POLLIN)
 
     def _limit_open(self, waiting: int, running: int) -> None:
+        self.may_run = running
         # Counted together with the running ones: between two steps it is not known yet which of the new ones will wait.
         self._max_open = running + waiting if waiting else 0
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..wire import EngineStats, Kind, StepHeader, pack
+from ..wire import EngineStats, Kind, StepEvent, StepHeader, pack
+from .admissions import Admissions
 from .executor import StepResult
 from .gaps import Gaps
 from .peers import Peers
@@ -21,6 +22,14 @@ if TYPE_CHECKING:
 STATS_INTERVAL = 0.25  # seconds; also how soon an API server that went away is noticed while others' requests run
 
 
+class Around(NamedTuple):
+    """What statistics say of the engine's door."""
+
+    may_run: int  # requests at once
+    num_dropped: int  # messages
+    num_refused: int  # connections
+
+
 class Outbox:
     """Cuts the columns of a step by API server and sends them; knows no request, makes no object per token."""
 
@@ -29,17 +38,20 @@ class Outbox:
         peers: Peers,
         probation: Probation,
         gaps: Gaps,
-        strangers: Callable[[], tuple[int, int]],
+        around: Callable[[], Around],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``strangers``: how many messages were dropped, and connections refused."""
         self._peers, self._probation, self._gaps, self._clock = peers, probation, gaps, clock
-        self._strangers = strangers
+        self._around = around
+        self._admissions, self._num_admitted = Admissions(), 0  # those since the last statistics
         self._next_stats = 0.0
         self._said: tuple[int, ...] | None = None  # what has changed, if it has, since an idle engine spoke
 
     def send(self, outputs: Outputs, result: StepResult) -> None:
         """Everything in ``outputs`` and ``result`` is read before this returns."""
+        if len(outputs.event_kinds):
+            kinds = np.frombuffer(outputs.event_kinds, np.uint8) & 15
+            self._num_admitted += int(np.count_nonzero(kinds == StepEvent.ADMITTED))
         starts, events, now = outputs.client_start.tolist(), outputs.event_start.tolist(), time.monotonic_ns() // 1000
         if self._probation.is_busy:
             self._probation.stepped(outputs.ids)
@@ -63,12 +75,15 @@ class Outbox:
         if not idle and now < self._next_stats:
             return
         stats = core.stats()
-        num_dropped, num_refused = self._strangers()
-        state = (stats.steps, self._peers.num_joins, num_dropped, num_refused)
+        around = self._around()
+        state = (stats.steps, self._peers.num_joins, around.num_dropped, around.num_refused)
         if idle and state == self._said:
             return
         self._said = state if idle else None
         self._next_stats = now + STATS_INTERVAL
+        is_full = stats.num_waiting > 0 or stats.num_running >= around.may_run
+        self._admissions.saw(now, self._num_admitted, is_full)
+        self._num_admitted = 0
         message = EngineStats(
             num_running=stats.num_running,
             num_waiting=stats.num_waiting,
@@ -87,8 +102,10 @@ class Outbox:
             host_blocks_total=stats.host_blocks_total,
             blocks_swapped_out=stats.blocks_swapped_out,
             blocks_swapped_in=stats.blocks_swapped_in,
-            num_dropped=num_dropped,
-            num_refused=num_refused,
+            num_dropped=around.num_dropped,
+            num_refused=around.num_refused,
+            may_run=around.may_run,
+            admission_seconds=self._admissions.seconds_each,
         )
         self._peers.send_to_all(pack(Kind.STATS, message))
 

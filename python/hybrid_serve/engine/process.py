@@ -34,7 +34,7 @@ from .executor import Executor, ExecutorFacts
 from .inbox import Inbox
 from .joint import JointExecutor, JointInbox, SteppingExecutor
 from .loop import EngineLoop, Source
-from .outbox import Outbox
+from .outbox import Around, Outbox
 from .peers import Peers
 from .probation import Probation
 from .watched import WatchedExecutor
@@ -109,10 +109,10 @@ def main(
             source = JointInbox(inbox, joint, lockstep)
         watched = WatchedExecutor(executor, core, heartbeat)
 
-        def strangers() -> tuple[int, int]:
-            return inbox.num_dropped, gate.num_refused if gate is not None else 0
+        def around() -> Around:
+            return Around(inbox.may_run, inbox.num_dropped, gate.num_refused if gate is not None else 0)
 
-        EngineLoop(core, watched, source, Outbox(peers, probation, watched.gaps, strangers)).run()
+        EngineLoop(core, watched, source, Outbox(peers, probation, watched.gaps, around)).run()
     finally:
         context.destroy(linger=0)
 

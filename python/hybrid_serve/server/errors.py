@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -25,6 +25,7 @@ _TYPES = {
     429: "rate_limit_error",
     500: "server_error",
     503: "service_unavailable",
+    504: "timeout_error",
 }
 
 # code -> (HTTP status, type, our number)
@@ -39,6 +40,7 @@ class ApiError(Exception):
     """An entry of the catalogue with its message; ``param`` names the field, as ``messages[0].content``."""
 
     headers: Sequence[tuple[bytes, bytes]] = ()  # of the response, besides the usual ones
+    more: Mapping[str, float] = {}  # fields of the error, besides the usual ones
 
     def __init__(self, code: str, message: str, param: str | None = None, retry_after: int | None = None) -> None:
         super().__init__(message)
@@ -58,6 +60,7 @@ class ApiError(Exception):
             fields["hs_code"] = self.hs_code
         if request_id is not None:
             fields["request_id"] = request_id
+        fields |= self.more
         return msgspec.json.encode({"error": fields})
 
 

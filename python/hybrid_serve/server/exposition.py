@@ -177,8 +177,7 @@ class Exposition(Collector):
         name, text = f"{self._prefix}request_success", "Choices by the way they ended."
         yield counters(name, text, (*_ENGINE, "finished_reason"), ends)
         name, text = f"{self._prefix}admission_rejections", "Requests refused because too many wait."
-        refused = [((name, "max_num_queued_reqs"), count) for name, count in self._refused(engines).items()]
-        yield counters(name, text, (*_MODEL, "reason"), refused)
+        yield counters(name, text, (*_MODEL, "reason"), self._refused(engines).items())
         for name, (_, text) in REQUEST_HISTOGRAMS.items():
             rows = [(each.labels, each.counts.histograms[name]) for each in engines]
             yield histograms(self._prefix + name, text, _ENGINE, rows)
@@ -239,11 +238,13 @@ class Exposition(Collector):
         text = "Times that a file was read again while the server ran."
         yield counters(f"{OURS}reloads", text, ("file", "outcome"), metrics.num_reloads.items())
 
-    def _refused(self, engines: list[OfEngine]) -> Counter[str]:
-        """By model: where too many wait, which engine would have had a request is chance."""
-        found = Counter({model.name: 0 for model in self.models})
+    def _refused(self, engines: list[OfEngine]) -> Counter[tuple[str, str]]:
+        """By model and reason: where too many wait, which engine would have had a request is chance."""
+        reasons = {"max_num_queued_reqs": "admission_rejections", "time_limit": "num_late"}
+        found = Counter({(model.name, reason): 0 for model in self.models for reason in reasons})
         for each in engines:
-            found[each.labels[0]] += each.counts.admission_rejections
+            for reason, count in reasons.items():
+                found[each.labels[0], reason] += getattr(each.counts, count)
         return found
 
     def _gauge(self, name: str, text: str, rows: _Rows) -> Metric:

@@ -14,6 +14,8 @@ from ..text.detokenizer import Detokenizer
 from ..wire import FinishReason, SamplingParams
 from .answers import FinishName, PromptTokensDetails, Usage
 from .context import ServerContext
+from .errors import ApiError
+from .patience import ENDLESS, Patience, Progress, bounded
 
 _MAX_PROMPTS_AT_ONCE = 64  # of one request in the engine; the others wait here
 
@@ -85,6 +87,7 @@ class Generation:
     cache_salt: bytes = b""
     rank: int | None = None  # the engine that shall have it
     arrived: float = field(default_factory=monotonic)
+    patience: Patience = ENDLESS
 
     def __post_init__(self) -> None:
         tokenizer = self.context.text.tokenizer
@@ -101,7 +104,10 @@ class Generation:
         metrics = self.context.metrics
         unfinished = "abort"
         try:
+            self.patience.refuse_hopeless(monotonic() - self.arrived, self._wait_seconds())
             source = self._one(0) if len(self.prompts) == 1 else self._many()
+            if self.patience != ENDLESS:
+                source = bounded(source, self.patience, self.arrived, self._progress, self._wait_seconds)
             async with aclosing(source):
                 async for first, stream, outputs in source:
                     yield self._deltas(first, stream, outputs)
@@ -112,8 +118,24 @@ class Generation:
             is_refused = isinstance(error, EngineRejected) and error.code == "overloaded"
             metrics.of(self.choices[0].engine).admission_rejections += is_refused
             raise
+        except ApiError:
+            unfinished = "error"
+            metrics.of(self.choices[0].engine).num_late += 1
+            raise
         finally:
             metrics.ended(self.arrived, self.choices, self.n, unfinished)
+
+    def _wait_seconds(self) -> float:
+        """Until an engine that may have the request has a place for it."""
+        engines = self.context.client.engines
+        waits = [engine.wait_seconds for engine in engines if self.rank in (None, engine.index)]
+        return min(waits, default=0.0)
+
+    def _progress(self) -> Progress:
+        if any(choice.first_time for choice in self.choices):
+            return Progress.BEGUN
+        is_admitted = any(event.what == "admitted" for _, stream in self._streams for event in stream.events)
+        return Progress.ADMITTED if is_admitted else Progress.WAITING
 
     def _deltas(self, first: int, stream: Stream, outputs: list[ChoiceOutput]) -> list[Delta]:
         now = monotonic()

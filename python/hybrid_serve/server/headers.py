@@ -5,6 +5,7 @@ from __future__ import annotations
 from starlette.types import Scope
 
 RANK_HEADER = "x-data-parallel-rank"
+TIMEOUT_HEADER = "x-request-timeout"
 
 
 def header_values(scope: Scope, name: bytes) -> list[bytes]:

@@ -125,7 +125,8 @@ class HttpCounts:
 
 # Fields of RequestCounts that are one number.
 _LOST = ("num_replayed", "num_quarantined")
-_ENGINE_NUMBERS = ("prompt_tokens", "cached_tokens", "generation_tokens", "admission_rejections", *_LOST)
+_REFUSED = ("admission_rejections", "num_late")
+_ENGINE_NUMBERS = ("prompt_tokens", "cached_tokens", "generation_tokens", *_REFUSED, *_LOST)
 
 
 class RequestCounts:
@@ -134,6 +135,7 @@ class RequestCounts:
     def __init__(self) -> None:
         self.prompt_tokens = self.cached_tokens = self.generation_tokens = 0
         self.admission_rejections = 0
+        self.num_late = 0  # requests that took, or would take, longer than they may
         self.num_replayed = self.num_quarantined = 0  # that were open when this engine died
         self.finished = {"stop": 0, "length": 0, "abort": 0, "error": 0}
         self.histograms = {name: Histogram(bounds) for name, (bounds, _) in REQUEST_HISTOGRAMS.items()}

@@ -20,6 +20,7 @@ _MAX_IGNORED_NAMES = 20
 
 Int32 = Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)]
 TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+Seconds = Annotated[float, Meta(gt=0.0, le=86400.0)]
 Penalty = Annotated[float, Meta(ge=-2.0, le=2.0)]
 StopString = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_CHARS)]
 
@@ -59,6 +60,9 @@ class SamplingRequest(ModelRequest, kw_only=True):
     logit_bias: Annotated[dict[str, float], Meta(max_length=MAX_ID_LIST)] | None = None
     allowed_token_ids: Annotated[list[TokenId], Meta(min_length=1)] | None = None
     priority: Int32 | None = 0
+    max_queue_time_s: Seconds | None = None
+    ttft_slo_ms: Annotated[float, Meta(gt=0.0, le=86400e3)] | None = None
+    deadline_s: Seconds | None = None
     cache_salt: Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[^@/\\\x00]*$")] | None = None
     return_token_ids: bool | None = False
     return_tokens_as_token_ids: bool | None = False

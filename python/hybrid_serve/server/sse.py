@@ -10,7 +10,7 @@ from typing import Any
 from starlette.types import Receive, Scope, Send
 
 from .errors import ApiError, as_api_error
-from .headers import RANK_HEADER, header_values
+from .headers import RANK_HEADER, TIMEOUT_HEADER, header_values
 from .keys import Key
 from .lifecycle import Lifecycle
 
@@ -46,6 +46,7 @@ class Exchange:
             if name in (b"traceparent", b"tracestate")
         }
         self.rank = header_values(scope, RANK_HEADER.encode()) if "headers" in scope else []
+        self.timeout = header_values(scope, TIMEOUT_HEADER.encode()) if "headers" in scope else []
         self.key: Key | None = state.get("key")
         self.key_name = self.key.name if self.key is not None else None
         self._ignored: list[str] = []

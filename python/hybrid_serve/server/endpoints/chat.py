@@ -13,6 +13,7 @@ from ..conversation import render_prompt
 from ..errors import invalid
 from ..generation import Delta, Generation, Prompt
 from ..logprobs import LogprobFormat
+from ..patience import Patience
 from ..protocol import ChatCompletionRequest
 from ..reply import reply
 from ..sampling import check_stream_options, num_logprobs, sampling_params
@@ -62,8 +63,9 @@ async def _prepare(
         seed=context.seed(),
     )
     salt = context.cache_salt(exchange.key_name, request.cache_salt)
+    patience = Patience.of(request, exchange.timeout, context.config.scheduler)
     n, priority, rank = request.n or 1, request.priority or 0, context.rank(exchange.rank)
-    return Generation(context, [Prompt(ids)], params, n, priority, salt, rank, exchange.arrived), unused
+    return Generation(context, [Prompt(ids)], params, n, priority, salt, rank, exchange.arrived, patience), unused
 
 
 class _Answer:

@@ -13,6 +13,7 @@ from ..context import ServerContext, context_length_exceeded
 from ..errors import ApiError, invalid, not_supported
 from ..generation import Delta, Generation, Prompt
 from ..logprobs import LogprobFormat
+from ..patience import Patience
 from ..protocol import MAX_PROMPTS, CompletionRequest
 from ..reply import reply
 from ..sampling import check_ids, check_stream_options, num_logprobs, refuse_best_of, sampling_params
@@ -98,8 +99,9 @@ def _generation(
     room = facts.max_model_len - min(len(prompt.token_ids) for prompt in prompts)
     params = sampling_params(request, facts, max_tokens=min(max_tokens, room), logprobs=logprobs, seed=context.seed())
     salt = context.cache_salt(exchange.key_name, request.cache_salt)
+    patience = Patience.of(request, exchange.timeout, context.config.scheduler)
     n, priority, rank = request.n or 1, request.priority or 0, context.rank(exchange.rank)
-    return Generation(context, prompts, params, n, priority, salt, rank, exchange.arrived)
+    return Generation(context, prompts, params, n, priority, salt, rank, exchange.arrived, patience)
 
 
 def _echoed(context: ServerContext, prompt: Prompt) -> str:
