@@ -1,11 +1,13 @@
 """Whether `bench serve` and guidellm say the same of one server: turn by turn, each beside what the server counted.
 
     python -m venv GL && GL/bin/pip install guidellm     # outside of this repository
+    PYTHONPATH=python python benchmarks/bench_agreement.py --guidellm GL/bin/guidellm --pace 0.05 --first 1
     PYTHONPATH=python python benchmarks/bench_agreement.py --guidellm GL/bin/guidellm --url http://127.0.0.1:8000
 
-The server's speed may change from one minute to the next; what must not is the ratio of a client's mean to the server's
-own mean over the same requests (/metrics before and after). With --pace SECONDS it starts a server of its own, over an
-engine that gives every stream a token that often, and then the clients' figures themselves must agree.
+With --pace SECONDS it starts a server of its own, over an engine that keeps to a timetable: a stream's first token
+--first seconds after it has come, then one every --pace seconds, whatever else the machine does. Its speed cannot move,
+and the clients' figures must agree. A real server's speed may change from one minute to the next; what must not is the
+ratio of a client's mean to the server's own mean over the same requests (/metrics before and after).
 """
 
 from __future__ import annotations
@@ -87,13 +89,13 @@ def guidellm(chosen: argparse.Namespace, seed: int, folder: Path) -> Figures:
 CLIENTS = {"bench serve": ours, "guidellm": guidellm}
 
 
-def paced(pace: float) -> str:
+def paced(pace: float, first: float) -> str:
     """The URL of a server in a process that ends with this one."""
     listener = socket.socket(proto=socket.IPPROTO_TCP)
     listener.bind(("127.0.0.1", 0))
     listener.listen(100)
     port = listener.getsockname()[1]
-    multiprocessing.get_context("fork").Process(target=serve, args=(listener, pace), daemon=True).start()
+    multiprocessing.get_context("fork").Process(target=serve, args=(listener, pace, first), daemon=True).start()
     listener.close()
     return f"http://127.0.0.1:{port}"
 
@@ -103,19 +105,20 @@ def main() -> None:
     parser.add_argument("--guidellm", required=True, metavar="PATH", help="the program")
     parser.add_argument("--url", default="http://127.0.0.1:8000")
     parser.add_argument("--pace", type=float, default=0.0, metavar="SECONDS")
-    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--first", type=float, default=1.0, metavar="SECONDS")
+    parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--streams", type=int, default=4)
     parser.add_argument("--requests", type=int, default=24, help="of a round")
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--output-tokens", type=int, default=48)
     chosen = parser.parse_args()
     if chosen.pace:
-        chosen.url = paced(chosen.pace)
+        chosen.url = paced(chosen.pace, chosen.first)
     found: dict[str, list[Figures]] = {name: [] for name in CLIENTS}
     print("| round | client | TTFT ms | by the server | ITL ms | by the server | out tok/s |")
     print("|---|---|---|---|---|---|---|")
     for round in range(chosen.rounds):
-        for name, client in CLIENTS.items():
+        for name, client in list(CLIENTS.items())[:: -1 if round % 2 else 1]:
             before = counts(chosen.url)
             with tempfile.TemporaryDirectory() as folder:
                 figures = client(chosen, round, Path(folder))

@@ -41,6 +41,7 @@ class IdleStream:
         self._engine, self.left, self.position = engine, max_tokens, position
         self.outputs: list[ChoiceOutput] = []
         self.waiter: asyncio.Future[None] | None = None
+        self.begins = 0.0  # not before, by the loop's clock
 
     async def __aenter__(self) -> IdleStream:
         self._engine.add(self)
@@ -69,19 +70,22 @@ class OnlyRank(NamedTuple):
     index: int
     status: Status
     stats: EngineStats
+    wait_seconds: float = 0.0
 
 
 class IdleEngine:
     """Gives every open stream one token a step, the next of an endless text that begins where its seed says; steps
-    again when all have been read, or after ``pause`` seconds, whoever has read."""
+    again when all have been read, or every ``pace`` seconds, whoever has read: a step that is late makes the next one
+    no later, so that the machine's other work does not change how fast this is. A stream's first token comes after
+    ``first`` seconds."""
 
     status = Status("ready", 1.0)
     facts = EngineFacts(49152, 8192, 16, 1, "none", "none")
     engines = (OnlyRank(0, status, EngineStats()),)
 
-    def __init__(self, token_ids: list[int], pause: float = 0.0) -> None:
+    def __init__(self, token_ids: list[int], pace: float = 0.0, first: float = 0.0) -> None:
         self.streams: dict[IdleStream, None] = {}
-        self._token_ids, self._pause = token_ids, pause
+        self._token_ids, self._pace, self._first = token_ids, pace, first
         self._stepping: asyncio.Task[None] | None = None
 
     def generate(
@@ -100,13 +104,16 @@ class IdleEngine:
 
     def add(self, stream: IdleStream) -> None:
         self.streams[stream] = None
+        stream.begins = asyncio.get_running_loop().time() + self._first
         if self._stepping is None or self._stepping.done():
             self._stepping = asyncio.ensure_future(self._step())
 
     async def _step(self) -> None:
+        clock = asyncio.get_running_loop().time
+        due = clock()
         while self.streams:
             for stream in self.streams:
-                if stream.left:
+                if stream.left and stream.begins <= due:
                     token = self._token_ids[stream.position % len(self._token_ids)]
                     stream.left -= 1
                     stream.position += 1
@@ -114,9 +121,11 @@ class IdleEngine:
                     stream.outputs.append(ChoiceOutput(0, [token], finish))
                     if stream.waiter is not None and not stream.waiter.done():
                         stream.waiter.set_result(None)
-            await asyncio.sleep(self._pause)
-            while not self._pause and any(stream.outputs for stream in self.streams):
+            due += self._pace
+            await asyncio.sleep(max(0.0, due - clock()))
+            while not self._pace and any(stream.outputs for stream in self.streams):
                 await asyncio.sleep(0)
+            due = due if self._pace else clock()
 
 
 def demo_tokenizer() -> Tokenizer:
@@ -128,7 +137,7 @@ def demo_tokenizer() -> Tokenizer:
     return load_tokenizer(next(Path(spec.origin).parent.glob("*.gguf")))
 
 
-def serve(listener: socket.socket, pause: float = 0.0) -> None:
+def serve(listener: socket.socket, pace: float = 0.0, first: float = 0.0) -> None:
     import uvloop
 
     from hybrid_serve.server.context import ServerContext, TextModel
@@ -136,7 +145,7 @@ def serve(listener: socket.socket, pause: float = 0.0) -> None:
     from hybrid_serve.text.loading import load_chat_template
 
     tokenizer = demo_tokenizer()
-    engine = IdleEngine(list(tokenizer.encode(TEXT)), pause)
+    engine = IdleEngine(list(tokenizer.encode(TEXT)), pace, first)
     context = ServerContext(Config(model=ModelConfig(model="demo")), engine)
     context.set_text_model(TextModel(tokenizer, load_chat_template(tokenizer, "")))
     uvloop.run(http_server(context).serve(sockets=[listener]))
