@@ -69,6 +69,8 @@ ONLY_IN: dict[str, set[str]] = {
     "pickle": set(),  # no object serialiser anywhere
     "marshal": set(),
     "shelve": set(),
+    "cloudpickle": set(),
+    "dill": set(),
     "pydantic": set(),
 }
 
@@ -269,3 +271,26 @@ def test_no_deadline_is_of_a_clock_that_can_be_set() -> None:
     reads = re.compile(r"\btime\.time(_ns)?\(|\bdatetime\.now|^from time import .*\btime\b", re.MULTILINE)
     found = {str(file.relative_to(PACKAGE)) for file in PACKAGE.rglob("*.py") if reads.search(file.read_text())}
     assert found == WALL_CLOCK
+
+
+def runs_text(tree: ast.AST) -> list[int]:
+    """Lines with a call that makes code or objects of bytes, or gives a text to a shell."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            is_shell = any(word.arg == "shell" for word in node.keywords)
+            if name == "yaml.load" and ast.unparse(node).endswith("yaml.BaseLoader)"):
+                continue  # lists, maps and texts, nothing else
+            if name in {"eval", "exec", "torch.load", "yaml.load", "os.system", "os.popen", "numpy.load"} or is_shell:
+                found.append(node.lineno)
+    return found
+
+
+def test_nothing_makes_code_of_bytes() -> None:
+    """ADV-01; serialisers of objects are in ONLY_IN, where nobody may import them."""
+    calls = ("eval(x)", "exec(x)", "torch.load(f)", "yaml.load(f)", "os.system(x)", "run(x, shell=True)")
+    assert all(runs_text(ast.parse(call)) for call in calls)
+    assert {file.name: runs_text(ast.parse(file.read_text())) for file in PYTHON_FILES} == {
+        file.name: [] for file in PYTHON_FILES
+    }
