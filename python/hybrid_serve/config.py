@@ -194,6 +194,7 @@ class ServerConfig:
         Option("who shares the KV of equal prompts; auto: where there are several keys, each key alone"),
     ] = "auto"
     insecure_no_auth: Annotated[bool, Option("allow a host other than loopback without a key")] = False
+    disable_docs: Annotated[bool, Option("no GET /docs, no /openapi.json", short="--disable-fastapi-docs")] = False
     api_server_count: Annotated[
         int, Option("API server processes that share the port", "N", short="-asc", common=True)
     ] = 1

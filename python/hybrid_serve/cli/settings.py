@@ -17,7 +17,7 @@ ENV_PREFIX = "HYBRID_SERVE_"
 _VLLM_ONLY = """
     async-scheduling chat-template-content-format collect-detailed-traces compilation-config cpu-offload-gb
     cudagraph-capture-sizes custom-histogram-buckets default-chat-template-kwargs
-    disable-fastapi-docs disable-log-stats disable-uvicorn-access-log
+    disable-log-stats disable-uvicorn-access-log
     enable-auto-tool-choice enable-chunked-prefill enable-force-include-usage enable-log-outputs enable-log-requests
     enable-lora enable-offline-docs enable-per-request-metrics enable-prompt-tokens-details
     enable-server-load-tracking enable-sleep-mode generation-config hf-overrides hf-token kv-cache-dtype

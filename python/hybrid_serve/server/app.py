@@ -26,6 +26,8 @@ from .context import ServerContext
 from .endpoints import admin, health, models
 from .endpoints.chat import create_chat_completion
 from .endpoints.completions import create_completion
+from .endpoints.docs import HEADERS as DOCS_HEADERS
+from .endpoints.docs import page
 from .endpoints.tokenize import detokenize, tokenize
 from .exposition import CONTENT_TYPE
 from .middleware import Errors, HostCheck, RequestId
@@ -159,6 +161,9 @@ def _routes(context: ServerContext) -> list[Route]:
     async def describe(_: Request) -> Response:
         return _json(openapi(POST_ROUTES))
 
+    async def docs(_: Request) -> Response:
+        return Response(page(openapi(POST_ROUTES)), headers=DOCS_HEADERS, media_type="text/html")
+
     async def links(_: Request) -> Response:
         return _json(health.links())
 
@@ -180,6 +185,8 @@ def _routes(context: ServerContext) -> list[Route]:
     def route(path: str, access: Access, endpoint: ASGIApp, *methods: str) -> Route:
         return Route(path, Guarded(path, access, context.keys is not None, endpoint), methods=list(methods))
 
+    server = context.config.server
+    described = [get("/openapi.json", Access.INFER, describe), get("/docs", Access.INFER, docs)]
     return [
         *(route(each.path, Access.INFER, _Post(context, each), "POST") for each in POST_ROUTES),
         get("/", Access.PUBLIC, links),
@@ -191,7 +198,7 @@ def _routes(context: ServerContext) -> list[Route]:
         route("/admin/config", Access.ADMIN, patch_config, "PATCH"),
         get("/version", Access.INFER, version),
         get("/metrics", Access.METRICS, metrics),
-        get("/openapi.json", Access.INFER, describe),
+        *(() if server.disable_docs else described),
         get("/v1/requests/{id}/timeline", Access.INFER, get_timeline),
         get("/v1/models", Access.INFER, list_models),
         get("/v1/models/{id:path}", Access.INFER, get_model),

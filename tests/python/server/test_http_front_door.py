@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -147,7 +148,7 @@ def test_openapi_describes_every_route_and_field(api: Api) -> None:
     document = api.get("/openapi.json").json()
     assert document["openapi"] == "3.1.0"
     described = {path.replace("{id}", "demo") for path in document["paths"]}
-    assert described == {path for _, path in routes(api)} - {"/", "/openapi.json", "/ping"}
+    assert described == {path for _, path in routes(api)} - {"/", "/openapi.json", "/docs", "/ping"}
     schemas = document["components"]["schemas"]
     chat = schemas["ChatCompletionRequest"]
     assert chat["required"] == ["messages"]
@@ -168,6 +169,24 @@ def test_openapi_describes_every_route_and_field(api: Api) -> None:
                 check(inner)
 
     check(document)
+
+
+def test_the_page_of_the_routes_is_whole_without_a_network_and_can_be_left_out(make_api: MakeApi) -> None:
+    """S17"""
+    api = make_api(api_key=("k",))
+    assert api.get("/docs").status_code == 401
+    response = api.get("/docs", x_api_key="k")
+    assert response.headers["content-type"] == "text/html; charset=utf-8"
+    assert "default-src 'none'" in response.headers["content-security-policy"]
+    text = response.text
+    assert re.findall(r"(?:src|href)=\"?([^\">]*)", text) == ["openapi.json"], "relative, and nothing is loaded"
+    assert "<script" not in text
+    for path, methods in api.get("/openapi.json", x_api_key="k").json()["paths"].items():
+        assert all(f"<code>{method.upper()} {path}</code>" in text for method in methods)
+    assert "<code>temperature</code><td>number from 0.0 to 2.0 or null<td>1.0" in text
+    assert "<code>messages</code><td>array of Message<td>required" in text
+    without = make_api(disable_docs=True)
+    assert [without.get(path).status_code for path in ("/docs", "/openapi.json")] == [404, 404]
 
 
 def test_importing_the_application_imports_no_torch() -> None:

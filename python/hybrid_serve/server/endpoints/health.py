@@ -33,6 +33,7 @@ def links() -> dict[str, str]:
         "completions": "/v1/completions",
         "models": "/v1/models",
         "openapi": "/openapi.json",
+        "docs": "/docs",
         "health": "/ready",
         "metrics": "/metrics",
     }
