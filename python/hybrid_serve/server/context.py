@@ -31,6 +31,7 @@ from .keys import KeyRing, key_ring
 from .lifecycle import Lifecycle
 from .metrics import Metrics
 from .timeline import Timelines
+from .turns import Turns
 
 # Above this many characters work on a text leaves the event loop (some 5 ms of tokenising).
 _INLINE_CHARS = 16_384
@@ -74,6 +75,7 @@ class ServerContext:
         self.live: LiveOptions = LiveOptions(memory)
         self.keys: KeyRing | None = front.keys if front else key_ring(server, KeyUse(memory, self.api_index))
         self.metrics: Metrics = front.metrics if front else Metrics()
+        self.turns = Turns()  # of this model's engines
         self.tracing: Tracing | None = front.tracing if front else None
         self.timelines: Timelines = front.timelines if front else Timelines(server.api_server_count)
         self._threads: ThreadPoolExecutor = front._threads if front else ThreadPoolExecutor(2, "text")

@@ -33,16 +33,18 @@ async def reply(exchange: Exchange, generation: Generation, answer: Answer, *, s
     if stream:
         exchange.begin_stream()
     log = RequestLog(generation, exchange)
-    try:
-        async with aclosing(generation.steps()) as steps:
-            async for deltas in steps:
-                log.saw(deltas)
-                if not stream:
-                    answer.collect(deltas)
-                elif events := answer.events(deltas):
-                    await exchange.write(events)
-    finally:
-        log.ended()
+    turns = generation.context.turns
+    with turns.taken(exchange.key_name, generation.priority, generation.pace()) as generation.priority:
+        try:
+            async with aclosing(generation.steps()) as steps:
+                async for deltas in steps:
+                    log.saw(deltas)
+                    if not stream:
+                        answer.collect(deltas)
+                    elif events := answer.events(deltas):
+                        await exchange.write(events)
+        finally:
+            log.ended()
     if stream:
         await exchange.end_stream(answer.last_events())
     else:

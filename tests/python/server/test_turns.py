@@ -1,0 +1,98 @@
+"""Keys take turns: a noisy neighbour waits for himself (F-45)."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+from api_harness import CHAT, MESSAGES, Api, says
+from engine_harness import EngineThread, ids, params, tokens_of, until
+from fake_engine import FakeEngine
+from fake_executor import FakeExecutor, expected
+from hybrid_serve.client import ChoiceOutput
+from hybrid_serve.client.engine_client import ZmqEngineClient
+from hybrid_serve.config import SchedulerConfig
+from hybrid_serve.server.turns import MOST_AHEAD, Turns
+
+
+def test_many_of_one_key_are_spread_over_time_and_another_comes_between() -> None:
+    now = 100.0
+    turns = Turns(lambda: now)
+    with ExitStack() as open_requests:
+        noisy = [open_requests.enter_context(turns.taken("noisy", 0, 0.5)) for _ in range(200)]
+        now = 103.2
+        quiet = open_requests.enter_context(turns.taken("quiet", 0, 0.5))
+        urgent = open_requests.enter_context(turns.taken("noisy", -1, 0.5))
+        late = open_requests.enter_context(turns.taken("noisy", 1, 0.5))
+        assert noisy == sorted(noisy), "the order of one key stays"
+        assert len([one for one in noisy if one < quiet]) == 7
+        assert noisy[-1] - noisy[0] == MOST_AHEAD * 1000
+        assert urgent < min(noisy) < max(noisy) < late, "what a request says of itself comes first"
+    with turns.taken("noisy", 0, 0.5) as again:
+        assert again == 103_200, "whoever has nothing open owes nothing"
+
+
+def test_without_keys_requests_have_the_priority_that_they_say() -> None:
+    engine = FakeEngine(says("one"))
+    api = Api(engine)
+    for priority in (0, 3, -2):
+        api.chat(priority=priority)
+    assert [call.priority for call in engine.calls] == [0, 3, -2]
+    api.close()
+
+
+def test_with_keys_an_engine_is_told_whose_turn_it_is() -> None:
+    engine = FakeEngine(says("one"))
+    api = Api(engine, api_key=("a", "b"))
+
+    async def ask(key: str) -> int:
+        headers = {"x-api-key": key}
+        return (await api.client.post(CHAT, json={"messages": MESSAGES}, headers=headers)).status_code
+
+    async def main() -> list[int]:
+        gate = engine.gates[0] = asyncio.Event()
+        asked = [asyncio.create_task(ask("a")) for _ in range(20)]
+        await until(lambda: len(engine.calls) == 20)
+        asked.append(asyncio.create_task(ask("b")))
+        await until(lambda: len(engine.calls) == 21)
+        gate.set()
+        return await asyncio.gather(*asked)
+
+    assert set(api.run(main())) == {200}
+    assert engine.calls[-1].priority < engine.calls[-2].priority
+    api.close()
+
+
+def test_a_short_request_of_a_quiet_key_does_not_wait_behind_a_flood(tmp_path: Path) -> None:
+    """F-45: 4 places, 60 requests of one key; another's wait for one place at most, not for the flood's end."""
+    turns = Turns()
+
+    async def run(client: ZmqEngineClient, key: str, prompt: list[int], max_tokens: int) -> list[ChoiceOutput]:
+        with turns.taken(key, 0, client.engines[0].stats.admission_seconds) as priority:
+            found = []
+            async with client.generate(ids(prompt), params(max_tokens), priority=priority) as stream:
+                async for outputs in stream:
+                    found += outputs
+            return found
+
+    async def main(engine: EngineThread) -> None:
+        async with engine.client() as client:
+            flood = [asyncio.create_task(run(client, "noisy", [1, index], 60)) for index in range(60)]
+            ended_before = []
+            for number in range(4):
+                await until(lambda: client.engines[0].stats.num_waiting > 20)
+                before = sum(task.done() for task in flood)
+                assert tokens_of(await run(client, "quiet", [2, number], 2)) == expected([2, number], 1, 2)
+                ended_before.append(sum(task.done() for task in flood) - before)
+                await asyncio.sleep(0.02)
+            assert max(ended_before) <= 8, ended_before  # places that became free while one of it waited and ran
+            assert not flood[-1].done()
+            for index, task in enumerate(flood):
+                assert tokens_of(await task) == expected([1, index], 1, 60)
+
+    with EngineThread(tmp_path, FakeExecutor(delay=0.003), scheduler=SchedulerConfig(max_num_seqs=4)) as engine:
+        began = time.monotonic()
+        asyncio.run(main(engine))
+        assert time.monotonic() - began < 60
