@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 
 
 class Tracing:
-    """One span a generation and one for each of its phases, made when it has ended from times that are kept anyway: a
-    token costs nothing. Knows no socket: a thread of the library's sends them in batches."""
+    """One span a generation, with what steps did to it as events (chunks of the prompt, preemptions), and one for each
+    of its phases, made when it has ended from times that are kept anyway: a token costs nothing. Knows no socket: a
+    thread of the library's sends them in batches."""
 
     def __init__(self, endpoint: str) -> None:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
@@ -44,6 +45,11 @@ class Tracing:
         )
         if any(choice.finish_reason is None for choice in generation.choices):
             span.set_status(Status(StatusCode.ERROR, "unfinished"))
+        for event in generation.events():
+            seen = {"choice": event.choice, "step.num_tokens": event.num_tokens, "step.num_seqs": event.num_seqs}
+            if event.what not in ("first_token", "finished"):
+                seen["tokens"] = event.value
+            span.add_event(event.what, seen, clock + round(event.at * 1e9))
         self._phases(generation, set_span_in_context(span), begun)
         span.end(end)
 

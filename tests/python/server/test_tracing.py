@@ -14,6 +14,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 
 from api_harness import CHAT, MESSAGES, Api, says
 from fake_engine import FakeEngine
+from hybrid_serve.client import ChoiceEvent
 from hybrid_serve.config import ServerConfig
 from hybrid_serve.errors import StartupError
 from hybrid_serve.server.tracing import tracing
@@ -56,7 +57,13 @@ def test_a_request_is_a_span_below_its_callers_with_its_phases_below_it(
     make_api: MakeApi, collector: tuple[str, list[Any]]
 ) -> None:
     address, spans = collector
-    engine = FakeEngine(says("one two three"), prefill_seconds=1e-4, num_preemptions=1)
+    begun = time.monotonic()
+    steps = [
+        ChoiceEvent(0, begun, "admitted", 4, "sequences", 12, 3),
+        ChoiceEvent(0, begun, "chunk", 8, num_tokens=12, num_seqs=3),
+        ChoiceEvent(0, begun, "preempted", 9, num_tokens=2, num_seqs=2),
+    ]
+    engine = FakeEngine(says("one two three"), prefill_seconds=1e-4, num_preemptions=1, events=lambda: steps)
     api = make_api(engine)
     api.context.tracing = tracing(ServerConfig(otlp_traces_endpoint=address))
     before = time.time_ns()
@@ -78,6 +85,11 @@ def test_a_request_is_a_span_below_its_callers_with_its_phases_below_it(
         assert phase.start_time_unix_nano == at
         at = phase.end_time_unix_nano
     assert at <= root.end_time_unix_nano + 1000
+    assert [event.name for event in root.events] == ["admitted", "chunk", "preempted"]
+    assert {each.key: each.value.int_value for each in root.events[1].attributes} == {
+        "choice": 0, "tokens": 8, "step.num_tokens": 12, "step.num_seqs": 3,
+    }  # fmt: skip
+    assert abs(root.events[0].time_unix_nano - before) < 10**9
     attributes = {each.key: each.value for each in root.attributes}
     assert attributes["gen_ai.request.id"].string_value == "r1"
     assert attributes["gen_ai.usage.completion_tokens"].int_value > 4
