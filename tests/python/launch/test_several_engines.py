@@ -42,7 +42,7 @@ def test_streams_of_an_engine_that_dies_are_finished_by_the_other_at_once(tmp_pa
     """F-09: 32 mixed streams, token for token, long before the engine is back; the server is ready throughout."""
     marker = tmp_path / "slow from now on"
     dice = random.Random(9)
-    model = f"fake?delay=0.002&slow_load_if={marker}"
+    model = f"fake?delay=0.01&slow_load_if={marker}"  # so that many still run when it dies, on a busy machine too
     with ServerProcess(tmp_path, model, parallel=TWO, api_server_count=2, supervision=OFTEN) as server:
         server.wait_ready()
         marker.touch()
