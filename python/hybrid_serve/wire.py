@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-PROTOCOL_VERSION = 7
+PROTOCOL_VERSION = 8
 MAX_FRAME_BYTES = 64 * 2**20
 API_INDEX_SHIFT = 48
 LAUNCH_SHIFT = 36
