@@ -16,7 +16,7 @@ struct Device {
   int32_t index;
 };
 
-enum class TypeCode : uint8_t { signed_int = 0, unsigned_int = 1, ieee_float = 2, bfloat = 4 };
+enum class TypeCode : uint8_t { signed_int = 0, unsigned_int = 1, ieee_float = 2, bfloat = 4, float8_e4m3fn = 10 };
 
 struct DataType {
   TypeCode code;

@@ -91,13 +91,14 @@ void bind_cache(py::module_& m) {
       "rotate_and_store",
       [](const Output& q, const Output& k_cache, const Output& v_cache, const Input& k, const Input& v,
          const Input& cos_sin, const Input& positions, const Input& slots, const Input& q_weight, const Input& k_weight,
-         float eps) {
+         float eps, float k_scale, float v_scale) {
         without_gil<RotateAndStore>(rotate_and_store,
                                     {q.view, k_cache.view, v_cache.view, k.view, v.view, cos_sin.view, positions.view,
-                                     slots.view, q_weight.view, k_weight.view, eps, stream_of(q)});
+                                     slots.view, q_weight.view, k_weight.view, eps, stream_of(q), k_scale, v_scale});
       },
       py::arg("q"), py::arg("k_cache"), py::arg("v_cache"), py::arg("k"), py::arg("v"), py::arg("cos_sin"),
-      py::arg("positions"), py::arg("slots"), py::arg("q_weight"), py::arg("k_weight"), py::arg("eps"));
+      py::arg("positions"), py::arg("slots"), py::arg("q_weight"), py::arg("k_weight"), py::arg("eps"),
+      py::arg("k_scale"), py::arg("v_scale"));
   m.def("decode_plan_size", &decode_plan_size, py::arg("max_decodes"));
   m.def(
       "plan_decode",
@@ -117,15 +118,16 @@ void bind_cache(py::module_& m) {
       [](const Output& out, const Input& q, const Input& k_cache, const Input& v_cache, const Input& query_start,
          const Input& seq_lens, const Input& kv_start, const Input& kv_blocks, const Input& num_decodes,
          int64_t max_decodes, int64_t max_prompts, int64_t max_query_len, float scale, const Input& plan,
-         bool shares_prefixes) {
+         bool shares_prefixes, float k_scale, float v_scale) {
         without_gil<PagedAttention>(
             paged_attention, {out.view, q.view, k_cache.view, v_cache.view, query_start.view, seq_lens.view,
                               kv_start.view, kv_blocks.view, num_decodes.view, max_decodes, max_prompts, max_query_len,
-                              scale, plan.view, shares_prefixes, stream_of(out)});
+                              scale, plan.view, shares_prefixes, stream_of(out), k_scale, v_scale});
       },
       py::arg("out"), py::arg("q"), py::arg("k_cache"), py::arg("v_cache"), py::arg("query_start"), py::arg("seq_lens"),
       py::arg("kv_start"), py::arg("kv_blocks"), py::arg("num_decodes"), py::arg("max_decodes"), py::arg("max_prompts"),
-      py::arg("max_query_len"), py::arg("scale"), py::arg("plan"), py::arg("shares_prefixes"));
+      py::arg("max_query_len"), py::arg("scale"), py::arg("plan"), py::arg("shares_prefixes"), py::arg("k_scale"),
+      py::arg("v_scale"));
   m.def(
       "copy_blocks",
       [](const Output& cache, const Input& src, const Input& dst) {

@@ -69,6 +69,7 @@ inline DType dtype_of(dlpack::DataType t) {
     if (t.code == signed_int && t.bits == 64) return DType::i64;
     if (t.code == unsigned_int && t.bits == 8) return DType::u8;
     if (t.code == signed_int && t.bits == 8) return DType::i8;
+    if (t.code == float8_e4m3fn && t.bits == 8) return DType::f8;
   }
   throw std::invalid_argument(concat("tensor has an unsupported dtype: DLPack code ", static_cast<int>(t.code), ", ",
                                      static_cast<int>(t.bits), " bits, ", t.lanes, " lanes"));

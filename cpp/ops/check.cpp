@@ -176,9 +176,19 @@ void check(const SiluMul& a) {
 
 namespace {
 
+// What a cache beside q may be of.
+DType cache_dtype(const TensorView& q, const TensorView& cache) {
+  return cache.dtype == DType::f8 ? DType::f8 : q.dtype;
+}
+
 // A cache may be a slice of larger blocks, but within a block it is dense.
-void check_cache(Call& call, const char* name, const TensorView& t, DType dtype, std::initializer_list<int64_t> shape) {
+void check_cache(Call& call, const char* name, const TensorView& t, DType dtype, std::initializer_list<int64_t> shape,
+                 float scale) {
   call.tensor(name, t, dtype, shape);
+  call.need(scale > 0.0f && scale <= std::numeric_limits<float>::max(), name, " has a scale of ", scale,
+            ", must be positive and finite");
+  call.need(dtype == DType::f8 || scale == 1.0f, name, " is ", name_of(dtype), " and has a scale of ", scale,
+            ", only float8_e4m3fn has one");
   if (t.numel() == 0) return;
   call.need(t.strides[2] == t.shape[3] && t.strides[1] == t.shape[2] * t.shape[3], name, " has strides ", t.strides[1],
             " and ", t.strides[2], " inside a block, expected ", t.shape[2] * t.shape[3], " and ", t.shape[3]);
@@ -191,9 +201,10 @@ void check(const RotateAndStore& a) {
   call.float_type("q", a.q);
   call.tensor("q", a.q, a.q.dtype, {any, any, any});
   const int64_t rows = a.q.shape[0], dim = a.q.shape[2];
-  check_cache(call, "k_cache", a.k_cache, a.q.dtype, {any, any, any, dim});
+  const DType cache = cache_dtype(a.q, a.k_cache);
+  check_cache(call, "k_cache", a.k_cache, cache, {any, any, any, dim}, a.k_scale);
   const int64_t blocks = a.k_cache.shape[0], kv_heads = a.k_cache.shape[1], block_size = a.k_cache.shape[2];
-  check_cache(call, "v_cache", a.v_cache, a.q.dtype, {blocks, kv_heads, block_size, dim});
+  check_cache(call, "v_cache", a.v_cache, cache, {blocks, kv_heads, block_size, dim}, a.v_scale);
   call.tensor("k", a.k, a.q.dtype, {rows, kv_heads, dim});
   call.tensor("v", a.v, a.q.dtype, {rows, kv_heads, dim});
   call.packed("cos_sin", a.cos_sin, DType::f32, {any, any});
@@ -274,9 +285,10 @@ void check(const PagedAttention& a) {
   call.need(dim % 8 == 0 && dim <= 256, "heads have size ", dim, ", expected a multiple of 8 up to 256");
   call.need(a.scale > 0.0f && a.scale <= std::numeric_limits<float>::max(), "scale is ", a.scale,
             ", must be positive and finite");
-  check_cache(call, "k_cache", a.k_cache, a.q.dtype, {any, any, any, dim});
+  const DType cache = cache_dtype(a.q, a.k_cache);
+  check_cache(call, "k_cache", a.k_cache, cache, {any, any, any, dim}, a.k_scale);
   const int64_t blocks = a.k_cache.shape[0], kv_heads = a.k_cache.shape[1], block_size = a.k_cache.shape[2];
-  check_cache(call, "v_cache", a.v_cache, a.q.dtype, {blocks, kv_heads, block_size, dim});
+  check_cache(call, "v_cache", a.v_cache, cache, {blocks, kv_heads, block_size, dim}, a.v_scale);
   call.need(kv_heads > 0 && heads % kv_heads == 0, heads, " query heads cannot share ", kv_heads, " key/value heads");
   call.tensor("seq_lens", a.seq_lens, DType::i32, {any});
   const int64_t seqs = a.seq_lens.shape[0];

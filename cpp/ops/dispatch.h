@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "ops/float16.h"
+#include "ops/float8.h"
 #include "ops/tensor.h"
 
 namespace hybrid {
@@ -26,6 +27,14 @@ decltype(auto) by_dtype(DType dtype, Body&& body) {
     default:
       not_a_float_type(dtype);
   }
+}
+
+// The same with the type C of the elements of a cache beside T: T itself, or Float8.
+template <class Body>
+decltype(auto) by_cache_dtype(DType dtype, DType cache, Body&& body) {
+  return by_dtype(dtype, [&]<class T>() -> decltype(auto) {
+    return cache == DType::f8 ? body.template operator()<T, Float8>() : body.template operator()<T, T>();
+  });
 }
 
 }  // namespace hybrid

@@ -2,8 +2,8 @@
 //
 // hybrid::x checks its arguments once and picks the device; hybrid::cpu::x and hybrid::cuda::x see valid input only.
 // Rules: outputs first, stream last; a "row" is one token; the last dimension is contiguous unless said otherwise;
-// float tensors of one call share one dtype T in {f32, bf16, f16}; accumulation is in f32; all products of sizes are
-// 64-bit.
+// float tensors of one call share one dtype T in {f32, bf16, f16}, but a KV cache may be of f8, E4M3, instead (C: T or
+// f8); accumulation is in f32; all products of sizes are 64-bit.
 //
 // Batch-invariant by construction: the value of a row depends on that row (and its KV) only. The order of every sum is
 // a function of the row's own shape, never of how many rows share the call or how many threads run. Exceptions, for
@@ -94,10 +94,11 @@ struct NormLinear {
 // model has one (Qwen3); the rotation of both in "half" (NeoX) layout, pairs (i, i + rotary_dim / 2); and the new
 // keys and values into the paged cache. q is rewritten in place, k and v are only read. slot = block * block_size +
 // offset; slot < 0: padding, not stored. On a device positions and slots come by a copy, never from a kernel: they are
-// read while the kernels before still run (cuda/launch.cuh).
+// read while the kernels before still run (cuda/launch.cuh). An f8 cache keeps x / scale, rounded from T, where x is
+// what a cache of type T would; beyond +-448 it stops there.
 struct RotateAndStore {
   TensorView q;                 // T [rows, heads, dim]; row and head stride free
-  TensorView k_cache, v_cache;  // T [blocks, kv_heads, block_size, dim]; block stride free
+  TensorView k_cache, v_cache;  // C [blocks, kv_heads, block_size, dim]; block stride free
   TensorView k, v;              // T [rows, kv_heads, dim]; row and head stride free
   TensorView cos_sin;           // f32 [max_positions, rotary_dim]: first half cos, second half sin (yarn's scale in it)
   TensorView positions;         // i32 [rows]
@@ -105,6 +106,7 @@ struct RotateAndStore {
   TensorView q_weight, k_weight;  // T [dim], the norms' weights; both or neither
   float eps;
   Stream stream;
+  float k_scale = 1.0f, v_scale = 1.0f;  // of an f8 cache; 1 with others
 };
 
 // out = silu(x[:, :dim]) * x[:, dim:]
@@ -140,7 +142,7 @@ int64_t decode_plan_size(int64_t max_decodes);  // elements
 // and the cache blocks kv_blocks[kv_start[s] .. kv_start[s+1]).
 struct PagedAttention {
   TensorView out, q;            // T [rows, heads, dim]; row stride free
-  TensorView k_cache, v_cache;  // T [blocks, kv_heads, block_size, dim]; block stride free
+  TensorView k_cache, v_cache;  // C [blocks, kv_heads, block_size, dim]; block stride free
   TensorView query_start;       // i32 [seqs + 1]
   TensorView seq_lens;          // i32 [seqs], new tokens included
   TensorView kv_start;          // i32 [seqs + 1]
@@ -154,6 +156,7 @@ struct PagedAttention {
   TensorView plan;  // i32, of plan_decode with the same columns, bounds and heads; undefined: the call makes its own
   bool shares_prefixes = false;  // whether plan_decode was given some
   Stream stream;
+  float k_scale = 1.0f, v_scale = 1.0f;  // as in RotateAndStore
 };
 
 // Copies whole cache blocks (all layers, K and V): cache[dst[i]] = cache[src[i]]. Sources and destinations are

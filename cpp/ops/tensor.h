@@ -6,7 +6,7 @@
 
 namespace hybrid {
 
-enum class DType : uint8_t { f32, f16, bf16, i32, i64, u8, i8 };
+enum class DType : uint8_t { f32, f16, bf16, i32, i64, u8, i8, f8 };
 enum class Device : uint8_t { cpu, cuda };
 
 constexpr int64_t item_size(DType dtype) {
@@ -21,13 +21,15 @@ constexpr int64_t item_size(DType dtype) {
       return 2;
     case DType::u8:
     case DType::i8:
+    case DType::f8:
       return 1;
   }
   return 0;
 }
 
 constexpr const char* name_of(DType dtype) {
-  constexpr const char* names[] = {"float32", "float16", "bfloat16", "int32", "int64", "uint8", "int8"};
+  constexpr const char* names[] = {"float32", "float16", "bfloat16", "int32",
+                                   "int64",   "uint8",   "int8",     "float8_e4m3fn"};
   return names[static_cast<int>(dtype)];
 }
 

@@ -42,6 +42,8 @@ def rotate_and_store(
     q_weight: Any | None,
     k_weight: Any | None,
     eps: float,
+    k_scale: float,
+    v_scale: float,
 ) -> None: ...
 def decode_plan_size(max_decodes: int) -> int: ...
 def plan_decode(
@@ -75,6 +77,8 @@ def paged_attention(
     scale: float,
     plan: Any | None,
     shares_prefixes: bool,
+    k_scale: float,
+    v_scale: float,
 ) -> None: ...
 def copy_blocks(cache: Any, src: Any, dst: Any) -> None: ...
 def swap_blocks(dst_cache: Any, src_cache: Any, dst: Any, src: Any) -> None: ...

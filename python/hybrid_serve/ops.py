@@ -128,11 +128,15 @@ def rotate_and_store(
     q_weight: Tensor | None = None,
     k_weight: Tensor | None = None,
     eps: float = 0.0,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
 ) -> None:
     """q: T [rows, heads, dim], normed (given weights T [dim]) and rotated in place for positions i32 [rows]. k, treated
     likewise, and v: T [rows, kv_heads, dim], only read, go to slots i64 [rows] of the caches, T [blocks, kv_heads,
-    block_size, dim]."""
-    _kernels.rotate_and_store(q, k_cache, v_cache, k, v, cos_sin, positions, slots, q_weight, k_weight, eps)
+    block_size, dim], or fp8 (E4M3), which keep so many scales."""
+    _kernels.rotate_and_store(
+        q, k_cache, v_cache, k, v, cos_sin, positions, slots, q_weight, k_weight, eps, k_scale, v_scale
+    )
 
 
 def plan_decode(
@@ -187,9 +191,12 @@ def paged_attention(
     out: Tensor | None = None,
     plan: Tensor | None = None,
     shares_prefixes: bool = False,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
 ) -> Tensor:
     """q: T [rows, heads, dim] -> the same shape; see cpp/ops/ops.h for the ragged columns. ``plan``: ``plan_decode``'s,
-    or None: the call makes its own. ``shares_prefixes``: whether that was told of some."""
+    or None: the call makes its own. ``shares_prefixes``: whether that was told of some. ``k_scale``, ``v_scale``: as
+    ``rotate_and_store`` was told."""
     if out is None:
         out = torch.empty_like(q)
     _kernels.paged_attention(
@@ -208,6 +215,8 @@ def paged_attention(
         scale,
         plan,
         shares_prefixes,
+        k_scale,
+        v_scale,
     )
     return out
 

@@ -20,16 +20,19 @@ struct Sequence {
   int32_t query_len, seq_len;
 };
 
-template <class T>
+// Queries of T over a cache of C, a Float8 with scales of its own.
+template <class T, class C = T>
 class AttentionCase {
  public:
+  static constexpr float k_scale = sizeof(C) == 1 ? 1.25f : 1.0f, v_scale = sizeof(C) == 1 ? 0.8f : 1.0f;
+
   // `placement` shuffles the blocks; every slot that no sequence owns holds NaN, and so does the output.
   AttentionCase(const Shape& shape, const std::vector<Sequence>& sequences, uint32_t placement = 1)
       : shape_(shape),
         sequences_(sequences),
         blocks_(2 + count_blocks(shape, sequences)),
-        k_cache({blocks_, shape.kv_heads, shape.block_size, shape.dim}, not_a_number<T>()),
-        v_cache({blocks_, shape.kv_heads, shape.block_size, shape.dim}, not_a_number<T>()),
+        k_cache({blocks_, shape.kv_heads, shape.block_size, shape.dim}, not_a_number<C>()),
+        v_cache({blocks_, shape.kv_heads, shape.block_size, shape.dim}, not_a_number<C>()),
         q({count_rows(sequences), shape.heads, shape.dim}, T{}),
         out({count_rows(sequences), shape.heads, shape.dim}, not_a_number<T>()),
         query_start(std::vector<int32_t>{}),
@@ -65,7 +68,7 @@ class AttentionCase {
     return {
         out.view,       q.view,           k_cache.view, v_cache.view, query_start.view, seq_lens.view, kv_start.view,
         kv_blocks.view, num_decodes.view, decodes,      prompts,      longest,          scale,         {},
-        false,          nullptr};
+        false,          nullptr,          k_scale,      v_scale};
   }
 
   // What the sequence's row for `position` should be, head by head.
@@ -77,23 +80,23 @@ class AttentionCase {
       const T* query = q.data.data() + (row * shape_.heads + h) * shape_.dim;
       double largest = -INFINITY, total = 0;
       for (int64_t t = 0; t <= position; ++t) {
-        const T* key = cached(k_cache, sequence, h / group, t);
+        const C* key = cached(k_cache, sequence, h / group, t);
         double score = 0;
         for (int64_t d = 0; d < shape_.dim; ++d) score += double(float(query[d])) * double(float(key[d]));
-        p[static_cast<size_t>(t)] = score / std::sqrt(double(shape_.dim));
+        p[static_cast<size_t>(t)] = score * k_scale / std::sqrt(double(shape_.dim));
         largest = std::max(largest, p[static_cast<size_t>(t)]);
       }
       for (double& x : p) total += x = std::exp(x - largest);
       for (int64_t t = 0; t <= position; ++t)
         for (int64_t d = 0; d < shape_.dim; ++d)
           sums[static_cast<size_t>(d)] +=
-              p[static_cast<size_t>(t)] / total * double(float(cached(v_cache, sequence, h / group, t)[d]));
+              p[static_cast<size_t>(t)] / total * v_scale * double(float(cached(v_cache, sequence, h / group, t)[d]));
       result.insert(result.end(), sums.begin(), sums.end());
     }
     return result;
   }
 
-  const T* cached(const OwnedTensor<T>& cache, size_t sequence, int64_t kv_head, int64_t t) const {
+  const C* cached(const OwnedTensor<C>& cache, size_t sequence, int64_t kv_head, int64_t t) const {
     const int32_t block = kv_blocks.data[static_cast<size_t>(kv_start.data[sequence] + t / shape_.block_size)];
     return cache.data.data() +
            ((block * shape_.kv_heads + kv_head) * shape_.block_size + t % shape_.block_size) * shape_.dim;
@@ -115,19 +118,19 @@ class AttentionCase {
   void fill(const Sequence& s, const int32_t* table, int64_t first_row) {
     for (int64_t t = 0; t < s.seq_len; ++t) {
       std::minstd_rand random(s.seed * 100003u + static_cast<uint32_t>(t) * 7919u + 1u);
-      const auto next = [&] { return static_cast<T>(static_cast<float>(random()) / 1073741824.0f - 1.0f); };
+      const auto next = [&] { return static_cast<float>(random()) / 1073741824.0f - 1.0f; };
       for (int64_t h = 0; h < shape_.kv_heads; ++h)
         for (int64_t d = 0; d < shape_.dim; ++d) {
           const int64_t at =
               ((table[t / shape_.block_size] * shape_.kv_heads + h) * shape_.block_size + t % shape_.block_size) *
                   shape_.dim +
               d;
-          k_cache[at] = next();
-          v_cache[at] = next();
+          k_cache[at] = static_cast<C>(next());
+          v_cache[at] = static_cast<C>(next());
         }
       const int64_t r = t - (s.seq_len - s.query_len);
       for (int64_t i = 0; i < row_size(); ++i) {
-        const T x = static_cast<T>(4.0f * float(next()));  // peaked softmax
+        const T x = static_cast<T>(4.0f * float(static_cast<T>(next())));  // peaked softmax
         if (r >= 0) q[(first_row + r) * row_size() + i] = x;
       }
     }
@@ -138,7 +141,8 @@ class AttentionCase {
   int64_t blocks_;
 
  public:
-  OwnedTensor<T> k_cache, v_cache, q, out;
+  OwnedTensor<C> k_cache, v_cache;
+  OwnedTensor<T> q, out;
   OwnedTensor<int32_t> query_start, seq_lens, kv_start, kv_blocks;
   OwnedTensor<int64_t> num_decodes{std::vector<int64_t>{0}};
 };

@@ -4,6 +4,7 @@
 
 #include "attention_case.h"
 #include "ops/cpu/thread_pool.h"
+#include "refusal.h"
 
 namespace hybrid::test {
 namespace {
@@ -15,9 +16,9 @@ double tolerance() {
   return 6e-3;  // bf16: 8 bits of mantissa in the output, and in the probabilities where vdpbf16ps is used
 }
 
-template <class T>
+template <class T, class C = T>
 void expect_matches_reference(const cpu::Kernels& isa, const Shape& shape, const std::vector<Sequence>& sequences) {
-  AttentionCase<T> c(shape, sequences);
+  AttentionCase<T, C> c(shape, sequences);
   isa.paged_attention(c.args());
   double worst = 0;
   int64_t row = 0;
@@ -31,8 +32,9 @@ void expect_matches_reference(const cpu::Kernels& isa, const Shape& shape, const
       }
     }
   }
-  EXPECT_LE(worst, tolerance<T>()) << isa.name << " " << name_of(dtype_of<T>()) << " heads " << shape.heads << "/"
-                                   << shape.kv_heads << " dim " << shape.dim << " block " << shape.block_size;
+  EXPECT_LE(worst, tolerance<T>()) << isa.name << " " << name_of(dtype_of<T>()) << " over " << name_of(dtype_of<C>())
+                                   << " heads " << shape.heads << "/" << shape.kv_heads << " dim " << shape.dim
+                                   << " block " << shape.block_size;
 }
 
 class PagedAttentionTest : public ::testing::TestWithParam<const cpu::Kernels*> {
@@ -51,6 +53,9 @@ TEST_P(PagedAttentionTest, MatchesNaiveLoopsForEveryHeadSizeAndDtype) {
     expect_matches_reference<float>(isa(), shape, mixed);
     expect_matches_reference<BFloat16>(isa(), shape, mixed);
     expect_matches_reference<Float16>(isa(), shape, mixed);
+    expect_matches_reference<float, Float8>(isa(), shape, mixed);
+    expect_matches_reference<BFloat16, Float8>(isa(), shape, mixed);
+    expect_matches_reference<Float16, Float8>(isa(), shape, mixed);
   }
 }
 
@@ -76,6 +81,7 @@ TEST_P(PagedAttentionTest, MatchesNaiveLoopsForRandomRaggedBatches) {
     }
     expect_matches_reference<BFloat16>(isa(), {6, 2, 64, 32}, sequences);
     expect_matches_reference<float>(isa(), {6, 2, 64, 32}, sequences);
+    expect_matches_reference<BFloat16, Float8>(isa(), {6, 2, 64, 32}, sequences);
   }
 }
 
@@ -85,36 +91,36 @@ TEST_P(PagedAttentionTest, LongContextIsSplitOverThreadsAndStaysExact) {
 }
 
 // The rows of one sequence as they come out of a single prefill of everything.
-template <class T>
+template <class T, class C>
 std::vector<T> whole(const cpu::Kernels& isa, const Shape& shape, uint32_t seed, int32_t tokens) {
-  AttentionCase<T> c(shape, {{seed, tokens, tokens}});
+  AttentionCase<T, C> c(shape, {{seed, tokens, tokens}});
   isa.paged_attention(c.args());
   return c.out.data;
 }
 
-template <class T>
-void expect_rows(AttentionCase<T>& c, int64_t row, const std::vector<T>& all, int32_t position, int32_t rows,
+template <class T, class C>
+void expect_rows(AttentionCase<T, C>& c, int64_t row, const std::vector<T>& all, int32_t position, int32_t rows,
                  const char* what) {
   ASSERT_TRUE(same_bits(c.row(row), all.data() + position * c.row_size(), rows * c.row_size()))
       << what << ": rows of positions " << position << " to " << position + rows << " differ";
 }
 
-template <class T>
+template <class T, class C = T>
 void expect_chunking_changes_no_bit(const cpu::Kernels& isa, const Shape& shape) {
   constexpr int32_t tokens = 1100;  // three chunks of KV
-  const std::vector<T> all = whole<T>(isa, shape, 11, tokens);
+  const std::vector<T> all = whole<T, C>(isa, shape, 11, tokens);
   for (const auto& ends :
        {std::vector<int32_t>{1, 64, 65, 511, 513, 1024, 1100}, {333, 700, 1100}, {600, 1099, 1100}}) {
     int32_t done = 0;
     for (const int32_t end : ends) {
-      AttentionCase<T> c(shape, {{11, end - done, end}}, 5);
+      AttentionCase<T, C> c(shape, {{11, end - done, end}}, 5);
       isa.paged_attention(c.args());
       expect_rows(c, 0, all, done, end - done, "chunked prefill");
       done = end;
     }
   }
   for (int32_t position = 0; position < tokens; position += position < 200 ? 1 : 13) {
-    AttentionCase<T> c(shape, {{11, 1, position + 1}}, 6);
+    AttentionCase<T, C> c(shape, {{11, 1, position + 1}}, 6);
     isa.paged_attention(c.args());
     expect_rows(c, 0, all, position, 1, "decode");
   }
@@ -125,6 +131,19 @@ TEST_P(PagedAttentionTest, DecodeAndAnyChunkingOfAPromptGiveTheSameBits) {
   expect_chunking_changes_no_bit<BFloat16>(isa(), {2, 2, 24, 32});
   expect_chunking_changes_no_bit<Float16>(isa(), {7, 1, 8, 64});
   expect_chunking_changes_no_bit<float>(isa(), {2, 1, 40, 32});
+  expect_chunking_changes_no_bit<BFloat16, Float8>(isa(), {3, 1, 72, 16});
+}
+
+// S54: of one token, attention is its value.
+TEST_P(PagedAttentionTest, ReadsEveryFloat8AsWhatItStandsFor) {
+  AttentionCase<float, Float8> c({1, 1, 256, 16}, {{12, 1, 1}});
+  Float8* value = const_cast<Float8*>(c.cached(c.v_cache, 0, 0, 0));
+  for (int i = 0; i < 256; ++i) value[i].bits = static_cast<uint8_t>(i);
+  isa().paged_attention(c.args());
+  for (int i = 0; i < 256; ++i) {
+    const float expected = float(value[i]) * c.v_scale, got = c.row(0)[i];
+    EXPECT_TRUE(got == expected || (std::isnan(got) && std::isnan(expected))) << i << ": " << got << " " << expected;
+  }
 }
 
 TEST_P(PagedAttentionTest, BatchMatesAndThreadsChangeNoBit) {
@@ -232,6 +251,18 @@ TEST(PagedAttentionArguments, InconsistentRaggedColumnsAreRefused) {
   bad = c.args();
   bad.v_cache.dtype = DType::bf16;
   EXPECT_THROW(paged_attention(bad), std::invalid_argument);
+  bad = c.args();
+  bad.k_cache.dtype = DType::f8;  // the values are not
+  EXPECT_THROW(paged_attention(bad), std::invalid_argument);
+  bad = c.args();
+  bad.v_scale = 2.0f;
+  EXPECT_EQ(message_of([&] { paged_attention(bad); }),
+            "paged_attention: v_cache is float32 and has a scale of 2, only float8_e4m3fn has one");
+  AttentionCase<float, Float8> small(shape, {{1, 1, 20}});
+  bad = small.args();
+  bad.k_scale = 0.0f;
+  EXPECT_EQ(message_of([&] { paged_attention(bad); }),
+            "paged_attention: k_cache has a scale of 0, must be positive and finite");
 }
 
 }  // namespace

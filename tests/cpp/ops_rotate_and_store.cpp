@@ -4,6 +4,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <numeric>
 #include <stdexcept>
@@ -27,12 +28,15 @@ struct HeadShape {
 
 // q, k and v are slices of one product; cache blocks hold K, V and a neighbour's bytes; slots are shuffled, two are
 // padding.
-template <class T>
+template <class T, class C = T>
 struct Case {
+  static constexpr float k_scale = sizeof(C) == 1 ? 0.3f : 1.0f, v_scale = sizeof(C) == 1 ? 0.007f : 1.0f;
   static constexpr int64_t blocks = 7, rows = 40, positions = 90;
   HeadShape shape;
   int64_t row, half_block, block;
-  OwnedTensor<T> qkv, cache, q_weight, k_weight;
+  OwnedTensor<T> qkv;
+  OwnedTensor<C> cache;
+  OwnedTensor<T> q_weight, k_weight;
   OwnedTensor<float> cos_sin;
   OwnedTensor<int32_t> position;
   OwnedTensor<int64_t> slots;
@@ -43,7 +47,7 @@ struct Case {
         half_block(s.kv_heads * s.block_size * s.dim),
         block(2 * half_block + 8),
         qkv({rows, row}, T{}),
-        cache({blocks, block}, not_a_number<T>()),
+        cache({blocks, block}, not_a_number<C>()),
         q_weight({s.dim}, T{}),
         k_weight({s.dim}, T{}),
         cos_sin({positions, s.rotary_dim}, 0.0f),
@@ -72,18 +76,18 @@ struct Case {
     a.q = part(0, shape.heads);
     a.k = part(shape.heads, shape.kv_heads);
     a.v = part(shape.heads + shape.kv_heads, shape.kv_heads);
-    a.k_cache = view_of(cache.data.data(), dtype_of<T>(), {blocks, shape.kv_heads, shape.block_size, shape.dim});
+    a.k_cache = view_of(cache.data.data(), dtype_of<C>(), {blocks, shape.kv_heads, shape.block_size, shape.dim});
     a.v_cache = a.k_cache;
     a.v_cache.data = cache.data.data() + half_block;
     a.k_cache.strides[0] = a.v_cache.strides[0] = block;
     a.cos_sin = cos_sin.view, a.positions = position.view, a.slots = slots.view;
     if (normed) a.q_weight = q_weight.view, a.k_weight = k_weight.view;
-    a.eps = 1e-5f;
+    a.eps = 1e-5f, a.k_scale = k_scale, a.v_scale = v_scale;
     return a;
   }
 
   // The composition, in place on a copy of the product: the norm by the op of that name, the rest by plain loops.
-  void expect(const cpu::Kernels& isa, bool normed, std::vector<T>& product, std::vector<T>& stored) {
+  void expect(const cpu::Kernels& isa, bool normed, std::vector<T>& product, std::vector<C>& stored) {
     const int64_t half = shape.rotary_dim / 2, turned = shape.heads + shape.kv_heads;
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t h = 0; h < turned; ++h) {
@@ -98,27 +102,32 @@ struct Case {
           x[i] = static_cast<T>(ac - bs), x[i + half] = static_cast<T>(bc + as);
         }
       }
-      for (int64_t h = 0; h < 2 * shape.kv_heads && slots[r] >= 0; ++h)
-        std::copy_n(product.data() + r * row + (shape.heads + h) * shape.dim, shape.dim,
-                    stored.data() + slots[r] / shape.block_size * block +
-                        (h * shape.block_size + slots[r] % shape.block_size) * shape.dim);
+      for (int64_t h = 0; h < 2 * shape.kv_heads && slots[r] >= 0; ++h) {
+        const float factor = 1.0f / (h < shape.kv_heads ? k_scale : v_scale);
+        const T* from = product.data() + r * row + (shape.heads + h) * shape.dim;
+        std::transform(from, from + shape.dim,
+                       stored.data() + slots[r] / shape.block_size * block +
+                           (h * shape.block_size + slots[r] % shape.block_size) * shape.dim,
+                       [&](T x) { return static_cast<C>(static_cast<float>(x) * factor); });
+      }
     }
   }
 };
 
-template <class T>
+template <class T, class C = T>
 void expect_the_composition(const cpu::Kernels& isa, const HeadShape& shape) {
   for (const bool normed : {false, true})
     for (const int threads : {1, 3}) {
-      Case<T> c(shape);
-      std::vector<T> before = c.qkv.data, product = c.qkv.data, stored = c.cache.data;
+      Case<T, C> c(shape);
+      std::vector<T> before = c.qkv.data, product = c.qkv.data;
+      std::vector<C> stored = c.cache.data;
       c.expect(isa, normed, product, stored);
       cpu::set_num_threads(threads);
       isa.rotate_and_store(c.args(normed));
       cpu::set_num_threads(0);
       const auto what = testing::Message() << isa.name << " dim " << shape.dim << " normed " << normed;
-      EXPECT_TRUE(same_bits(c.cache.data.data(), stored.data(), Case<T>::blocks * c.block)) << what;
-      for (int64_t r = 0; r < Case<T>::rows; ++r) {
+      EXPECT_TRUE(same_bits(c.cache.data.data(), stored.data(), c.blocks * c.block)) << what;
+      for (int64_t r = 0; r < c.rows; ++r) {
         const int64_t q = shape.heads * shape.dim;
         ASSERT_TRUE(same_bits(&c.qkv[r * c.row], &product[static_cast<size_t>(r * c.row)], q)) << what << " row " << r;
         ASSERT_TRUE(same_bits(&c.qkv[r * c.row + q], &before[static_cast<size_t>(r * c.row + q)], c.row - q))
@@ -133,7 +142,31 @@ TEST_P(RotateAndStoreTest, equals_norm_then_rotation_then_store_and_touches_noth
     expect_the_composition<BFloat16>(*GetParam(), {6, 3, dim, rotary_dim, 16});
     expect_the_composition<Float16>(*GetParam(), {2, 1, dim, rotary_dim, 32});
     expect_the_composition<float>(*GetParam(), {4, 2, dim, rotary_dim, 64});
+    expect_the_composition<BFloat16, Float8>(*GetParam(), {6, 3, dim, rotary_dim, 16});
+    expect_the_composition<Float16, Float8>(*GetParam(), {2, 1, dim, rotary_dim, 32});
+    expect_the_composition<float, Float8>(*GetParam(), {4, 2, dim, rotary_dim, 64});
   }
+}
+
+// S54: every kind of float, each where another lane of a register writes it.
+TEST_P(RotateAndStoreTest, rounds_and_saturates_what_a_float8_cache_gets_as_float8_itself_does) {
+  Case<float, Float8> c({1, 1, 256, 2, 16});
+  std::mt19937 rng(5);
+  for (float& x : c.qkv.data) {
+    const uint32_t bits = rng();
+    const float kinds[] = {std::bit_cast<float>(bits),
+                           static_cast<float>(bits % 1024) * 0x1p-14f,
+                           static_cast<float>(bits % 4096) / 8.0f * c.v_scale,
+                           -0.0f,
+                           INFINITY,
+                           -NAN};
+    x = kinds[bits / 4096 % 24 < 6 ? bits / 4096 % 24 : bits / 4096 % 3];
+  }
+  std::vector<float> product = c.qkv.data;
+  std::vector<Float8> stored = c.cache.data;
+  c.expect(*GetParam(), false, product, stored);
+  GetParam()->rotate_and_store(c.args(false));
+  EXPECT_TRUE(same_bits(c.cache.data.data(), stored.data(), c.blocks * c.block));
 }
 
 // F-21: what a request gets must not depend on its batch mates.
@@ -205,6 +238,10 @@ TEST(RotateAndStoreArguments, wrong_ones_are_refused_with_the_numbers) {
   EXPECT_EQ(refused([&](auto& a) { a.v.shape[0] = 2; }),
             "rotate_and_store: v has shape [2, 2, 8], expected [40, 2, 8]");
   EXPECT_EQ(refused([&](auto& a) { a.v.dtype = DType::bf16; }), "rotate_and_store: v is bfloat16, expected float32");
+  EXPECT_EQ(refused([&](auto& a) { a.v_cache.dtype = DType::f8; }),
+            "rotate_and_store: v_cache is float8_e4m3fn, expected float32");
+  EXPECT_EQ(refused([&](auto& a) { a.v_scale = -1.0f; }),
+            "rotate_and_store: v_cache has a scale of -1, must be positive and finite");
   EXPECT_EQ(refused([&](auto& a) { a.k_weight = {}; }),
             "rotate_and_store: q_weight and k_weight go together, one is missing");
   EXPECT_EQ(refused([&](auto& a) { a.k_cache.strides[1] = 8, a.k_cache.strides[2] = 16; }),  // token-major

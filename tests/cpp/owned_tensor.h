@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "ops/float16.h"
+#include "ops/float8.h"
 #include "ops/tensor.h"
 
 namespace hybrid::test {
@@ -17,6 +18,7 @@ constexpr DType dtype_of() {
   if constexpr (std::is_same_v<T, float>) return DType::f32;
   if constexpr (std::is_same_v<T, Float16>) return DType::f16;
   if constexpr (std::is_same_v<T, BFloat16>) return DType::bf16;
+  if constexpr (std::is_same_v<T, Float8>) return DType::f8;
   if constexpr (std::is_same_v<T, int32_t>) return DType::i32;
   if constexpr (std::is_same_v<T, int64_t>) return DType::i64;
   if constexpr (std::is_same_v<T, uint8_t>) return DType::u8;

@@ -1,8 +1,8 @@
 // F32: a register of floats, the one vector type that CPU kernels are written in.
 //
 // Included by exactly one cpu/isa_*.cpp per instruction set, after `#define HYBRID_ISA <name>`: everything lands in
-// hybrid::cpu::HYBRID_ISA, hence the same kernel compiled four times never collides. Loads widen bf16 / f16 to f32,
-// stores round to nearest even. Partial loads fill with zero; `n` of a partial access is in [0, width].
+// hybrid::cpu::HYBRID_ISA, hence the same kernel compiled four times never collides. Loads widen bf16, f16 and f8 to
+// f32, stores round to nearest even. Partial loads fill with zero; `n` of a partial access is in [0, width].
 #pragma once
 
 #ifndef HYBRID_ISA
@@ -21,6 +21,7 @@
 #endif
 
 #include "ops/float16.h"
+#include "ops/float8.h"
 
 namespace hybrid::cpu::HYBRID_ISA {
 
@@ -43,6 +44,16 @@ struct F32 {
   static F32 load(const BFloat16* p, int n) { return widen(_mm256_maskz_loadu_epi16(mask(n), p)); }
   static F32 load(const Float16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
   static F32 load(const Float16* p, int n) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask(n), p)); }
+  // An f8's exponent and mantissa are those of an f16 that is 2^8 times smaller, subnormals too.
+  static F32 widen_f8(__m128i bits) {
+    const __m256i x = _mm256_cvtepu8_epi16(bits), magnitude = _mm256_and_si256(x, _mm256_set1_epi16(0x7f));
+    const __mmask16 nan = _mm256_cmpeq_epi16_mask(magnitude, _mm256_set1_epi16(0x7f));
+    const __m256i half = _mm256_mask_mov_epi16(_mm256_slli_epi16(magnitude, 7), nan, _mm256_set1_epi16(0x7e00));
+    const __m256i sign = _mm256_slli_epi16(_mm256_xor_si256(x, magnitude), 8);
+    return _mm512_mul_ps(_mm512_cvtph_ps(_mm256_or_si256(half, sign)), _mm512_set1_ps(256.0f));
+  }
+  static F32 load(const Float8* p) { return widen_f8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+  static F32 load(const Float8* p, int n) { return widen_f8(_mm_maskz_loadu_epi8(mask(n), p)); }
 
   void store(float* p) const { _mm512_storeu_ps(p, v); }
   void store(float* p, int n) const { _mm512_mask_storeu_ps(p, mask(n), v); }
@@ -63,6 +74,22 @@ struct F32 {
   void store(BFloat16* p, int n) const { _mm256_mask_storeu_epi16(p, mask(n), as_bf16()); }
   void store(Float16* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), as_f16()); }
   void store(Float16* p, int n) const { _mm256_mask_storeu_epi16(p, mask(n), as_f16()); }
+  __m128i as_f8() const {  // as Float8(float) does it
+    const __m512i bits = _mm512_castps_si512(v), sign = _mm512_slli_epi32(_mm512_srli_epi32(bits, 31), 7);
+    const __m512 size = _mm512_min_ps(_mm512_set1_ps(Float8::largest), _mm512_abs_ps(v));
+    const __m512i u = _mm512_castps_si512(size);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 20), _mm512_set1_epi32(1));
+    const __m512i shifted = _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7ffff - 0x3c000000)));
+    __m512i found = _mm512_or_si512(_mm512_srli_epi32(shifted, 20), sign);
+    const __mmask16 tiny = _mm512_cmp_ps_mask(size, _mm512_set1_ps(0x1p-6f), _CMP_LT_OQ);
+    const __m512i multiple = _mm512_cvt_roundps_epi32(_mm512_mul_ps(size, _mm512_set1_ps(512.0f)),
+                                                      _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    found = _mm512_mask_or_epi32(found, tiny, multiple, sign);
+    const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    return _mm512_cvtepi32_epi8(_mm512_mask_mov_epi32(found, nan, _mm512_set1_epi32(0x7f)));
+  }
+  void store(Float8* p) const { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), as_f8()); }
+  void store(Float8* p, int n) const { _mm_mask_storeu_epi8(p, mask(n), as_f8()); }
 
   friend F32 operator+(F32 a, F32 b) { return _mm512_add_ps(a.v, b.v); }
   friend F32 operator-(F32 a, F32 b) { return _mm512_sub_ps(a.v, b.v); }
@@ -114,6 +141,20 @@ struct F32 {
   static F32 load(const BFloat16* p, int n) { return widen(load_halves(p, n)); }
   static F32 load(const Float16* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
   static F32 load(const Float16* p, int n) { return _mm256_cvtph_ps(load_halves(p, n)); }
+  // An f8's exponent and mantissa are those of an f16 that is 2^8 times smaller, subnormals too.
+  static F32 widen_f8(__m128i bits) {
+    const __m128i x = _mm_cvtepu8_epi16(bits), magnitude = _mm_and_si128(x, _mm_set1_epi16(0x7f));
+    const __m128i nan = _mm_cmpeq_epi16(magnitude, _mm_set1_epi16(0x7f));
+    const __m128i half = _mm_blendv_epi8(_mm_slli_epi16(magnitude, 7), _mm_set1_epi16(0x7e00), nan);
+    const __m128i sign = _mm_slli_epi16(_mm_xor_si128(x, magnitude), 8);
+    return _mm256_mul_ps(_mm256_cvtph_ps(_mm_or_si128(half, sign)), _mm256_set1_ps(256.0f));
+  }
+  static F32 load(const Float8* p) { return widen_f8(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))); }
+  static F32 load(const Float8* p, int n) {
+    uint8_t bits[8] = {};
+    std::memcpy(bits, p, static_cast<size_t>(n));
+    return widen_f8(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bits)));
+  }
 
   void store(float* p) const { _mm256_storeu_ps(p, v); }
   void store(float* p, int n) const { _mm256_maskstore_ps(p, mask(n), v); }
@@ -130,6 +171,29 @@ struct F32 {
   void store(BFloat16* p, int n) const { store_halves(p, as_bf16(), n); }
   void store(Float16* p) const { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), as_f16()); }
   void store(Float16* p, int n) const { store_halves(p, as_f16(), n); }
+  __m128i as_f8() const {  // in the low half, as Float8(float) does it
+    const __m256i bits = _mm256_castps_si256(v), sign = _mm256_slli_epi32(_mm256_srli_epi32(bits, 31), 7);
+    const __m256 absolute = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), v);
+    const __m256 size = _mm256_min_ps(_mm256_set1_ps(Float8::largest), absolute);
+    const __m256i u = _mm256_castps_si256(size);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 20), _mm256_set1_epi32(1));
+    const __m256i shifted = _mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7ffff - 0x3c000000)));
+    const __m256 tiny = _mm256_cmp_ps(size, _mm256_set1_ps(0x1p-6f), _CMP_LT_OQ);
+    const __m256 multiple =
+        _mm256_round_ps(_mm256_mul_ps(size, _mm256_set1_ps(512.0f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m256i magnitude =
+        _mm256_blendv_epi8(_mm256_srli_epi32(shifted, 20), _mm256_cvtps_epi32(multiple), _mm256_castps_si256(tiny));
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    const __m256i found = _mm256_blendv_epi8(_mm256_or_si256(magnitude, sign), _mm256_set1_epi32(0x7f), nan);
+    const __m128i halves = _mm_packus_epi32(_mm256_castsi256_si128(found), _mm256_extracti128_si256(found, 1));
+    return _mm_packus_epi16(halves, halves);
+  }
+  void store(Float8* p) const { _mm_storel_epi64(reinterpret_cast<__m128i*>(p), as_f8()); }
+  void store(Float8* p, int n) const {
+    uint8_t bits[8];
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(bits), as_f8());
+    std::memcpy(p, bits, static_cast<size_t>(n));
+  }
 
   friend F32 operator+(F32 a, F32 b) { return _mm256_add_ps(a.v, b.v); }
   friend F32 operator-(F32 a, F32 b) { return _mm256_sub_ps(a.v, b.v); }

@@ -7,7 +7,8 @@
 // is what makes decode, prefill and any chunking of a prompt agree bit for bit.
 //
 // A "word" is what one lane multiplies at a time: an f32, or two bf16 where the machine has vdpbf16ps (p is then
-// rounded to bf16, and normalised by the sum of the rounded values).
+// rounded to bf16, and normalised by the sum of the rounded values). A cache of another type C than the queries' T is
+// widened to T's words, which hold every f8 exactly; its scales are the caller's.
 #pragma once
 
 #include "ops/cpu/vec.h"
@@ -132,77 +133,98 @@ inline void transpose(F32 (&m)[F32::width]) {
 #endif
 }
 
-// The `width` words at p, or `n` of them and zeros.
-template <class T>
-inline F32 load_words(const T* p) {
-  if constexpr (TileMath<T>::pack == 2)
-    return F32::load(reinterpret_cast<const float*>(p));
-  else
-    return F32::load(p);
+#if defined(__AVX512BF16__)
+// 32 neighbours, or those of the mask and zeros.
+constexpr __mmask32 all_of_32 = ~__mmask32{0};
+inline __m512i load_32(const BFloat16* p, __mmask32 mask = all_of_32) { return _mm512_maskz_loadu_epi16(mask, p); }
+inline __m512i load_32(const Float8* p, __mmask32 mask = all_of_32) {
+  const __m512i x = _mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8(mask, p));
+  const __m512i magnitude = _mm512_and_si512(x, _mm512_set1_epi16(0x7f));
+  __m512i found = _mm512_add_epi16(_mm512_slli_epi16(magnitude, 4), _mm512_set1_epi16(120 << 7));
+  // Multiples of 2^-9 below 2^-6 have no exponent of their own to move.
+  const __m512i tiny =
+      _mm512_castsi128_si512(_mm_setr_epi16(0x0000, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60));
+  found =
+      _mm512_mask_permutexvar_epi16(found, _mm512_cmplt_epi16_mask(magnitude, _mm512_set1_epi16(8)), magnitude, tiny);
+  found = _mm512_mask_mov_epi16(found, _mm512_cmpeq_epi16_mask(magnitude, _mm512_set1_epi16(0x7f)),
+                                _mm512_set1_epi16(0x7fc0));
+  return _mm512_or_si512(found, _mm512_slli_epi16(_mm512_xor_si512(x, magnitude), 8));
 }
-template <class T>
-inline F32 load_words(const T* p, int64_t n) {
-  if (n >= F32::width) return load_words(p);
+#endif
+
+// The `width` words at p, or `n` of them and zeros.
+template <class T, class C>
+inline F32 load_words(const C* p) {
+#if defined(__AVX512BF16__)
+  if constexpr (TileMath<T>::pack == 2) return _mm512_castsi512_ps(load_32(p));
+#endif
+  if constexpr (TileMath<T>::pack == 1) return F32::load(p);
+}
+template <class T, class C>
+inline F32 load_words(const C* p, int64_t n) {
+  if (n >= F32::width) return load_words<T>(p);
+#if defined(__AVX512BF16__)
   if constexpr (TileMath<T>::pack == 2)
-    return F32::load(reinterpret_cast<const float*>(p), static_cast<int>(n));
-  else
-    return F32::load(p, static_cast<int>(n));
+    return _mm512_castsi512_ps(load_32(p, static_cast<__mmask32>((uint64_t{1} << 2 * n) - 1)));
+#endif
+  if constexpr (TileMath<T>::pack == 1) return F32::load(p, static_cast<int>(n));
 }
 
 // Where the tokens of a tile lie in the cache.
-template <class T>
+template <class C>
 struct TileRows {
   int64_t count = 0;
-  const T* keys[kv_tile];
-  const T* values[kv_tile];
+  const C* keys[kv_tile];
+  const C* values[kv_tile];
 };
 
 // Fetches the next tile's rows while this one is converted, a few at a time. Blocks are scattered: the machine's own
 // prefetcher stops at the end of each.
-template <class T>
+template <class C>
 class TileFetch {
  public:
-  TileFetch(const TileRows<T>& next, int64_t dim) : next_(next), dim_(dim) {}
+  TileFetch(const TileRows<C>& next, int64_t dim) : next_(next), dim_(dim) {}
 
   // The next n rows: first all keys, then all values.
   void fetch(int64_t n) {
     for (; n > 0 && done_ < 2 * next_.count; --n, ++done_) {
-      const T* row = done_ < next_.count ? next_.keys[done_] : next_.values[done_ - next_.count];
+      const C* row = done_ < next_.count ? next_.keys[done_] : next_.values[done_ - next_.count];
       // Into L2: it has more misses in flight than L1, which doubles the bandwidth of scattered blocks.
-      for (int64_t j = 0; j < dim_; j += static_cast<int64_t>(64 / sizeof(T))) __builtin_prefetch(row + j, 0, 2);
+      for (int64_t j = 0; j < dim_; j += static_cast<int64_t>(64 / sizeof(C))) __builtin_prefetch(row + j, 0, 2);
     }
   }
 
  private:
-  const TileRows<T>& next_;
+  const TileRows<C>& next_;
   int64_t dim_;
   int64_t done_ = 0;
 };
 
 // to[word][token] = the words of `width` rows from `column` on. Constant indices only: the square stays in registers.
-template <class T>
-inline void transpose_words(float* to, const T* const* rows, int64_t column) {
+template <class T, class C>
+inline void transpose_words(float* to, const C* const* rows, int64_t column) {
   F32 square[F32::width];
 #pragma GCC unroll 16
-  for (int i = 0; i < F32::width; ++i) square[i] = load_words(rows[i] + column);
+  for (int i = 0; i < F32::width; ++i) square[i] = load_words<T>(rows[i] + column);
   transpose(square);
 #pragma GCC unroll 16
   for (int i = 0; i < F32::width; ++i) square[i].store(to + i * kv_tile);
 }
 
 // The same for fewer rows, the others being zero, and fewer words.
-template <class T>
-inline void transpose_words(float* to, const T* const* rows, int64_t column, int64_t num_rows, int64_t num_words) {
+template <class T, class C>
+inline void transpose_words(float* to, const C* const* rows, int64_t column, int64_t num_rows, int64_t num_words) {
   F32 square[F32::width];
-  for (int i = 0; i < F32::width; ++i) square[i] = i < num_rows ? load_words(rows[i] + column, num_words) : F32(0.0f);
+  for (int i = 0; i < F32::width; ++i)
+    square[i] = i < num_rows ? load_words<T>(rows[i] + column, num_words) : F32(0.0f);
   transpose(square);
   for (int i = 0; i < num_words; ++i) square[i].store(to + i * kv_tile);
 }
 
 // tile[word][token] = the key words of rows.keys[0 .. count); zero from count to the end of its group of `width`
 // tokens, and those beyond are not written: their scores are masked.
-template <class T>
-inline void load_keys(float* tile, const TileRows<T>& rows, TileFetch<T>& next, int64_t dim) {
+template <class T, class C>
+inline void load_keys(float* tile, const TileRows<C>& rows, TileFetch<C>& next, int64_t dim) {
   const int64_t words = dim / TileMath<T>::pack;
   for (int64_t t = 0; t < rows.count; t += F32::width) {
     next.fetch(F32::width);
@@ -210,9 +232,9 @@ inline void load_keys(float* tile, const TileRows<T>& rows, TileFetch<T>& next, 
     for (int64_t w = 0; w < words; w += F32::width) {
       const int64_t num_words = std::min<int64_t>(F32::width, words - w), column = w * TileMath<T>::pack;
       if (num_rows == F32::width && num_words == F32::width)
-        transpose_words(tile + w * kv_tile + t, rows.keys + t, column);
+        transpose_words<T>(tile + w * kv_tile + t, rows.keys + t, column);
       else
-        transpose_words(tile + w * kv_tile + t, rows.keys + t, column, num_rows, num_words);
+        transpose_words<T>(tile + w * kv_tile + t, rows.keys + t, column, num_rows, num_words);
     }
   }
 }
@@ -228,23 +250,23 @@ inline void interleave(float* to, __m512i first, __m512i second, bool both_halve
 }
 
 // Of dim columns; a null second row is zero.
-inline void interleave_rows(float* to, const BFloat16* first, const BFloat16* second, int64_t dim) {
+template <class C>
+inline void interleave_rows(float* to, const C* first, const C* second, int64_t dim) {
   int64_t j = 0;
   if (second != nullptr)
-    for (; j + 32 <= dim; j += 32)
-      interleave(to + j, _mm512_loadu_si512(first + j), _mm512_loadu_si512(second + j), true);
+    for (; j + 32 <= dim; j += 32) interleave(to + j, load_32(first + j), load_32(second + j), true);
   for (; j < dim; j += 32) {
-    const __mmask32 mask = dim - j >= 32 ? ~__mmask32{0} : (__mmask32{1} << (dim - j)) - 1;
-    interleave(to + j, _mm512_maskz_loadu_epi16(mask, first + j),
-               second != nullptr ? _mm512_maskz_loadu_epi16(mask, second + j) : _mm512_setzero_si512(), dim - j > 16);
+    const __mmask32 mask = dim - j >= 32 ? all_of_32 : (__mmask32{1} << (dim - j)) - 1;
+    interleave(to + j, load_32(first + j, mask), second != nullptr ? load_32(second + j, mask) : _mm512_setzero_si512(),
+               dim - j > 16);
   }
 }
 #endif
 
 // tile[word][column] = the value words of rows.values[0 .. count): a word is one token's element, or two tokens' with
 // pack 2. `stride` >= dim is a multiple of the width; columns from dim on are zero.
-template <class T>
-inline void load_values(float* tile, const TileRows<T>& rows, TileFetch<T>& next, int64_t dim, int64_t stride) {
+template <class T, class C>
+inline void load_values(float* tile, const TileRows<C>& rows, TileFetch<C>& next, int64_t dim, int64_t stride) {
   constexpr int64_t pack = TileMath<T>::pack;
   for (int64_t t = 0; t < rows.count; t += pack) {
     next.fetch(pack);
@@ -255,7 +277,7 @@ inline void load_values(float* tile, const TileRows<T>& rows, TileFetch<T>& next
       continue;
     }
 #endif
-    for (int64_t j = 0; j < dim; j += F32::width) load_words(rows.values[t] + j, dim - j).store(to + j);
+    for (int64_t j = 0; j < dim; j += F32::width) load_words<T>(rows.values[t] + j, dim - j).store(to + j);
   }
 }
 

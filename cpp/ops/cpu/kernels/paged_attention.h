@@ -10,6 +10,7 @@
 #include "ops/cpu/buffer.h"
 #include "ops/cpu/kernels/attention_tile.h"
 #include "ops/cpu/thread_pool.h"
+#include "ops/dispatch.h"
 
 namespace hybrid::cpu::HYBRID_ISA {
 
@@ -31,7 +32,7 @@ inline void merge_sums(RowSums total, RowSums chunk, int64_t stride) {
     fma(F32::load(total.out + j), F32(a), F32::load(chunk.out + j) * F32(b)).store(total.out + j);
 }
 
-template <class T>
+template <class T, class C>
 class Attention {
  public:
   Attention(const PagedAttention& a, const AttentionPlan& plan, float* partials)
@@ -42,7 +43,8 @@ class Attention {
         block_size_(a.k_cache.shape[2]),
         dim_(a.q.shape[2]),
         group_(a.q.shape[1] / kv_heads_),
-        stride_((dim_ + F32::width - 1) / F32::width * F32::width) {}
+        stride_((dim_ + F32::width - 1) / F32::width * F32::width),
+        scale_(a.scale * a.k_scale) {}
 
   // Floats of one row's partial result.
   static int64_t partial_size(int64_t dim) { return (dim + F32::width - 1) / F32::width * F32::width + F32::width; }
@@ -58,11 +60,11 @@ class Attention {
     RowState *state, *chunk_state;
   };
 
-  void run_span(const QuerySpan& span, int64_t head, const TileRows<T>& following);
+  void run_span(const QuerySpan& span, int64_t head, const TileRows<C>& following);
   Scratch scratch() const;
   void load_query(float* to, const QueryTile& tile, int64_t head) const;
-  void find_rows(TileRows<T>& rows, const QueryTile& tile, int64_t head, int64_t begin, int64_t end) const;
-  void sum_chunk(const Scratch& s, const QueryTile& tile, int64_t head, int64_t chunk, const TileRows<T>& following,
+  void find_rows(TileRows<C>& rows, const QueryTile& tile, int64_t head, int64_t begin, int64_t end) const;
+  void sum_chunk(const Scratch& s, const QueryTile& tile, int64_t head, int64_t chunk, const TileRows<C>& following,
                  RowState* state, float* out) const;
   void sum_tile(const Scratch& s, const QueryTile& tile, int64_t begin, int64_t count, RowState* state,
                 float* out) const;
@@ -77,10 +79,11 @@ class Attention {
   const AttentionPlan& plan_;
   float* partials_;
   int64_t kv_heads_, block_size_, dim_, group_, stride_;
+  float scale_;  // of scores
 };
 
-template <class T>
-typename Attention<T>::Scratch Attention<T>::scratch() const {
+template <class T, class C>
+typename Attention<T, C>::Scratch Attention<T, C>::scratch() const {
   static thread_local Buffer buffer;
   const int64_t rows = std::max(attention_rows, group_);
   const int64_t query = rows * dim_, keys = dim_ * kv_tile, values = kv_tile * stride_, scores = tile_rows * kv_tile;
@@ -103,30 +106,31 @@ typename Attention<T>::Scratch Attention<T>::scratch() const {
   return s;
 }
 
-template <class T>
-void Attention<T>::load_query(float* to, const QueryTile& tile, int64_t head) const {
+template <class T, class C>
+void Attention<T, C>::load_query(float* to, const QueryTile& tile, int64_t head) const {
   const int64_t words = dim_ / Math::pack;
   for (int64_t r = 0; r < tile.tokens * group_; ++r) {
     const T* from =
         a_.q.as<const T>() + (tile.row + r / group_) * a_.q.strides[0] + (head * group_ + r % group_) * a_.q.strides[1];
     for (int64_t w = 0; w < words; w += F32::width) {
       const int n = static_cast<int>(std::min<int64_t>(F32::width, words - w));
-      load_words(from + w * Math::pack, n).store(to + r * words + w, n);
+      load_words<T>(from + w * Math::pack, n).store(to + r * words + w, n);
     }
   }
 }
 
 // The cached rows of the tile at KV position `begin`, up to `end`.
-template <class T>
-void Attention<T>::find_rows(TileRows<T>& rows, const QueryTile& tile, int64_t head, int64_t begin, int64_t end) const {
+template <class T, class C>
+void Attention<T, C>::find_rows(TileRows<C>& rows, const QueryTile& tile, int64_t head, int64_t begin,
+                                int64_t end) const {
   const int32_t* blocks = a_.kv_blocks.as<const int32_t>() + a_.kv_start.as<const int32_t>()[tile.sequence];
   end = std::min(end, begin + kv_tile);
   rows.count = 0;
   for (int64_t t = begin; t < end;) {
     const int64_t offset = t % block_size_, block = blocks[t / block_size_],
                   n = std::min(end - t, block_size_ - offset);
-    const T* key = a_.k_cache.as<const T>() + block * a_.k_cache.strides[0] + (head * block_size_ + offset) * dim_;
-    const T* value = a_.v_cache.as<const T>() + block * a_.v_cache.strides[0] + (head * block_size_ + offset) * dim_;
+    const C* key = a_.k_cache.as<const C>() + block * a_.k_cache.strides[0] + (head * block_size_ + offset) * dim_;
+    const C* value = a_.v_cache.as<const C>() + block * a_.v_cache.strides[0] + (head * block_size_ + offset) * dim_;
     for (int64_t i = 0; i < n; ++i) {
       rows.keys[rows.count + i] = key + i * dim_;
       rows.values[rows.count + i] = value + i * dim_;
@@ -137,9 +141,9 @@ void Attention<T>::find_rows(TileRows<T>& rows, const QueryTile& tile, int64_t h
 }
 
 // One tile for all rows that see it. KV positions [begin, begin + count) are loaded.
-template <class T>
-void Attention<T>::sum_tile(const Scratch& s, const QueryTile& tile, int64_t begin, int64_t count, RowState* state,
-                            float* out) const {
+template <class T, class C>
+void Attention<T, C>::sum_tile(const Scratch& s, const QueryTile& tile, int64_t begin, int64_t count, RowState* state,
+                               float* out) const {
   const int64_t rows = tile.tokens * group_, words = dim_ / Math::pack;
   for (int64_t r = first_row(tile, begin); r < rows; r += tile_rows) {
     const int64_t n = std::min(tile_rows, rows - r);
@@ -148,54 +152,54 @@ void Attention<T>::sum_tile(const Scratch& s, const QueryTile& tile, int64_t beg
     float keep[tile_rows];
     for (int64_t i = 0; i < n; ++i) {
       valid[i] = std::min(count, tile.position + (r + i) / group_ + 1 - begin);
-      keep[i] = softmax_row<T>(s.scores + i * kv_tile, valid[i], a_.scale, state[r + i]);
+      keep[i] = softmax_row<T>(s.scores + i * kv_tile, valid[i], scale_, state[r + i]);
     }
     add_values<T>(n, out + r * stride_, stride_, s.scores, s.values, valid, keep);
   }
 }
 
-template <class T>
-void Attention<T>::sum_chunk(const Scratch& s, const QueryTile& tile, int64_t head, int64_t chunk,
-                             const TileRows<T>& following, RowState* state, float* out) const {
+template <class T, class C>
+void Attention<T, C>::sum_chunk(const Scratch& s, const QueryTile& tile, int64_t head, int64_t chunk,
+                                const TileRows<C>& following, RowState* state, float* out) const {
   const int64_t begin = chunk * attention_chunk, end = std::min(tile.end(), begin + attention_chunk);
   for (int64_t r = first_row(tile, begin); r < tile.tokens * group_; ++r) {
     state[r] = {minus_infinity, 0.0f};
     std::fill_n(out + r * stride_, stride_, 0.0f);
   }
-  TileRows<T> found[2];
+  TileRows<C> found[2];
   int current = 0;
   find_rows(found[0], tile, head, begin, end);
   for (int64_t t = begin; t < end; t += kv_tile, current ^= 1) {
     const bool last = t + kv_tile >= end;
     if (!last) find_rows(found[current ^ 1], tile, head, t + kv_tile, end);
-    TileFetch<T> next(last ? following : found[current ^ 1], dim_);
-    load_keys(s.keys, found[current], next, dim_);
-    load_values(s.values, found[current], next, dim_, stride_);
+    TileFetch<C> next(last ? following : found[current ^ 1], dim_);
+    load_keys<T>(s.keys, found[current], next, dim_);
+    load_values<T>(s.values, found[current], next, dim_, stride_);
     sum_tile(s, tile, t, found[current].count, state, out);
   }
 }
 
-template <class T>
-RowSums Attention<T>::partial(const QueryTile& tile, int64_t head, int64_t chunk, int64_t r) const {
+template <class T, class C>
+RowSums Attention<T, C>::partial(const QueryTile& tile, int64_t head, int64_t chunk, int64_t r) const {
   const int64_t index = head * plan_.partial_rows() + tile.partial + chunk * tile.tokens * group_ + r;
   float* p = partials_ + index * partial_size(dim_);
   return {reinterpret_cast<RowState*>(p + stride_), p};
 }
 
-template <class T>
-void Attention<T>::write_out(const QueryTile& tile, int64_t head, int64_t r, RowSums sums) const {
+template <class T, class C>
+void Attention<T, C>::write_out(const QueryTile& tile, int64_t head, int64_t r, RowSums sums) const {
   T* to =
       a_.out.as<T>() + (tile.row + r / group_) * a_.out.strides[0] + (head * group_ + r % group_) * a_.out.strides[1];
-  const F32 sum(sums.state->sum);
+  const F32 sum(sums.state->sum), scale(a_.v_scale);
   for (int64_t j = 0; j < dim_; j += F32::width)
-    (F32::load(sums.out + j) / sum).store(to + j, static_cast<int>(std::min<int64_t>(F32::width, dim_ - j)));
+    (F32::load(sums.out + j) / sum * scale).store(to + j, static_cast<int>(std::min<int64_t>(F32::width, dim_ - j)));
 }
 
-template <class T>
-void Attention<T>::run(int64_t begin, int64_t end) {
+template <class T, class C>
+void Attention<T, C>::run(int64_t begin, int64_t end) {
   const auto& spans = plan_.spans();
   for (int64_t i = begin; i < end; ++i) {
-    TileRows<T> following;
+    TileRows<C> following;
     if (i + 1 < end) {
       const QuerySpan& next = spans[static_cast<size_t>((i + 1) / kv_heads_)];
       const QueryTile& tile = plan_.tiles()[static_cast<size_t>(next.tile)];
@@ -206,8 +210,8 @@ void Attention<T>::run(int64_t begin, int64_t end) {
   }
 }
 
-template <class T>
-void Attention<T>::run_span(const QuerySpan& span, int64_t head, const TileRows<T>& following) {
+template <class T, class C>
+void Attention<T, C>::run_span(const QuerySpan& span, int64_t head, const TileRows<C>& following) {
   const QueryTile& tile = plan_.tiles()[static_cast<size_t>(span.tile)];
   const int64_t rows = tile.tokens * group_;
   const Scratch s = scratch();
@@ -215,9 +219,9 @@ void Attention<T>::run_span(const QuerySpan& span, int64_t head, const TileRows<
   for (int64_t chunk = span.chunk_begin; chunk < span.chunk_end; ++chunk) {
     const int64_t first = first_row(tile, chunk * attention_chunk), chunk_end = (chunk + 1) * attention_chunk;
     const bool last = chunk + 1 == span.chunk_end;
-    TileRows<T> next_chunk;
+    TileRows<C> next_chunk;
     if (!last) find_rows(next_chunk, tile, head, chunk_end, tile.end());
-    const TileRows<T>& next = last ? following : next_chunk;
+    const TileRows<C>& next = last ? following : next_chunk;
     if (tile.partial >= 0) {
       sum_chunk(s, tile, head, chunk, next, s.state, s.out);
       for (int64_t r = first; r < rows; ++r) {
@@ -237,8 +241,8 @@ void Attention<T>::run_span(const QuerySpan& span, int64_t head, const TileRows<
   for (int64_t r = 0; r < rows; ++r) write_out(tile, head, r, {s.state + r, s.out + r * stride_});
 }
 
-template <class T>
-void Attention<T>::merge(int32_t tile_index, int64_t head) {
+template <class T, class C>
+void Attention<T, C>::merge(int32_t tile_index, int64_t head) {
   const QueryTile& tile = plan_.tiles()[static_cast<size_t>(tile_index)];
   for (int64_t r = 0; r < tile.tokens * group_; ++r) {
     const RowSums total = partial(tile, head, 0, r);
@@ -249,14 +253,14 @@ void Attention<T>::merge(int32_t tile_index, int64_t head) {
   }
 }
 
-template <class T>
+template <class T, class C>
 void paged_attention_of(const PagedAttention& a) {
   static thread_local AttentionPlan plan;
   static thread_local Buffer partials;
   const int64_t kv_heads = a.k_cache.shape[1], group = a.q.shape[1] / kv_heads;
   plan.build(a, std::max<int64_t>(1, attention_rows / group), pool().size());
-  float* partial = partials.floats(plan.partial_rows() * kv_heads * Attention<T>::partial_size(a.q.shape[2]));
-  Attention<T> attention(a, plan, partial);
+  float* partial = partials.floats(plan.partial_rows() * kv_heads * Attention<T, C>::partial_size(a.q.shape[2]));
+  Attention<T, C> attention(a, plan, partial);
 
   // A thread that takes all heads of a span reads whole blocks; with few spans, even shares matter more.
   const auto spans = static_cast<int64_t>(plan.spans().size());
@@ -269,16 +273,7 @@ void paged_attention_of(const PagedAttention& a) {
 }
 
 inline void paged_attention(const PagedAttention& a) {
-  switch (a.q.dtype) {
-    case DType::f32:
-      return paged_attention_of<float>(a);
-    case DType::bf16:
-      return paged_attention_of<BFloat16>(a);
-    case DType::f16:
-      return paged_attention_of<Float16>(a);
-    default:
-      return;  // refused by hybrid::paged_attention
-  }
+  by_cache_dtype(a.q.dtype, a.k_cache.dtype, [&]<class T, class C>() { paged_attention_of<T, C>(a); });
 }
 
 }  // namespace hybrid::cpu::HYBRID_ISA
