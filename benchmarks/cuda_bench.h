@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -13,6 +14,7 @@
 
 #include "launch.cuh"
 #include "ops/float16.h"
+#include "ops/float8.h"
 #include "ops/ops.h"
 
 namespace hybrid::bench {
@@ -28,7 +30,7 @@ class Memory {
   ~Memory() {
     for (void* p : held_) cudaFree(p);
   }
-  // Random values of about unit size, as bf16.
+  // Random values of about unit size, as bf16 where the type is no other float.
   TensorView random(std::initializer_list<int64_t> shape, DType dtype = DType::bf16) {
     TensorView t = take(shape, dtype);
     std::vector<char> pattern(std::min<size_t>(bytes(t), size_t{8} << 20));
@@ -39,6 +41,8 @@ class Memory {
         const float x = normal(rng);
         std::memcpy(&pattern[i], &x, 4);
       }
+    else if (dtype == DType::f8)
+      for (char& byte : pattern) byte = std::bit_cast<char>(Float8(normal(rng)));
     else
       for (size_t i = 0; i + 2 <= pattern.size(); i += 2) {
         const BFloat16 x(normal(rng));

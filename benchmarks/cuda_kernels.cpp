@@ -18,8 +18,8 @@ constexpr Heads head_shapes[] = {
 constexpr int64_t block_size = 16;
 
 // `shared`: tokens that all sequences begin with; read once, or, unless `grouped`, by each for itself.
-void attention(const std::string& name, const Heads& h, const std::vector<int32_t>& queries,
-               const std::vector<int32_t>& lens, int32_t shared = 0, bool grouped = false) {
+void attention_over(DType cache_type, const std::string& name, const Heads& h, const std::vector<int32_t>& queries,
+                    const std::vector<int32_t>& lens, int32_t shared, bool grouped) {
   if (!selected(name)) return;
   Memory memory;
   const int64_t seqs = static_cast<int64_t>(lens.size());
@@ -38,10 +38,10 @@ void attention(const std::string& name, const Heads& h, const std::vector<int32_
   std::shuffle(table.begin(), table.end(), std::mt19937(2));
   for (size_t s = 1; s < lens.size(); ++s) std::copy_n(table.begin(), shared / block_size, table.begin() + kv_start[s]);
   tokens -= static_cast<double>(seqs - 1) * shared;
-  const double kv_bytes = tokens * 2.0 * static_cast<double>(h.kv_heads * h.dim) * 2;
+  const double kv_bytes = tokens * 2.0 * static_cast<double>(h.kv_heads * h.dim * item_size(cache_type));
   const bool decode = rows == seqs;
   const int64_t layers = decode ? sets_of(kv_bytes, 32) : 1;
-  const TensorView cache = memory.random({blocks, layers, 2, h.kv_heads, block_size, h.dim});
+  const TensorView cache = memory.random({blocks, layers, 2, h.kv_heads, block_size, h.dim}, cache_type);
   const TensorView q = memory.random({rows, h.heads, h.dim}), out = memory.random({rows, h.heads, h.dim});
   PagedAttention a{};
   a.out = out, a.q = q;
@@ -76,7 +76,8 @@ void attention(const std::string& name, const Heads& h, const std::vector<int32_
   const double time = time_of_launch(layers, [&](int64_t layer) {
     for (int which : {0, 1}) {
       TensorView t = cache;
-      t.ndim = 4, t.data = cache.as<BFloat16>() + layer * cache.strides[1] + which * cache.strides[2];
+      t.ndim = 4;
+      t.data = cache.as<char>() + (layer * cache.strides[1] + which * cache.strides[2]) * item_size(cache_type);
       for (int i = 1; i < 4; ++i) t.shape[i] = cache.shape[i + 2], t.strides[i] = cache.strides[i + 2];
       (which == 0 ? a.k_cache : a.v_cache) = t;
     }
@@ -84,6 +85,12 @@ void attention(const std::string& name, const Heads& h, const std::vector<int32_
   });
   report(name, time, kv_bytes + 2.0 * 2 * static_cast<double>(out.numel()),
          4.0 * visible * static_cast<double>(h.heads * h.dim));
+}
+
+void attention(const std::string& name, const Heads& h, const std::vector<int32_t>& queries,
+               const std::vector<int32_t>& lens, int32_t shared = 0, bool grouped = false) {
+  attention_over(DType::bf16, name, h, queries, lens, shared, grouped);
+  attention_over(DType::f8, name + " f8", h, queries, lens, shared, grouped);
 }
 
 void attention_cases() {
@@ -182,23 +189,25 @@ void linear_cases() {
   }
 }
 
-void rotate_and_store_case(const Heads& h, bool normed, int64_t rows) {
-  const std::string name = "rotate_and_store " + std::to_string(rows) + " " + h.name + (normed ? " normed" : "");
+void rotate_and_store_case(const Heads& h, bool normed, int64_t rows, DType cache_type = DType::bf16) {
+  const std::string name = "rotate_and_store " + std::to_string(rows) + " " + h.name + (normed ? " normed" : "") +
+                           (cache_type == DType::f8 ? " f8" : "");
   if (!selected(name)) return;
   Memory memory;
   const int64_t heads = h.heads + 2 * h.kv_heads, blocks = (rows + block_size - 1) / block_size;
-  const double bytes = 4.0 * static_cast<double>(rows * heads * h.dim);  // read and written
+  const double written = static_cast<double>(2 * h.heads + 2 * h.kv_heads * item_size(cache_type));
+  const double bytes = static_cast<double>(rows * h.dim) * (2.0 * static_cast<double>(heads) + written);
   // Few rows are in L2, where the product left them.
   const int64_t sets =
       rows <= 128 ? std::clamp<int64_t>(static_cast<int64_t>(32e6 / bytes), 1, 64) : sets_of(bytes, 64);
-  const TensorView cache = memory.random({sets, 2, blocks, h.kv_heads, block_size, h.dim}),
+  const TensorView cache = memory.random({sets, 2, blocks, h.kv_heads, block_size, h.dim}, cache_type),
                    qkv = memory.random({sets, rows, heads, h.dim}), weight = memory.random({h.dim});
   std::vector<int64_t> slots(static_cast<size_t>(rows));
   std::vector<int32_t> positions(slots.size());
   for (size_t i = 0; i < slots.size(); ++i) slots[i] = static_cast<int64_t>(i), positions[i] = static_cast<int32_t>(i);
   const auto part = [](const TensorView& t, int64_t offset, int first_dim) {
     TensorView p = t;
-    p.ndim = 0, p.data = t.as<BFloat16>() + offset;
+    p.ndim = 0, p.data = t.as<char>() + offset * item_size(t.dtype);
     for (int d = first_dim; d < t.ndim; ++d) p.shape[p.ndim] = t.shape[d], p.strides[p.ndim] = t.strides[d], ++p.ndim;
     return p;
   };
@@ -249,7 +258,8 @@ void row_cases(int64_t rows, int64_t dim) {
 
 void elementwise_cases() {
   for (const int64_t rows : {1, 8, 32, 128, 512, 4096, 16384}) {
-    for (const Heads& h : head_shapes) rotate_and_store_case(h, false, rows);
+    for (const Heads& h : head_shapes)
+      for (const DType cache_type : {DType::bf16, DType::f8}) rotate_and_store_case(h, false, rows, cache_type);
     rotate_and_store_case(head_shapes[1], true, rows);
     rotate_and_store_case({"1/8x128", 1, 8, 128}, false, rows);  // the cache write, nearly alone
   }

@@ -9,12 +9,12 @@
 
 namespace hybrid::cuda {
 
-template <class T>
+template <class T, class C = T>
 struct AttentionParams {
   T* __restrict__ out;
   const T* __restrict__ q;
-  const T* __restrict__ k_cache;
-  const T* __restrict__ v_cache;
+  const C* __restrict__ k_cache;
+  const C* __restrict__ v_cache;
   const int32_t* __restrict__ query_start;
   const int32_t* __restrict__ seq_lens;
   const int32_t* __restrict__ kv_start;
@@ -25,10 +25,12 @@ struct AttentionParams {
   int64_t rows;                              // of q
   int seqs;
   int kv_heads, group, dim, block_shift;  // group: query heads of a KV head; 2^block_shift tokens a block
-  float scale_log2;                       // scale / ln 2: softmax is in base 2
-  int32_t* __restrict__ counter;          // prefill on sm_90 only: shares of the work taken
-  int32_t* plan;                          // decode only: of plan_decode
-  float* prefixes;                        // of decodes that share a beginning: what its tokens sum to (decode_plan.cuh)
+  float scale_log2;                       // scale x k_scale / ln 2: softmax is in base 2
+  float v_scale;
+  int32_t* __restrict__ counter;  // prefill on sm_90 only: shares of the work taken
+  int32_t* plan;                  // decode only: of plan_decode
+  int share_rows;                 // of prefixes: packed rows of the plan's shares
+  float* prefixes;                // of decodes that share a beginning: what its tokens sum to (decode_plan.cuh)
 };
 
 constexpr float minus_infinity = -__builtin_huge_valf();
@@ -72,13 +74,13 @@ __device__ inline int last_not_above(int64_t x, int count, Value&& value) {
 template <int dim>
 constexpr int row_packs = dim / 8 | 1;
 
-template <class T>
-void paged_decode(AttentionParams<T> p, int64_t max_decodes, bool shares_prefixes, Stream stream);
-template <class T>
-void paged_prefill(const AttentionParams<T>& p, Stream stream);
+template <class T, class C>
+void paged_decode(AttentionParams<T, C> p, int64_t max_decodes, bool shares_prefixes, Stream stream);
+template <class T, class C>
+void paged_prefill(const AttentionParams<T, C>& p, Stream stream);
 // What the beginnings that decodes share sum to, by p.plan, to p.prefixes.
-template <class T>
-void paged_prefixes(const AttentionParams<T>& p, Stream stream);
+template <class T, class C>
+void paged_prefixes(const AttentionParams<T, C>& p, Stream stream);
 
 // body.template operator()<dim>() for the head sizes with kernels.
 template <class Body>

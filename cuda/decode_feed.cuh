@@ -5,8 +5,8 @@
 
 namespace hybrid::cuda {
 
-template <class T>
-struct DecodeParams : AttentionParams<T> {
+template <class T, class C>
+struct DecodeParams : AttentionParams<T, C> {
   float* partials;    // most_units slots for each block that has the first unit of a sequence's head and not the last
   int32_t* counters;  // of such: units that have arrived
   int splits;         // (16 query heads) of a KV head
@@ -27,13 +27,13 @@ __device__ inline DecodeUnit read_unit(const PlanView& plan, int unit) {
 
 // One warp's stream of steps from the cache into its ring; knows addresses, not what is computed. One unit is being
 // loaded; the next one's block table and the description of the one after it are on their way.
-template <class T, int dim, class Shape>
+template <class T, class C, int dim, class Shape>
 class Feed {
-  static constexpr int warps = decode_warps;
+  static constexpr int warps = decode_warps, per_pack = CacheElement<C>::per_pack;
 
  public:
   // `count` units from `from` on.
-  __device__ Feed(const DecodeParams<T>& p, const PlanView& plan, int units, Position from, int count, uint32_t ring)
+  __device__ Feed(const DecodeParams<T, C>& p, const PlanView& plan, int units, Position from, int count, uint32_t ring)
       : p_(p), plan_(plan), units_(units), left_(count), at_(from), far_at_(from.unit), ring_(ring) {
     unit_ = read_unit(plan_, at_.unit);
     ahead_ = read_far();
@@ -72,8 +72,8 @@ class Feed {
   __device__ void begin_unit() { tile_ = 0, token_ = unit_.first() + warp() * Shape::step, end_ = unit_.end(); }
   __device__ void find_head() {
     const int head = at_.place / p_.splits;
-    keys_ = p_.k_cache + head * p_.k_head + lane() * 8;
-    values_ = p_.v_cache + head * p_.v_head + lane() * 8;
+    keys_ = p_.k_cache + head * p_.k_head + lane() * per_pack;
+    values_ = p_.v_cache + head * p_.v_head + lane() * per_pack;
   }
   __device__ void skip_empty() {
     while (token_ >= end_) {
@@ -94,25 +94,27 @@ class Feed {
   }
   __device__ void load_tile(uint32_t to, int token, int block) const {
     const int in_block = (token & ((1 << p_.block_shift) - 1)) * dim;
-    const T *keys = keys_ + block * p_.k_block + in_block, *values = values_ + block * p_.v_block + in_block;
+    const C *keys = keys_ + block * p_.k_block + in_block, *values = values_ + block * p_.v_block + in_block;
     const int valid = unit_.tokens - token;
+    constexpr int packs = tile * Shape::head_packs;
 #pragma unroll
-    for (int i = 0; i < dim / 16; ++i) {
-      const int pack = i * warp_size + lane(), row = pack / (dim / 8);
-      const uint32_t place = to + Shape::pack(row, pack % (dim / 8)) * 16;
-      copy_async(place, keys + i * warp_size * 8, row < valid);
-      copy_async(place + Shape::packs * 16, values + i * warp_size * 8, row < valid);
+    for (int i = 0; i * warp_size < packs; ++i) {
+      const int pack = i * warp_size + lane(), row = pack / Shape::head_packs;
+      if ((i + 1) * warp_size > packs && pack >= packs) break;
+      const uint32_t place = to + Shape::pack(row, pack % Shape::head_packs) * 16;
+      copy_async(place, keys + i * warp_size * per_pack, row < valid);
+      copy_async(place + Shape::packs * 16, values + i * warp_size * per_pack, row < valid);
     }
   }
 
-  const DecodeParams<T>& p_;
+  const DecodeParams<T, C>& p_;
   const PlanView& plan_;
   int units_, left_;
   Position at_;
   DecodeUnit unit_, ahead_, far_;
   int far_at_, blocks_, blocks_ahead_;
   int tile_, token_, end_;  // the next step's first tile in blocks_, its first token, where the unit ends
-  const T *keys_, *values_;
+  const C *keys_, *values_;
   uint32_t ring_;
 };
 

@@ -2,21 +2,23 @@
 #pragma once
 
 #include "attention.cuh"
+#include "cache_element.cuh"
 #include "decode_plan.cuh"
 
 namespace hybrid::cuda {
 
 constexpr int decode_warps = 4;
 
-// Sizes for heads of `dim` elements and up to `rows` query heads a KV head. A warp loads and computes on `step` tokens
-// at a time; its ring holds `depth` steps, as many as fit.
-template <int dim, int rows>
+// Sizes for heads of `dim` elements of C in the cache and up to `rows` query heads a KV head. A warp loads and computes
+// on `step` tokens at a time; its ring holds `depth` steps, as many as fit.
+template <class C, int dim, int rows>
 struct DecodeShape {
-  static constexpr int tiles = dim <= 64 ? 2 : 1, step = tiles * tile;
+  static constexpr int row_bytes = dim * sizeof(C), head_packs = row_bytes / 16;
+  static constexpr int tiles = row_bytes <= 128 ? 2 : 1, step = tiles * tile;
   // K or V of a step in packs of 16 bytes. ldmatrix reads 8 rows at one column without bank conflicts: where a row is a
   // multiple of 128 bytes, columns are permuted within them; else rows have an odd number of packs.
-  static constexpr bool permuted = dim % 64 == 0;
-  static constexpr int row_packs = permuted ? dim / 8 : dim / 8 | 1;
+  static constexpr bool permuted = row_bytes % 128 == 0;
+  static constexpr int row_packs = permuted ? head_packs : head_packs | 1;
   static constexpr int packs = step * row_packs, stage_packs = 2 * packs;
   // What a warp sums to: rows of dim sums, then largest score and sum of weights. 4 more: no bank conflicts.
   static constexpr int row_floats = dim + 4, sums_bytes = rows * row_floats * 4;
@@ -43,11 +45,13 @@ __device__ inline uint32_t transposed(uint32_t x) {
 }
 
 // A warp's running softmax over its tokens of a unit. Tokens are the rows of the products and query heads, 8 at a time,
-// their columns: lane 4 g + t has heads 2t and 2t + 1 of each eight, of tokens g and g + 8 or dims g and g + 8.
-template <class T, int dim, int rows>
+// their columns: lane 4 g + t has heads 2t and 2t + 1 of each eight, of tokens (or dims, see Element) g and g + 8.
+template <class C, int dim, int rows>
 struct WarpState {
-  using Shape = DecodeShape<dim, rows>;
-  static constexpr int eights = rows / 8, tiles = Shape::tiles;
+  using Shape = DecodeShape<C, dim, rows>;
+  using Element = CacheElement<C>;
+  using Math = typename Element::Math;
+  static constexpr int eights = rows / 8, tiles = Shape::tiles, slices = Element::slices;
   using Query = uint32_t[eights][dim / 16][2];
 
   float out[eights][dim / 16][4] = {};
@@ -64,13 +68,16 @@ struct WarpState {
     float s[tiles][eights][4] = {};
     const uint32_t key = keys + Shape::pack(lane % 16, lane / 16) * 16;
 #pragma unroll
-    for (int k = 0; k < dim / 16; ++k)
+    for (int k = 0; k < dim / 16; k += slices)
 #pragma unroll
       for (int i = 0; i < tiles; ++i) {
-        uint32_t a[4];
-        load_matrices(a, Shape::columns_on(key + i * tile * Shape::row_packs * 16, k));
+        uint32_t a[slices][4];
+        load_keys<C>(a, Shape::columns_on(key + i * tile * Shape::row_packs * 16, k / slices), k + slices <= dim / 16);
 #pragma unroll
-        for (int e = 0; e < eights; ++e) mma<T>(s[i][e], a[0], a[1], a[2], a[3], q[e][k][0], q[e][k][1]);
+        for (int j = k; j < std::min(k + slices, dim / 16); ++j)
+#pragma unroll
+          for (int e = 0; e < eights; ++e)
+            mma<Math>(s[i][e], a[j - k][0], a[j - k][1], a[j - k][2], a[j - k][3], q[e][j][0], q[e][j][1]);
       }
     if (first + Shape::step > tokens) {
 #pragma unroll
@@ -88,18 +95,22 @@ struct WarpState {
     for (int i = 0; i < tiles; ++i)
 #pragma unroll
       for (int e = 0; e < eights; ++e) {
-        p[i][e][0] = transposed(pair_of<T>(s[i][e][0], s[i][e][1]));
-        p[i][e][1] = transposed(pair_of<T>(s[i][e][2], s[i][e][3]));
+        p[i][e][0] = transposed(pair_of<Math>(s[i][e][0], s[i][e][1]));
+        p[i][e][1] = transposed(pair_of<Math>(s[i][e][2], s[i][e][3]));
       }
-    const uint32_t value = values + Shape::pack(lane / 16 * 8 + lane % 8, lane / 8 % 2) * 16;
+    const uint32_t value = values + Shape::pack(Element::value_row(lane), Element::value_pack(lane)) * 16;
 #pragma unroll
     for (int i = 0; i < tiles; ++i)
 #pragma unroll
-      for (int d = 0; d < dim / 16; ++d) {
-        uint32_t a[4];
-        load_transposed(a, Shape::columns_on(value + i * tile * Shape::row_packs * 16, d));
+      for (int d = 0; d < dim / 16; d += slices) {
+        uint32_t a[slices][4];
+        load_values<C>(a, Shape::columns_on(value + i * tile * Shape::row_packs * 16, d / slices),
+                       d + slices <= dim / 16);
 #pragma unroll
-        for (int e = 0; e < eights; ++e) mma<T>(out[e][d], a[0], a[1], a[2], a[3], p[i][e][0], p[i][e][1]);
+        for (int j = d; j < std::min(d + slices, dim / 16); ++j)
+#pragma unroll
+          for (int e = 0; e < eights; ++e)
+            mma<Math>(out[e][j], a[j - d][0], a[j - d][1], a[j - d][2], a[j - d][3], p[i][e][0], p[i][e][1]);
       }
   }
 
@@ -117,7 +128,9 @@ struct WarpState {
         if (head >= heads) continue;
         float* row = to + head * Shape::row_floats;
 #pragma unroll
-        for (int d = 0; d < dim / 16; ++d) row[d * 16 + g] = out[e][d][j], row[d * 16 + g + 8] = out[e][d][j + 2];
+        for (int d = 0; d < dim / 16; ++d)
+#pragma unroll
+          for (int half = 0; half < 2; ++half) row[d * 16 + Element::sum_dim(g, half)] = out[e][d][j + 2 * half];
         if (g == 0) *reinterpret_cast<float2*>(row + dim) = make_float2(largest[e][j], total);
       }
   }

@@ -54,6 +54,16 @@ __device__ inline void load_transposed(uint32_t (&r)[4], uint32_t address) {
                : "r"(address));
 }
 
+// The first two of them only, as lanes 0 to 15 name them.
+__device__ inline void load_two_matrices(uint32_t (&r)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];" : "=r"(r[0]), "=r"(r[1]) : "r"(address));
+}
+__device__ inline void load_two_transposed(uint32_t (&r)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+               : "=r"(r[0]), "=r"(r[1])
+               : "r"(address));
+}
+
 // 16 bytes to shared memory in the background; without `valid`, zeros, and `from` is not read.
 __device__ inline void copy_async(uint32_t to, const void* from, bool valid) {
   const int bytes = valid ? 16 : 0;

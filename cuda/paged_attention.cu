@@ -5,6 +5,7 @@
 #include <bit>
 
 #include "attention.cuh"
+#include "cache_element.cuh"
 #include "ops/dispatch.h"
 
 namespace hybrid::cuda {
@@ -15,7 +16,8 @@ constexpr int warps = 4, most_dim = 256;
 
 // A block a (query row, head): warp w takes tiles w, w + 4, ... of 32 tokens, a lane a token for the scores and every
 // 32nd column for the sums. For correctness, not for speed.
-__global__ void float_attention_kernel(const __grid_constant__ AttentionParams<float> p) {
+template <class C>
+__global__ void float_attention_kernel(const __grid_constant__ AttentionParams<float, C> p) {
   let_next_kernel_start();
   wait_for_previous_kernel();
   __shared__ float query[most_dim], sums[warps][most_dim], states[warps][2];
@@ -37,9 +39,9 @@ __global__ void float_attention_kernel(const __grid_constant__ AttentionParams<f
     const int64_t offset = int64_t{token & ((1 << p.block_shift) - 1)} * dim;
     float score = minus_infinity;
     if (token < visible) {
-      const float* key = p.k_cache + block * p.k_block + kv_head * p.k_head + offset;
+      const C* key = p.k_cache + block * p.k_block + kv_head * p.k_head + offset;
       score = 0.0f;
-      for (int d = 0; d < dim; ++d) score = fmaf(query[d], key[d], score);
+      for (int d = 0; d < dim; ++d) score = fmaf(query[d], to_float(key[d]), score);
     }
     const float top = fmaxf(largest, warp_max(score)), keep = exp2_of(largest - top), weight = exp2_of(score - top);
     largest = top;
@@ -49,10 +51,10 @@ __global__ void float_attention_kernel(const __grid_constant__ AttentionParams<f
     for (int i = 0; i < most_dim / warp_size; ++i) out[i] *= keep;
     for (int t = 0; t < tokens; ++t) {
       const float w = __shfl_sync(0xffffffffu, weight, t);
-      const float* from = p.v_cache + __shfl_sync(0xffffffffu, value, t);
+      const C* from = p.v_cache + __shfl_sync(0xffffffffu, value, t);
 #pragma unroll
       for (int i = 0; i < most_dim / warp_size; ++i)
-        if (i * warp_size + lane < dim) out[i] = fmaf(w, from[i * warp_size + lane], out[i]);
+        if (i * warp_size + lane < dim) out[i] = fmaf(w, to_float(from[i * warp_size + lane]), out[i]);
     }
   }
 #pragma unroll
@@ -63,12 +65,12 @@ __global__ void float_attention_kernel(const __grid_constant__ AttentionParams<f
   for (int d = threadIdx.x; d < dim; d += warps * warp_size) {
     Partial total{states[0][0], states[0][1], sums[0][d]};
     for (int w = 1; w < warps; ++w) total = merge(total, {states[w][0], states[w][1], sums[w][d]});
-    p.out[row * p.out_row + head * p.out_head + d] = total.out / total.sum;
+    p.out[row * p.out_row + head * p.out_head + d] = total.out / total.sum * p.v_scale;
   }
 }
 
-template <class T>
-AttentionParams<T> params_of(const PagedAttention& a) {
+template <class T, class C>
+AttentionParams<T, C> params_of(const PagedAttention& a) {
   const int64_t block_size = a.k_cache.shape[2], dim = a.q.shape[2];
   require(block_size >= 16 && std::has_single_bit(static_cast<uint64_t>(block_size)), "paged_attention: block size ",
           block_size, ", expected a power of two of at least 16");
@@ -82,8 +84,8 @@ AttentionParams<T> params_of(const PagedAttention& a) {
   const float log2_e = 1.4426950408889634f;
   return {a.out.as<T>(),
           a.q.as<T>(),
-          a.k_cache.as<T>(),
-          a.v_cache.as<T>(),
+          a.k_cache.as<C>(),
+          a.v_cache.as<C>(),
           a.query_start.as<int32_t>(),
           a.seq_lens.as<int32_t>(),
           a.kv_start.as<int32_t>(),
@@ -103,25 +105,27 @@ AttentionParams<T> params_of(const PagedAttention& a) {
           static_cast<int>(a.q.shape[1] / a.k_cache.shape[1]),
           static_cast<int>(dim),
           std::countr_zero(static_cast<uint64_t>(block_size)),
-          a.scale * log2_e,
+          a.scale * a.k_scale * log2_e,
+          a.v_scale,
           nullptr,
           a.plan.as<int32_t>(),
+          0,
           nullptr};
 }
 
 }  // namespace
 
 void paged_attention(const PagedAttention& a) {
-  by_dtype(a.q.dtype, [&]<class T>() {
-    AttentionParams<T> p = params_of<T>(a);
+  by_cache_dtype(a.q.dtype, a.k_cache.dtype, [&]<class T, class C>() {
+    AttentionParams<T, C> p = params_of<T, C>(a);
     if constexpr (sizeof(T) == 4) {
       require(p.dim <= most_dim, "paged_attention: head size ", p.dim, " is more than ", most_dim);
       if (p.seqs > 0)
-        launch(float_attention_kernel, dim3(static_cast<unsigned>(p.rows), static_cast<unsigned>(a.q.shape[1])),
+        launch(float_attention_kernel<C>, dim3(static_cast<unsigned>(p.rows), static_cast<unsigned>(a.q.shape[1])),
                warps * warp_size, 0, a.stream, p);
     } else {
-      if (a.max_decodes > 0) paged_decode<T>(p, a.max_decodes, a.shares_prefixes, a.stream);
-      if (a.max_prompts > 0) paged_prefill<T>(p, a.stream);
+      if (a.max_decodes > 0) paged_decode(p, a.max_decodes, a.shares_prefixes, a.stream);
+      if (a.max_prompts > 0) paged_prefill(p, a.stream);
     }
   });
 }

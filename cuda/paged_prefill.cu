@@ -1,286 +1,34 @@
-// Paged attention of sequences with several query rows each (prompts, or chunks of them).
-//
-// Here the choice of the kernel, and the one for any device since sm_80. A block takes a share (prefill_share.cuh) of
-// 128 packed rows (64 for head size 256) and walks the KV tokens in tiles of 64 (32), always from token 0 and always in
-// order: a row's bits depend on its position alone, not on how a prompt was cut. K and V tiles come by cp.async through
-// the block table, one ahead of the products; scores and outputs stay in registers (m16n8k16, 4 warps of 32 or 16
-// rows). Compute-bound: 2 products of 2 x rows x visible tokens x dim operations a head.
+// Paged attention of prompts, and of beginnings that decodes share, over a cache of the queries' own type: here the
+// choice of the kernel.
 #include "device.cuh"
-#include "paged_prefill.cuh"
-#include "prefill_share.cuh"
+#include "prefill_block.cuh"
 
 namespace hybrid::cuda {
 
 namespace {
 
-constexpr int warps = 4, threads = warps * warp_size;
-
-template <int dim>
-struct Tile {
-  static constexpr int m_tiles = dim <= 128 ? 2 : 1;  // of 16 rows a warp
-  static constexpr int rows = warps * m_tiles * 16;
-  static constexpr int tokens = dim <= 128 ? 64 : 32;
-  static constexpr int kv_packs = tokens * row_packs<dim>;
-  static constexpr size_t bytes = (size_t{rows} * row_packs<dim> + 4 * kv_packs) * 16;
-};
-
-template <class T, int dim, bool is_partial>
-class Prefill {
-  using Tile = Tile<dim>;
-
- public:
-  __device__ Prefill(const AttentionParams<T>& p, const Share& share, uint4* shared)
-      : p_(p),
-        share_(share),
-        query_(shared_address(shared)),
-        keys_(query_ + Tile::rows * row_packs<dim> * 16),
-        values_(keys_ + 2 * Tile::kv_packs * 16),
-        lane_(threadIdx.x % warp_size),
-        warp_row_(threadIdx.x / warp_size * Tile::m_tiles * 16) {}
-
-  __device__ void run() {
-    const int tiles = (share_.visible + Tile::tokens - 1) / Tile::tokens;
-    load_query();
-    load_kv(keys_, p_.k_cache, p_.k_block, p_.k_head, 0);
-    commit_copies();
-    load_kv(values_, p_.v_cache, p_.v_block, p_.v_head, 0);
-    commit_copies();
-#pragma unroll
-    for (int r = 0; r < 2 * Tile::m_tiles; ++r) {
-      limit_[r] = share_.position + min(packed_row(r), share_.rows - 1) / p_.group + 1;
-      largest_[r] = minus_infinity;
-    }
-    const int seen_by_all = share_.position + share_.row0 / p_.group + 1;
-    for (int tile = 0; tile < tiles; ++tile) {
-      const uint32_t stage = tile % 2 * Tile::kv_packs * 16, next = (tile + 1) % 2 * Tile::kv_packs * 16;
-      if (tile + 1 < tiles) load_kv(keys_ + next, p_.k_cache, p_.k_block, p_.k_head, (tile + 1) * Tile::tokens);
-      commit_copies();
-      if (tile + 1 < tiles) load_kv(values_ + next, p_.v_cache, p_.v_block, p_.v_head, (tile + 1) * Tile::tokens);
-      commit_copies();
-      wait_copies<3>();
-      __syncthreads();
-      float scores[Tile::m_tiles][Tile::tokens / 8][4] = {};
-      score(scores, keys_ + stage);
-      if ((tile + 1) * Tile::tokens > seen_by_all) mask(scores, tile * Tile::tokens);
-      soften(scores);
-      wait_copies<2>();
-      __syncthreads();
-      add_values(scores, values_ + stage);
-      __syncthreads();
-    }
-    write_out();
-  }
-
- private:
-  // Row r of this lane: r / 2 is its tile of 16, r % 2 the half.
-  __device__ int packed_row(int r) const { return share_.row0 + warp_row_ + r / 2 * 16 + r % 2 * 8 + lane_ / 4; }
-
-  __device__ void load_query() const {
-    constexpr int packs = dim / 8;
-#pragma unroll 4
-    for (int i = threadIdx.x; i < Tile::rows * packs; i += threads) {
-      const int row = i / packs, column = i % packs, packed = share_.row0 + row;
-      const bool valid = packed < share_.rows;
-      const int token = valid ? packed / p_.group : 0, head = valid ? packed % p_.group : 0;
-      const T* from = p_.q + (share_.first_row + token) * p_.q_row +
-                      (int64_t{share_.head} * p_.group + head) * p_.q_head + column * 8;
-      copy_async(query_ + (row * row_packs<dim> + column) * 16, from, valid);
-    }
-  }
-
-  // KV tokens from `first` on; zeros beyond the visible ones.
-  __device__ void load_kv(uint32_t to, const T* cache, int64_t block_stride, int64_t head_stride, int first) const {
-    constexpr int packs = dim / 8;
-    const int32_t* blocks = p_.kv_blocks + share_.kv_start;
-    const T* head = cache + share_.head * head_stride;
-    const int mask = (1 << p_.block_shift) - 1;
-#pragma unroll
-    for (int i = threadIdx.x; i < Tile::tokens * packs; i += threads) {
-      const int row = i / packs, column = i % packs, token = first + row;
-      const bool valid = token < share_.visible;
-      const T* from =
-          valid ? head + blocks[token >> p_.block_shift] * block_stride + (token & mask) * dim + column * 8 : cache;
-      copy_async(to + (row * row_packs<dim> + column) * 16, from, valid);
-    }
-  }
-
-  __device__ void score(float (&scores)[Tile::m_tiles][Tile::tokens / 8][4], uint32_t keys) const {
-    const uint32_t a_row = query_ + ((warp_row_ + lane_ / 8 % 2 * 8 + lane_ % 8) * row_packs<dim> + lane_ / 16) * 16;
-    const uint32_t b_row = keys + ((lane_ / 16 * 8 + lane_ % 8) * row_packs<dim> + lane_ / 8 % 2) * 16;
-#pragma unroll
-    for (int k = 0; k < dim / 16; ++k) {
-      uint32_t a[Tile::m_tiles][4];
-#pragma unroll
-      for (int m = 0; m < Tile::m_tiles; ++m) load_matrices(a[m], a_row + (m * 16 * row_packs<dim> + k * 2) * 16);
-#pragma unroll
-      for (int n = 0; n < Tile::tokens / 16; ++n) {
-        uint32_t b[4];
-        load_matrices(b, b_row + (n * 16 * row_packs<dim> + k * 2) * 16);
-#pragma unroll
-        for (int m = 0; m < Tile::m_tiles; ++m) {
-          mma<T>(scores[m][2 * n], a[m][0], a[m][1], a[m][2], a[m][3], b[0], b[1]);
-          mma<T>(scores[m][2 * n + 1], a[m][0], a[m][1], a[m][2], a[m][3], b[2], b[3]);
-        }
-      }
-    }
-  }
-
-  __device__ void mask(float (&scores)[Tile::m_tiles][Tile::tokens / 8][4], int first) const {
-#pragma unroll
-    for (int m = 0; m < Tile::m_tiles; ++m)
-#pragma unroll
-      for (int n = 0; n < Tile::tokens / 8; ++n)
-#pragma unroll
-        for (int j = 0; j < 4; ++j)
-          if (first + n * 8 + lane_ % 4 * 2 + j % 2 >= limit_[2 * m + j / 2]) scores[m][n][j] = minus_infinity;
-  }
-
-  // Scores to probabilities relative to the largest score so far; older sums shrink to match.
-  __device__ void soften(float (&scores)[Tile::m_tiles][Tile::tokens / 8][4]) {
-#pragma unroll
-    for (int m = 0; m < Tile::m_tiles; ++m)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int r = 2 * m + half;
-        float top = minus_infinity;
-#pragma unroll
-        for (int n = 0; n < Tile::tokens / 8; ++n)
-          top = fmaxf(top, fmaxf(scores[m][n][2 * half], scores[m][n][2 * half + 1]));
-        top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
-        top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
-        top = fmaxf(largest_[r], top * p_.scale_log2);
-        const float keep = exp2_of(largest_[r] - top);
-        largest_[r] = top;
-        float tile_sum = 0.0f;
-#pragma unroll
-        for (int n = 0; n < Tile::tokens / 8; ++n)
-#pragma unroll
-          for (int j = 0; j < 2; ++j) {
-            float& x = scores[m][n][2 * half + j];
-            x = exp2_of(__fmaf_rn(x, p_.scale_log2, -top));
-            tile_sum += x;
-          }
-        sum_[r] = __fmaf_rn(sum_[r], keep, tile_sum);
-#pragma unroll
-        for (int d = 0; d < dim / 8; ++d) {
-          out_[m][d][2 * half] *= keep;
-          out_[m][d][2 * half + 1] *= keep;
-        }
-      }
-  }
-
-  __device__ void add_values(const float (&p)[Tile::m_tiles][Tile::tokens / 8][4], uint32_t values) {
-    const uint32_t row = values + ((lane_ / 8 % 2 * 8 + lane_ % 8) * row_packs<dim> + lane_ / 16) * 16;
-#pragma unroll
-    for (int k = 0; k < Tile::tokens / 16; ++k) {
-      uint32_t a[Tile::m_tiles][4];
-#pragma unroll
-      for (int m = 0; m < Tile::m_tiles; ++m)
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-          a[m][i] = pair_of<T>(p[m][2 * k + i / 2][i % 2 * 2], p[m][2 * k + i / 2][i % 2 * 2 + 1]);
-#pragma unroll
-      for (int d = 0; d < dim / 16; ++d) {
-        uint32_t b[4];
-        load_transposed(b, row + (k * 16 * row_packs<dim> + d * 2) * 16);
-#pragma unroll
-        for (int m = 0; m < Tile::m_tiles; ++m) {
-          mma<T>(out_[m][2 * d], a[m][0], a[m][1], a[m][2], a[m][3], b[0], b[1]);
-          mma<T>(out_[m][2 * d + 1], a[m][0], a[m][1], a[m][2], a[m][3], b[2], b[3]);
-        }
-      }
-    }
-  }
-
-  __device__ void write_out() {
-#pragma unroll
-    for (int r = 0; r < 2 * Tile::m_tiles; ++r) {
-      float total = sum_[r];
-      total += __shfl_xor_sync(0xffffffffu, total, 1);
-      total += __shfl_xor_sync(0xffffffffu, total, 2);
-      const int packed = packed_row(r);
-      if (packed >= share_.rows) continue;
-      if constexpr (is_partial) {
-        const PartRow to = part_row(p_, share_, packed);
-        if (lane_ % 4 == 0) *to.state = make_float2(largest_[r], total);
-#pragma unroll
-        for (int d = 0; d < dim / 8; ++d)
-          *reinterpret_cast<float2*>(to.sums + d * 8 + lane_ % 4 * 2) =
-              make_float2(out_[r / 2][d][r % 2 * 2], out_[r / 2][d][r % 2 * 2 + 1]);
-        continue;
-      }
-      const float scale = 1.0f / total;
-      T* to = p_.out + (share_.first_row + packed / p_.group) * p_.out_row +
-              (int64_t{share_.head} * p_.group + packed % p_.group) * p_.out_head + lane_ % 4 * 2;
-#pragma unroll
-      for (int d = 0; d < dim / 8; ++d)
-        *reinterpret_cast<uint32_t*>(to + d * 8) =
-            pair_of<T>(out_[r / 2][d][r % 2 * 2] * scale, out_[r / 2][d][r % 2 * 2 + 1] * scale);
-    }
-  }
-
-  const AttentionParams<T>& p_;
-  const Share& share_;
-  const uint32_t query_, keys_, values_;
-  const int lane_, warp_row_;
-  int limit_[2 * Tile::m_tiles];
-  float out_[Tile::m_tiles][dim / 8][4] = {};
-  float largest_[2 * Tile::m_tiles], sum_[2 * Tile::m_tiles] = {};
-};
-
-template <class T, int dim>
-__global__ void __launch_bounds__(threads) paged_prefill_kernel(const __grid_constant__ AttentionParams<T> p) {
-  let_next_kernel_start();
-  wait_for_previous_kernel();
-  extern __shared__ uint4 shared[];
-  Share share;
-  const int index = gridDim.x - 1 - blockIdx.x;  // late rows see most tokens: the longest work first
-  if (Prompts<Tile<dim>::rows>(p).find(p, index, blockIdx.y, share)) Prefill<T, dim, false>(p, share, shared).run();
-}
-
-// How many shares there are is known on the device only.
-template <class T, int dim>
-__global__ void __launch_bounds__(threads) paged_prefixes_kernel(const __grid_constant__ AttentionParams<T> p) {
-  let_next_kernel_start();
-  wait_for_previous_kernel();
-  extern __shared__ uint4 shared[];
-  const Prefixes prefixes(p);
-  const int count = prefixes.shares() * p.kv_heads;
-  for (int index = blockIdx.x; index < count; index += gridDim.x) {
-    Share share;
-    if (prefixes.find(p, index / p.kv_heads, index % p.kv_heads, share)) Prefill<T, dim, true>(p, share, shared).run();
-  }
-}
+bool has_sm90_kernel(int64_t dim) { return has_wgmma() && (dim == 64 || dim == 128); }
 
 }  // namespace
 
-template <class T>
-void paged_prefill(const AttentionParams<T>& p, Stream stream) {
-  if (has_wgmma() && (p.dim == 64 || p.dim == 128)) return paged_prefill_sm90<T>(p, stream);
-  by_head_dim(p.dim, [&]<int head_dim>() {
-    const dim3 grid(static_cast<unsigned>(p.rows * p.group / Tile<head_dim>::rows + p.seqs),
-                    static_cast<unsigned>(p.kv_heads));
-    launch(paged_prefill_kernel<T, head_dim>, grid, threads, Tile<head_dim>::bytes, stream, p);
-  });
+template <class T, class C>
+void paged_prefill(const AttentionParams<T, C>& p, Stream stream) {
+  has_sm90_kernel(p.dim) ? paged_prefill_sm90(p, stream) : paged_prefill_any(p, stream);
 }
 
-template <class T>
-void paged_prefixes(const AttentionParams<T>& p, Stream stream) {
-  if (has_wgmma() && (p.dim == 64 || p.dim == 128)) return paged_prefixes_sm90<T>(p, stream);
-  by_head_dim(p.dim, [&]<int head_dim>() {
-    launch(paged_prefixes_kernel<T, head_dim>, static_cast<unsigned>(2 * multiprocessors()), threads,
-           Tile<head_dim>::bytes, stream, p);
-  });
+template <class T, class C>
+void paged_prefixes(const AttentionParams<T, C>& p, Stream stream) {
+  has_sm90_kernel(p.dim) ? paged_prefixes_sm90(p, stream) : paged_prefixes_any(p, stream);
 }
 
 int prefill_share_rows(int64_t dim) {
-  if (has_wgmma() && (dim == 64 || dim == 128)) return dim == 64 ? 192 : 128;
+  if (has_sm90_kernel(dim)) return dim == 64 ? 192 : 128;
   return dim <= 128 ? 128 : 64;
 }
 
-template void paged_prefill<BFloat16>(const AttentionParams<BFloat16>&, Stream);
-template void paged_prefill<Float16>(const AttentionParams<Float16>&, Stream);
-template void paged_prefixes<BFloat16>(const AttentionParams<BFloat16>&, Stream);
-template void paged_prefixes<Float16>(const AttentionParams<Float16>&, Stream);
+template void paged_prefill(const AttentionParams<BFloat16>&, Stream);
+template void paged_prefill(const AttentionParams<Float16>&, Stream);
+template void paged_prefixes(const AttentionParams<BFloat16>&, Stream);
+template void paged_prefixes(const AttentionParams<Float16>&, Stream);
 
 }  // namespace hybrid::cuda

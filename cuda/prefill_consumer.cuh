@@ -1,4 +1,4 @@
-// The computing warpgroups of paged_prefill_sm90.cu.
+// The computing warpgroups of prefill_sm90.cuh.
 #pragma once
 
 #include "prefill_layout.cuh"
@@ -7,13 +7,13 @@
 namespace hybrid::cuda::prefill {
 
 // A computing warpgroup: 64 rows of every share.
-template <class T, int dim, bool is_partial>
+template <class T, class C, int dim, bool is_partial>
 class Consumer {
-  using Layout = Layout<dim>;
+  using Layout = Layout<dim, sizeof(C) == 1>;
   static constexpr int score_columns = tile_tokens / 8, out_columns = dim / 8;
 
  public:
-  __device__ Consumer(const AttentionParams<T>& p, const Layout& layout, const Share* shares)
+  __device__ Consumer(const AttentionParams<T, C>& p, const Layout& layout, const Share* shares)
       : p_(p),
         layout_(layout),
         shares_(shares),
@@ -223,7 +223,7 @@ class Consumer {
     for (int r = 0; r < 2; ++r) {
       const float total = row_sum(sum[r]);
       const int packed = share.row0 + row_ + r * 8;
-      const float scale = 1.0f / total;
+      const float scale = p_.v_scale / total;
       T* to = p_.out + (share.first_row + packed / p_.group) * p_.out_row +
               (int64_t{share.head} * p_.group + packed % p_.group) * p_.out_head + lane_ % 4 * 8;
 #pragma unroll
@@ -252,7 +252,7 @@ class Consumer {
     }
   }
 
-  const AttentionParams<T>& p_;
+  const AttentionParams<T, C>& p_;
   const Layout& layout_;
   const Share* shares_;
   const int lane_, group_, row_;

@@ -29,8 +29,8 @@ struct Prompts {
   const int32_t* starts;  // of the first prompt
   int first_seq, seqs, group;
 
-  template <class T>
-  __device__ explicit Prompts(const AttentionParams<T>& p)
+  template <class Params>
+  __device__ explicit Prompts(const Params& p)
       : first_seq(p.num_decodes != nullptr ? static_cast<int>(*p.num_decodes) : 0), seqs(p.seqs - first_seq) {
     starts = p.query_start + first_seq, group = p.group;
   }
@@ -46,8 +46,8 @@ struct Prompts {
   }
 
   // By one warp; false if nobody needs this index.
-  template <class T>
-  __device__ bool find(const AttentionParams<T>& p, int index, int head, Share& share) const {
+  template <class Params>
+  __device__ bool find(const Params& p, int index, int head, Share& share) const {
     if (seqs <= 0) return false;
     const int s = last_not_above(index, seqs, [&](int i) { return first_share(i); });
     const int queries = starts[s + 1] - starts[s];
@@ -70,13 +70,13 @@ struct Prefixes {
 
   PlanView plan;
 
-  template <class T>
-  __device__ explicit Prefixes(const AttentionParams<T>& p) : plan(p.plan) {}
+  template <class Params>
+  __device__ explicit Prefixes(const Params& p) : plan(p.plan) {}
 
   __device__ int shares() const { return __ldcg(plan.prefix_shares); }
 
-  template <class T>
-  __device__ bool find(const AttentionParams<T>&, int index, int head, Share& share) const {
+  template <class Params>
+  __device__ bool find(const Params&, int index, int head, Share& share) const {
     if (index < 0 || index >= shares()) return false;
     const int4* from = reinterpret_cast<const int4*>(plan.prefix_share + index);
     const int4 a = __ldcg(from), b = __ldcg(from + 1);
@@ -91,8 +91,8 @@ struct PartRow {
   float* sums;
   float2* state;
 };
-template <class T>
-__device__ inline PartRow part_row(const AttentionParams<T>& p, const Share& share, int packed) {
+template <class Params>
+__device__ inline PartRow part_row(const Params& p, const Share& share, int packed) {
   const int heads = p.kv_heads * p.group, head = share.head * p.group + packed % p.group;
   float* part =
       p.prefixes + ((share.first_row + packed / p.group) * share.parts + share.part) * part_floats(heads, p.dim);

@@ -3,9 +3,11 @@
 // A block works on heads of one row. `lanes` threads share a head; each holds two packs of it, the ones that turn
 // together, so only the norm's sum crosses threads. Values of v are copied by the same grid. Ahead of the wait it
 // reads what no kernel of a step writes: slot, position, angles and the norm's weights. Without a norm the results are
-// the CPU's bit for bit. Moves 2 x rows x (heads + 2 x kv_heads) x dim x sizeof(T) bytes: memory-bound.
+// the CPU's bit for bit. Moves 2 x rows x (heads + 2 x kv_heads) x dim x sizeof(T) bytes, fewer where the cache is of
+// Float8: memory-bound.
 #include <bit>
 
+#include "cache_element.cuh"
 #include "device.cuh"
 #include "launch.cuh"
 #include "ops/dispatch.h"
@@ -17,9 +19,10 @@ namespace hybrid::cuda {
 
 namespace {
 
-template <class T>
+template <class T, class C>
 struct RotateAndStoreParams {
-  T *q, *k_cache, *v_cache;
+  T* q;
+  C *k_cache, *v_cache;
   const T *k, *v;  // written by the kernel before, so read as ordinary memory
   const T* __restrict__ q_weight, * __restrict__ k_weight;
   const float* __restrict__ cos_sin;
@@ -29,6 +32,7 @@ struct RotateAndStoreParams {
   int heads, kv_heads, dim, half;                                                      // half: rotary_dim / 2
   uint32_t block_size;
   float eps;
+  float k_factor, v_factor;  // of what a Float8 cache keeps: 1 / scale
 };
 
 // The part of a head that one thread holds: two packs that turn together.
@@ -41,6 +45,26 @@ struct HeadPart {
     first = Pack<T>::load(head + at), second = Pack<T>::load(head + other);
   }
   __device__ void store(T* head, int at, int other) const { first.store(head + at), second.store(head + other); }
+  // To a cache of either type.
+  __device__ void store_scaled(T* head, int at, int other, float) const { store(head, at, other); }
+  __device__ void store_scaled(Float8* head, int at, int other, float by) const {
+    const auto narrow = [by](const Pack<T>& x, Float8* to) {
+      float wide[per];
+      uint32_t bytes[per / 4];
+      x.widen(wide);
+#pragma unroll
+      for (int i = 0; i < per / 4; ++i) {
+        const float* four = wide + 4 * i;
+        bytes[i] = narrowed(__fmul_rn(four[0], by), __fmul_rn(four[1], by)) |
+                   narrowed(__fmul_rn(four[2], by), __fmul_rn(four[3], by)) << 16;
+      }
+      if constexpr (per == 8)
+        *reinterpret_cast<uint2*>(to) = make_uint2(bytes[0], bytes[1]);
+      else
+        *reinterpret_cast<uint32_t*>(to) = bytes[0];
+    };
+    narrow(first, head + at), narrow(second, head + other);
+  }
   __device__ float squares() const {
     float a[per], b[per], sum = 0.0f;
     first.widen(a), second.widen(b);
@@ -80,8 +104,8 @@ __device__ inline void load_floats(float (&to)[count], const float* __restrict__
 }
 
 // `turns` heads a thread: more loads in flight, angles read once.
-template <class T, int lanes, int turns>
-__global__ void __launch_bounds__(256) rotate_and_store_kernel(const __grid_constant__ RotateAndStoreParams<T> p) {
+template <class T, class C, int lanes, int turns>
+__global__ void __launch_bounds__(256) rotate_and_store_kernel(const __grid_constant__ RotateAndStoreParams<T, C> p) {
   let_next_kernel_start();
   constexpr int per = Pack<T>::size;
   const int64_t row = blockIdx.x;
@@ -132,25 +156,26 @@ __global__ void __launch_bounds__(256) rotate_and_store_kernel(const __grid_cons
     }
     if (!has_work(head)) continue;
     if (turns_pair && head < first_value) x[turn].turn(cosine, sine);
-    T* to = p.q + row * p.q_row + head * p.q_head;
-    if (head >= first_key) {
-      const bool is_key = head < first_value;
-      const int64_t in_block = (int64_t{head - (is_key ? first_key : first_value)} * p.block_size + token) * p.dim;
-      to = is_key ? p.k_cache + block * p.k_block + in_block : p.v_cache + block * p.v_block + in_block;
+    if (head < first_key) {
+      x[turn].store(p.q + row * p.q_row + head * p.q_head, at, other);
+      continue;
     }
-    x[turn].store(to, at, other);
+    const bool is_key = head < first_value;
+    const int64_t in_block = (int64_t{head - (is_key ? first_key : first_value)} * p.block_size + token) * p.dim;
+    C* to = is_key ? p.k_cache + block * p.k_block + in_block : p.v_cache + block * p.v_block + in_block;
+    x[turn].store_scaled(to, at, other, is_key ? p.k_factor : p.v_factor);
   }
 }
 
-template <class T, int lanes>
-void launch_with(const RotateAndStoreParams<T>& p, int64_t rows, Stream stream) {
+template <class T, class C, int lanes>
+void launch_with(const RotateAndStoreParams<T, C>& p, int64_t rows, Stream stream) {
   const int64_t heads = p.heads + 2 * p.kv_heads;
   const auto run = [&]<int turns>() {
     // A row's threads in equal blocks of up to 128, none of them half idle.
     const int64_t threads = ceil_div(heads, turns) * lanes, blocks = ceil_div(threads, 128);
     const int64_t block = ceil_div(ceil_div(threads, blocks), warp_size) * warp_size;
     const dim3 grid(static_cast<unsigned>(rows), static_cast<unsigned>(ceil_div(heads, block / lanes * turns)));
-    launch(rotate_and_store_kernel<T, lanes, turns>, grid, static_cast<unsigned>(block), 0, stream, p);
+    launch(rotate_and_store_kernel<T, C, lanes, turns>, grid, static_cast<unsigned>(block), 0, stream, p);
   };
   if (rows * heads * lanes > multiprocessors() * 4096)
     run.template operator()<2>();
@@ -161,7 +186,7 @@ void launch_with(const RotateAndStoreParams<T>& p, int64_t rows, Stream stream) 
 }  // namespace
 
 void rotate_and_store(const RotateAndStore& a) {
-  by_dtype(a.q.dtype, [&]<class T>() {
+  by_cache_dtype(a.q.dtype, a.k_cache.dtype, [&]<class T, class C>() {
     constexpr int per = Pack<T>::size;
     const int64_t dim = a.q.shape[2], half = a.cos_sin.shape[1] / 2, block_size = a.k_cache.shape[2];
     require(dim % (2 * per) == 0 && half % per == 0 && dim <= 2 * per * warp_size, "rotate_and_store: head size ", dim,
@@ -170,40 +195,42 @@ void rotate_and_store(const RotateAndStore& a) {
             " blocks of ", block_size, " are more than 2^32 slots");
     for (const TensorView* t : {&a.q, &a.k_cache, &a.v_cache, &a.k, &a.v, &a.q_weight, &a.k_weight, &a.cos_sin})
       require_packs("rotate_and_store", *t);
-    const RotateAndStoreParams<T> p{a.q.as<T>(),
-                                    a.k_cache.as<T>(),
-                                    a.v_cache.as<T>(),
-                                    a.k.as<T>(),
-                                    a.v.as<T>(),
-                                    a.q_weight.as<T>(),
-                                    a.k_weight.as<T>(),
-                                    a.cos_sin.as<float>(),
-                                    a.positions.as<int32_t>(),
-                                    a.slots.as<int64_t>(),
-                                    a.q.strides[0],
-                                    a.q.strides[1],
-                                    a.k.strides[0],
-                                    a.k.strides[1],
-                                    a.v.strides[0],
-                                    a.v.strides[1],
-                                    a.k_cache.strides[0],
-                                    a.v_cache.strides[0],
-                                    a.cos_sin.strides[0],
-                                    static_cast<int>(a.q.shape[1]),
-                                    static_cast<int>(a.k.shape[1]),
-                                    static_cast<int>(dim),
-                                    static_cast<int>(half),
-                                    static_cast<uint32_t>(block_size),
-                                    a.eps};
+    const RotateAndStoreParams<T, C> p{a.q.as<T>(),
+                                       a.k_cache.as<C>(),
+                                       a.v_cache.as<C>(),
+                                       a.k.as<T>(),
+                                       a.v.as<T>(),
+                                       a.q_weight.as<T>(),
+                                       a.k_weight.as<T>(),
+                                       a.cos_sin.as<float>(),
+                                       a.positions.as<int32_t>(),
+                                       a.slots.as<int64_t>(),
+                                       a.q.strides[0],
+                                       a.q.strides[1],
+                                       a.k.strides[0],
+                                       a.k.strides[1],
+                                       a.v.strides[0],
+                                       a.v.strides[1],
+                                       a.k_cache.strides[0],
+                                       a.v_cache.strides[0],
+                                       a.cos_sin.strides[0],
+                                       static_cast<int>(a.q.shape[1]),
+                                       static_cast<int>(a.k.shape[1]),
+                                       static_cast<int>(dim),
+                                       static_cast<int>(half),
+                                       static_cast<uint32_t>(block_size),
+                                       a.eps,
+                                       1.0f / a.k_scale,
+                                       1.0f / a.v_scale};
     switch (std::bit_ceil(static_cast<uint64_t>(dim / per / 2))) {
       case 32:
-        return launch_with<T, 32>(p, a.q.shape[0], a.stream);
+        return launch_with<T, C, 32>(p, a.q.shape[0], a.stream);
       case 16:
-        return launch_with<T, 16>(p, a.q.shape[0], a.stream);
+        return launch_with<T, C, 16>(p, a.q.shape[0], a.stream);
       case 8:
-        return launch_with<T, 8>(p, a.q.shape[0], a.stream);
+        return launch_with<T, C, 8>(p, a.q.shape[0], a.stream);
       default:
-        return launch_with<T, 4>(p, a.q.shape[0], a.stream);
+        return launch_with<T, C, 4>(p, a.q.shape[0], a.stream);
     }
   });
 }

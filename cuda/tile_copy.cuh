@@ -56,7 +56,7 @@ __device__ inline void wait_barrier(uint32_t barrier, uint32_t parity) {
 // Stages of a ring that a producer fills and consumers empty. The n-th use of the ring takes stage n % stages.
 template <int stages>
 struct Ring {
-  static constexpr int barriers = 2 * stages;
+  static constexpr int size = stages, barriers = 2 * stages;
   uint32_t barrier;  // shared address of `barriers` barriers
 
   __device__ void init(int fillers, int emptiers) const {

@@ -18,7 +18,7 @@ struct Sequence {
 
 // A ragged batch over one layer of a cache whose unused slots, neighbouring layers and output hold NaN. Queries are a
 // view of a wider row, as after a fused projection. Sequences with one query that come first are decodes.
-template <class T>
+template <class T, class C>
 class Batch {
  public:
   static constexpr int64_t layers = 2, layer = 1;
@@ -79,6 +79,7 @@ class Batch {
     a.num_decodes = num_decodes.on(device), a.max_decodes = decodes_, a.max_prompts = size() - decodes_;
     for (const Sequence& s : sequences_) a.max_query_len = std::max<int64_t>(a.max_query_len, s.queries);
     a.scale = 1.0f / std::sqrt(static_cast<float>(shape_.dim));
+    a.k_scale = k_scale<C>, a.v_scale = v_scale<C>;
     return a;
   }
   // The decodes of group g = 0, 1, ..., the next groups[g].first ones, from now on begin with the same blocks, those of
@@ -141,7 +142,7 @@ class Batch {
     TensorView t = all;
     t.ndim = 4;
     for (int i = 1; i < 4; ++i) t.shape[i] = all.shape[i + 2], t.strides[i] = all.strides[i + 2];
-    t.data = all.as<T>() + layer * all.strides[1] + which * all.strides[2];
+    t.data = all.as<C>() + layer * all.strides[1] + which * all.strides[2];
     return t;
   }
   void fill(int64_t s, int64_t token, std::mt19937& rng) {
@@ -153,7 +154,7 @@ class Batch {
         const int64_t at = ((((block * layers + layer) * 2 + which) * shape_.kv_heads + head) * shape_.block_size +
                             token % shape_.block_size) *
                            shape_.dim;
-        for (int64_t d = 0; d < shape_.dim; ++d) cache.host()[static_cast<size_t>(at + d)] = T(uniform(rng));
+        for (int64_t d = 0; d < shape_.dim; ++d) cache.host()[static_cast<size_t>(at + d)] = C(uniform(rng));
       }
   }
 
@@ -162,7 +163,8 @@ class Batch {
   int64_t blocks_;
 
  public:
-  Twin<T> cache, qkv, out;
+  Twin<C> cache;
+  Twin<T> qkv, out;
   Twin<int32_t> query_start, seq_lens, kv_start, kv_blocks;
   Twin<int64_t> num_decodes;
   Twin<int32_t> prefix_start, prefix_lens;

@@ -4,10 +4,11 @@
 namespace hybrid::test {
 namespace {
 
-TYPED_TEST_SUITE(GpuAttention, FloatTypes);
+TYPED_TEST_SUITE(GpuAttention, CacheTypes);
 
 TYPED_TEST(GpuAttention, equals_its_cpu_twin_for_ragged_mixed_batches) {
-  using T = TypeParam;
+  using T = typename TypeParam::T;
+  using C = typename TypeParam::C;
   const std::vector<Sequence> batches[] = {
       {{1, 1}, {1, 15}, {1, 16}, {1, 17}, {1, 255}, {1, 256}, {1, 257}, {1, 1000}, {1, 3}, {1, 2500}},
       {{2, 2}, {16, 16}, {33, 33}, {129, 129}, {3, 700}, {100, 333}, {70, 65 + 70}},
@@ -18,7 +19,7 @@ TYPED_TEST(GpuAttention, equals_its_cpu_twin_for_ragged_mixed_batches) {
       for (const auto& sequences : batches) {
         SCOPED_TRACE(concat("dim ", dim, " heads ", heads, "/", kv_heads, " block ", block_size, " sequences ",
                             sequences.size()));
-        Batch<T> batch({heads, kv_heads, dim, block_size}, sequences, this->rng);
+        Batch<T, C> batch({heads, kv_heads, dim, block_size}, sequences, this->rng);
         batch.run_both();
         expect_close(batch.out, rounding<T>(), absolute<T>(), "out");
         if (this->HasFatalFailure()) return;
@@ -26,20 +27,22 @@ TYPED_TEST(GpuAttention, equals_its_cpu_twin_for_ragged_mixed_batches) {
 }
 
 TYPED_TEST(GpuAttention, equals_its_cpu_twin_for_one_long_sequence_that_all_blocks_share) {
-  using T = TypeParam;
+  using T = typename TypeParam::T;
+  using C = typename TypeParam::C;
   for (int32_t tokens : {8192, 20001, 40000}) {
-    Batch<T> batch({8, 2, 128, 16}, {{1, tokens}}, this->rng);
+    Batch<T, C> batch({8, 2, 128, 16}, {{1, tokens}}, this->rng);
     batch.run_both();
     expect_close(batch.out, rounding<T>(), absolute<T>(), "out");
   }
 }
 
 TYPED_TEST(GpuAttention, equals_its_cpu_twin_for_many_sequences_of_mixed_lengths) {
-  using T = TypeParam;
+  using T = typename TypeParam::T;
+  using C = typename TypeParam::C;
   std::vector<Sequence> sequences;
   for (int i = 0; i < 1500; ++i)
     sequences.push_back({1, static_cast<int32_t>(1 + this->rng() % (i % 10 == 0 ? 900 : 60))});
-  Batch<T> batch({4, 2, 64, 16}, sequences, this->rng);
+  Batch<T, C> batch({4, 2, 64, 16}, sequences, this->rng);
   batch.run_both();
   expect_close(batch.out, rounding<T>(), absolute<T>(), "out");
 }

@@ -6,15 +6,16 @@ namespace {
 
 template <class T>
 class GpuAttentionBits : public GpuAttention<T> {};
-using HalfTypes = ::testing::Types<BFloat16, Float16>;
+using HalfTypes = ::testing::Types<Over<BFloat16>, Over<Float16>, Over<BFloat16, Float8>, Over<Float16, Float8>>;
 TYPED_TEST_SUITE(GpuAttentionBits, HalfTypes);
 
 TYPED_TEST(GpuAttentionBits, gives_a_decode_the_same_bits_alone_in_a_batch_and_again) {
-  using T = TypeParam;
+  using T = typename TypeParam::T;
+  using C = typename TypeParam::C;
   const Shape shape{8, 2, 128, 16};
   for (int32_t tokens : {5, 256, 700, 5000, 33000}) {
     std::vector<Sequence> sequences{{1, 40}, {1, tokens}, {1, 3000}, {1, 90}};
-    Batch<T> batch(shape, sequences, this->rng);
+    Batch<T, C> batch(shape, sequences, this->rng);
     paged_attention(batch.args(Device::cuda));
     const std::vector<T> together = batch.out.download();
     for (int again = 0; again < 20; ++again) {
@@ -38,9 +39,10 @@ TYPED_TEST(GpuAttentionBits, gives_a_decode_the_same_bits_alone_in_a_batch_and_a
 }
 
 TYPED_TEST(GpuAttentionBits, gives_a_prompt_the_same_bits_however_it_is_cut) {
-  using T = TypeParam;
+  using T = typename TypeParam::T;
+  using C = typename TypeParam::C;
   for (int64_t dim : {64, 128, 256}) {
-    Batch<T> whole({14, 2, dim, 16}, {{400, 450}, {30, 30}}, this->rng, 0);
+    Batch<T, C> whole({14, 2, dim, 16}, {{400, 450}, {30, 30}}, this->rng, 0);
     paged_attention(whole.args(Device::cuda));
     const std::vector<T> expected = whole.out.download();
     const size_t row = static_cast<size_t>(14 * dim);
@@ -64,7 +66,8 @@ TYPED_TEST(GpuAttentionBits, gives_a_prompt_the_same_bits_however_it_is_cut) {
 
 // Tiles that end in the middle of a sequence, a block or a group; a long context; a sequence that owns nothing.
 TYPED_TEST(GpuAttentionBits, equals_its_cpu_twin_for_prompts_of_every_group_and_block_size) {
-  using T = TypeParam;
+  using T = typename TypeParam::T;
+  using C = typename TypeParam::C;
   const std::vector<Sequence> batches[] = {{{128, 128}, {0, 0}, {1, 1}, {129, 257}, {16, 143}, {1, 385}},
                                            {{300, 300}, {31, 2081}, {0, 0}}};
   for (int64_t dim : {64, 128})
@@ -72,7 +75,7 @@ TYPED_TEST(GpuAttentionBits, equals_its_cpu_twin_for_prompts_of_every_group_and_
       for (int64_t block_size : {16, 32, 64, 256})
         for (const auto& sequences : batches) {
           SCOPED_TRACE(concat("dim ", dim, " group ", group, " block ", block_size, " first ", sequences[0].queries));
-          Batch<T> batch({2 * group, 2, dim, block_size}, sequences, this->rng, 0);
+          Batch<T, C> batch({2 * group, 2, dim, block_size}, sequences, this->rng, 0);
           batch.run_both();
           expect_close(batch.out, rounding<T>(), absolute<T>(), "out");
           if (this->HasFatalFailure()) return;
@@ -80,9 +83,10 @@ TYPED_TEST(GpuAttentionBits, equals_its_cpu_twin_for_prompts_of_every_group_and_
 }
 
 TYPED_TEST(GpuAttentionBits, gives_a_prompt_the_same_bits_alone_in_a_batch_and_again) {
-  using T = TypeParam;
+  using T = typename TypeParam::T;
+  using C = typename TypeParam::C;
   for (int64_t dim : {64, 128}) {
-    Batch<T> batch({14, 2, dim, 16}, {{200, 200}, {333, 900}, {64, 64}, {700, 1500}}, this->rng, 0);
+    Batch<T, C> batch({14, 2, dim, 16}, {{200, 200}, {333, 900}, {64, 64}, {700, 1500}}, this->rng, 0);
     paged_attention(batch.args(Device::cuda));
     const std::vector<T> together = batch.out.download();
     for (int again = 0; again < 20; ++again) {
@@ -102,13 +106,14 @@ TYPED_TEST(GpuAttentionBits, gives_a_prompt_the_same_bits_alone_in_a_batch_and_a
 }
 
 TYPED_TEST(GpuAttentionBits, replays_captured_prompts_with_other_lengths_kinds_and_padding) {
-  using T = TypeParam;
+  using T = typename TypeParam::T;
+  using C = typename TypeParam::C;
   struct Case {
     std::vector<int32_t> query_start, seq_lens;
     int64_t decodes;
   };
   for (int64_t dim : {64, 80, 128}) {
-    Batch<T> batch({8, 2, dim, 16}, {{1, 300}, {70, 200}, {100, 100}, {129, 600}}, this->rng);
+    Batch<T, C> batch({8, 2, dim, 16}, {{1, 300}, {70, 200}, {100, 100}, {129, 600}}, this->rng);
     cudaStream_t stream = nullptr;
     cuda::check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
     PagedAttention args = batch.args(Device::cuda);
@@ -143,9 +148,10 @@ TYPED_TEST(GpuAttentionBits, replays_captured_prompts_with_other_lengths_kinds_a
 }
 
 TYPED_TEST(GpuAttentionBits, replays_a_captured_decode_with_other_lengths_and_padding) {
-  using T = TypeParam;
+  using T = typename TypeParam::T;
+  using C = typename TypeParam::C;
   const std::vector<Sequence> sequences{{1, 3000}, {1, 10}, {1, 512}, {1, 2000}};
-  Batch<T> batch({8, 2, 128, 16}, sequences, this->rng);
+  Batch<T, C> batch({8, 2, 128, 16}, sequences, this->rng);
   cudaStream_t stream = nullptr;
   cuda::check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
   paged_attention(batch.planned_args(stream));  // scratch grows outside of capture
@@ -179,11 +185,12 @@ TYPED_TEST(GpuAttentionBits, replays_a_captured_decode_with_other_lengths_and_pa
 
 // The plan lets attention start while the kernel before it still runs: old tokens may be read at once, new ones not.
 TYPED_TEST(GpuAttentionBits, reads_the_newest_tokens_only_when_the_kernel_ahead_has_stored_them) {
-  using T = TypeParam;
+  using T = typename TypeParam::T;
+  using C = typename TypeParam::C;
   const Shape shape{14, 2, 64, 16};
   std::vector<Sequence> sequences;
   for (int32_t tokens : {1, 2, 16, 17, 128, 129, 1024, 1500, 4096, 4097}) sequences.push_back({1, tokens});
-  Batch<T> batch(shape, sequences, this->rng);
+  Batch<T, C> batch(shape, sequences, this->rng);
   const PagedAttention on_cpu = batch.args(Device::cpu);
   paged_attention(on_cpu);
   const int64_t rows = batch.size(), padding = 20000;  // rows without a slot keep the kernel ahead busy
@@ -191,7 +198,7 @@ TYPED_TEST(GpuAttentionBits, reads_the_newest_tokens_only_when_the_kernel_ahead_
   Twin<int64_t> slots({rows + padding});
   std::fill(slots.host().begin(), slots.host().end(), -1);
   const auto at = [&](const TensorView& cache, int64_t slot, int64_t head) {
-    return cache.as<T>() + slot / shape.block_size * cache.strides[0] + head * cache.strides[1] +
+    return cache.as<C>() + slot / shape.block_size * cache.strides[0] + head * cache.strides[1] +
            slot % shape.block_size * shape.dim;
   };
   for (int64_t s = 0; s < rows; ++s) {
@@ -203,9 +210,13 @@ TYPED_TEST(GpuAttentionBits, reads_the_newest_tokens_only_when_the_kernel_ahead_
         newest % shape.block_size;
     slots.host()[static_cast<size_t>(padding + s)] = slot;
     for (int64_t which : {0, 1})
-      for (int64_t head = 0; head < shape.kv_heads; ++head)
-        std::copy_n(at(which == 0 ? on_cpu.k_cache : on_cpu.v_cache, slot, head), shape.dim,
-                    kv.host().data() + ((which * (rows + padding) + padding + s) * shape.kv_heads + head) * shape.dim);
+      for (int64_t head = 0; head < shape.kv_heads; ++head) {
+        const C* from = at(which == 0 ? on_cpu.k_cache : on_cpu.v_cache, slot, head);
+        std::transform(
+            from, from + shape.dim,
+            kv.host().data() + ((which * (rows + padding) + padding + s) * shape.kv_heads + head) * shape.dim,
+            [&](C x) { return T(static_cast<float>(x) * (which == 0 ? k_scale<C> : v_scale<C>)); });
+      }
   }
   Twin<T> unused({rows + padding, shape.heads, shape.dim});  // queries
   Twin<float> unturned({1, shape.dim});                      // every angle is 0
@@ -224,7 +235,7 @@ TYPED_TEST(GpuAttentionBits, reads_the_newest_tokens_only_when_the_kernel_ahead_
       for (const TensorView* cache : {&args.k_cache, &args.v_cache})
         for (int64_t head = 0; head < shape.kv_heads; ++head)
           cuda::check(cudaMemset(at(*cache, slots.host()[static_cast<size_t>(padding + s)], head), 0xff,
-                                 static_cast<size_t>(shape.dim) * sizeof(T)));
+                                 static_cast<size_t>(shape.dim) * sizeof(C)));
     rotate_and_store({unused.on(Device::cuda),
                       args.k_cache,
                       args.v_cache,
@@ -236,7 +247,9 @@ TYPED_TEST(GpuAttentionBits, reads_the_newest_tokens_only_when_the_kernel_ahead_
                       {},
                       {},
                       0.0f,
-                      nullptr});
+                      nullptr,
+                      k_scale<C>,
+                      v_scale<C>});
     paged_attention(args);
     expect_close(batch.out, rounding<T>(), absolute<T>(), "out");
     if (this->HasFatalFailure()) return;
@@ -244,8 +257,9 @@ TYPED_TEST(GpuAttentionBits, reads_the_newest_tokens_only_when_the_kernel_ahead_
 }
 
 TYPED_TEST(GpuAttentionBits, writes_nothing_where_a_captured_step_turns_out_to_have_no_decodes) {
-  using T = TypeParam;
-  Batch<T> batch({8, 2, 128, 16}, {{1, 3000}, {1, 10}}, this->rng);
+  using T = typename TypeParam::T;
+  using C = typename TypeParam::C;
+  Batch<T, C> batch({8, 2, 128, 16}, {{1, 3000}, {1, 10}}, this->rng);
   batch.num_decodes.host()[0] = 0, batch.num_decodes.upload();
   const std::vector<T> before = batch.out.download();
   for (int again = 0; again < 2; ++again) paged_attention(batch.planned_args());

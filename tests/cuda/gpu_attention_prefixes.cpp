@@ -6,7 +6,7 @@ namespace {
 
 template <class T>
 class GpuAttentionPrefixes : public GpuAttention<T> {};
-using HalfTypes = ::testing::Types<BFloat16, Float16>;
+using HalfTypes = ::testing::Types<Over<BFloat16>, Over<Float16>, Over<BFloat16, Float8>, Over<Float16, Float8>>;
 TYPED_TEST_SUITE(GpuAttentionPrefixes, HalfTypes);
 
 using Groups = std::vector<std::pair<int32_t, int32_t>>;  // decodes, tokens in common
@@ -28,7 +28,8 @@ std::pair<std::vector<Sequence>, Groups> random_groups(const Shape& shape, int m
 }
 
 TYPED_TEST(GpuAttentionPrefixes, equal_the_cpu_twin_for_random_groups_of_every_head_size) {
-  using T = TypeParam;
+  using T = typename TypeParam::T;
+  using C = typename TypeParam::C;
   for (int64_t dim : {64, 80, 96, 128, 256})
     for (const auto& [heads, kv_heads, block_size] : {std::tuple<int64_t, int64_t, int64_t>{6, 6, 16},
                                                       {14, 2, 32},
@@ -41,7 +42,7 @@ TYPED_TEST(GpuAttentionPrefixes, equal_the_cpu_twin_for_random_groups_of_every_h
         const auto [sequences, groups] = random_groups(shape, again == 0 ? 9 : 40, this->rng);
         SCOPED_TRACE(concat("dim ", dim, " heads ", heads, "/", kv_heads, " block ", block_size, " sequences ",
                             sequences.size()));
-        Batch<T> batch(shape, sequences, this->rng);
+        Batch<T, C> batch(shape, sequences, this->rng);
         batch.share(groups);
         paged_attention(batch.args(Device::cpu));
         cuda::check(cudaMemset(batch.out.on(Device::cuda).data, 0xff, batch.out.bytes()));
@@ -53,13 +54,14 @@ TYPED_TEST(GpuAttentionPrefixes, equal_the_cpu_twin_for_random_groups_of_every_h
 
 // More rows than a share has, more tokens than are cut at once, prompts behind.
 TYPED_TEST(GpuAttentionPrefixes, equal_the_cpu_twin_where_many_decodes_share_much_beside_prompts) {
-  using T = TypeParam;
+  using T = typename TypeParam::T;
+  using C = typename TypeParam::C;
   for (int64_t dim : {64, 128}) {
     std::vector<Sequence> sequences;
     for (int i = 0; i < 300; ++i) sequences.push_back({1, 2048 + 1 + static_cast<int32_t>(this->rng() % 100)});
     for (int i = 0; i < 10; ++i) sequences.push_back({1, 40000 + 1 + i});
     for (int i = 0; i < 3; ++i) sequences.push_back({70, 200});
-    Batch<T> batch({8, 2, dim, 16}, sequences, this->rng);
+    Batch<T, C> batch({8, 2, dim, 16}, sequences, this->rng);
     batch.share({{300, 2048}, {10, 40000}});
     paged_attention(batch.args(Device::cpu));
     cuda::check(cudaMemset(batch.out.on(Device::cuda).data, 0xff, batch.out.bytes()));
@@ -70,8 +72,9 @@ TYPED_TEST(GpuAttentionPrefixes, equal_the_cpu_twin_where_many_decodes_share_muc
 
 // Cut into shares of the usual length, they would be more parts than a row may have.
 TYPED_TEST(GpuAttentionPrefixes, equal_the_cpu_twin_where_two_decodes_share_a_very_long_beginning) {
-  using T = TypeParam;
-  Batch<T> batch({8, 1, 64, 16}, {{1, 269829}, {1, 269900}}, this->rng);
+  using T = typename TypeParam::T;
+  using C = typename TypeParam::C;
+  Batch<T, C> batch({8, 1, 64, 16}, {{1, 269829}, {1, 269900}}, this->rng);
   batch.share({{2, 269824}});
   paged_attention(batch.args(Device::cpu));
   cuda::check(cudaMemset(batch.out.on(Device::cuda).data, 0xff, batch.out.bytes()));
@@ -80,11 +83,12 @@ TYPED_TEST(GpuAttentionPrefixes, equal_the_cpu_twin_where_two_decodes_share_a_ve
 }
 
 TYPED_TEST(GpuAttentionPrefixes, replay_a_captured_step_with_other_groups_and_padding) {
-  using T = TypeParam;
+  using T = typename TypeParam::T;
+  using C = typename TypeParam::C;
   for (int64_t dim : {64, 80, 128}) {
     std::vector<Sequence> sequences;
     for (int i = 0; i < 24; ++i) sequences.push_back({1, 1400 + i});
-    Batch<T> batch({8, 2, dim, 16}, sequences, this->rng);
+    Batch<T, C> batch({8, 2, dim, 16}, sequences, this->rng);
     batch.share({{24, 1280}});
     cudaStream_t stream = nullptr;
     cuda::check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
@@ -129,10 +133,11 @@ TYPED_TEST(GpuAttentionPrefixes, replay_a_captured_step_with_other_groups_and_pa
 }
 
 TYPED_TEST(GpuAttentionPrefixes, give_the_same_bits_in_every_run) {
-  using T = TypeParam;
+  using T = typename TypeParam::T;
+  using C = typename TypeParam::C;
   const Shape shape{32, 8, 128, 16};
   const auto [sequences, groups] = random_groups(shape, 60, this->rng);
-  Batch<T> batch(shape, sequences, this->rng);
+  Batch<T, C> batch(shape, sequences, this->rng);
   batch.share(groups);
   paged_attention(batch.planned_args());
   const std::vector<T> first = batch.out.download();
@@ -146,8 +151,9 @@ TYPED_TEST(GpuAttentionPrefixes, give_the_same_bits_in_every_run) {
 
 // The tail of a sequence alone would give another result: the test can fail.
 TYPED_TEST(GpuAttentionPrefixes, matter_to_the_result) {
-  using T = TypeParam;
-  Batch<T> batch({8, 2, 128, 16}, std::vector<Sequence>(8, {1, 300}), this->rng);
+  using T = typename TypeParam::T;
+  using C = typename TypeParam::C;
+  Batch<T, C> batch({8, 2, 128, 16}, std::vector<Sequence>(8, {1, 300}), this->rng);
   batch.share({{8, 256}});
   paged_attention(batch.planned_args());
   const std::vector<T> whole = batch.out.download();

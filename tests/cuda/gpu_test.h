@@ -11,6 +11,7 @@
 
 #include "launch.cuh"
 #include "ops/float16.h"
+#include "ops/float8.h"
 #include "ops/ops.h"
 
 namespace hybrid::test {
@@ -28,6 +29,10 @@ constexpr DType dtype_of<BFloat16>() {
 template <>
 constexpr DType dtype_of<Float16>() {
   return DType::f16;
+}
+template <>
+constexpr DType dtype_of<Float8>() {
+  return DType::f8;
 }
 template <>
 constexpr DType dtype_of<int32_t>() {
@@ -119,5 +124,18 @@ constexpr float rounding() {
 }
 
 using FloatTypes = ::testing::Types<float, BFloat16, Float16>;
+
+// Queries of T_ over a cache of C_, and the scales of that.
+template <class T_, class C_ = T_>
+struct Over {
+  using T = T_;
+  using C = C_;
+};
+using CacheTypes = ::testing::Types<Over<float>, Over<BFloat16>, Over<Float16>, Over<float, Float8>,
+                                    Over<BFloat16, Float8>, Over<Float16, Float8>>;
+template <class C>
+constexpr float k_scale = sizeof(C) == 1 ? 1.25f : 1.0f;
+template <class C>
+constexpr float v_scale = sizeof(C) == 1 ? 0.8f : 1.0f;
 
 }  // namespace hybrid::test
