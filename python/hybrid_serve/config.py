@@ -30,6 +30,7 @@ class Option:
 
 LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
+KvCacheDType = Literal["auto", "fp8", "fp8_e4m3"]
 PrefixCacheScope = Literal["auto", "key", "global"]
 LogFormat = Literal["text", "json"]
 AccessLog = Literal["off", "errors", "all"]
@@ -74,6 +75,9 @@ class CacheConfig:
     gpu_memory_utilization: Annotated[
         float, Option("share of the GPU's memory that may be used, by all of this process", common=True)
     ] = 0.9
+    kv_cache_dtype: Annotated[
+        KvCacheDType, Option("type of keys and values; auto: the model's; fp8, fp8_e4m3: half the bytes, less exact")
+    ] = "auto"
     enable_prefix_caching: Annotated[bool, Option("reuse the KV of equal prompt beginnings")] = True
     swap_space: Annotated[
         float, Option("GiB of the host's memory for the KV of preempted requests; 0: it is computed again", "GIB")

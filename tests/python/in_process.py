@@ -13,16 +13,17 @@ import numpy as np
 
 from hybrid_serve import _core
 from hybrid_serve.checkpoint.hub import resolve
-from hybrid_serve.config import Config, EngineConfig, ModelConfig
+from hybrid_serve.config import CacheConfig, Config, EngineConfig, ModelConfig
 from hybrid_serve.runner.model_runner import ModelRunner
 from hybrid_serve.runner.pad_sizes import PadSizes
 from hybrid_serve.runner.step import Pending, StepResult
 
 
 def load_runner(model: Path | str, **settings: Any) -> ModelRunner:
-    """``settings``: fields of ModelConfig and EngineConfig (``dtype="float32"``, ``device="cuda"``)."""
+    """``settings``: fields of ModelConfig, EngineConfig and CacheConfig (``dtype="float32"``, ``device="cuda"``)."""
     engine = {name: settings.pop(name) for name in ("device", "enforce_eager", "batch_invariant") if name in settings}
-    config = Config(model=ModelConfig(model=str(model), **settings), engine=EngineConfig(**engine))
+    cache = {name: settings.pop(name) for name in ("kv_cache_dtype",) if name in settings}
+    config = Config(ModelConfig(model=str(model), **settings), CacheConfig(**cache), engine=EngineConfig(**engine))
     return ModelRunner.load(config, resolve(config.model), lambda phase, share: None)
 
 

@@ -20,7 +20,7 @@ _VLLM_ONLY = """
     disable-log-stats disable-uvicorn-access-log
     enable-auto-tool-choice enable-chunked-prefill enable-force-include-usage enable-log-outputs enable-log-requests
     enable-lora enable-offline-docs enable-per-request-metrics enable-prompt-tokens-details
-    enable-server-load-tracking enable-sleep-mode generation-config hf-overrides hf-token kv-cache-dtype
+    enable-server-load-tracking enable-sleep-mode generation-config hf-overrides hf-token
     kv-cache-metrics kv-events-config kv-offloading-size kv-transfer-config limit-mm-per-prompt log-config-file
     logging-config logprobs-mode long-prefill-token-threshold lora-modules master-addr master-port max-cpu-loras
     max-cudagraph-capture-size max-lora-rank max-loras max-num-queued-tokens nnodes node-rank

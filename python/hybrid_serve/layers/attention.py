@@ -19,6 +19,16 @@ class HeadShape(NamedTuple):
     head_dim: int
 
 
+class CacheScales(NamedTuple):
+    """What an element of an fp8 cache stands for: so many times itself."""
+
+    k: float = 1.0
+    v: float = 1.0
+
+
+NO_SCALES = CacheScales()
+
+
 class AttentionScratch(NamedTuple):
     """Memory that every layer of a step writes its intermediate results to; q, k and v are views of qkv."""
 
@@ -41,17 +51,21 @@ class Attention:
         q_norm: Tensor | None = None,
         k_norm: Tensor | None = None,
         eps: float = 0.0,
+        scales: CacheScales = NO_SCALES,
     ) -> None:
         """``qkv`` yields q, k and v side by side; ``cos_sin`` is the table of ``layers.rotary``. q_norm, k_norm:
-        weights, T [head_dim], of the RMS norms of each query and key head (Qwen3)."""
+        weights, T [head_dim], of the RMS norms of each query and key head (Qwen3). ``scales``: of a cache in fp8, if it
+        is."""
         self.qkv, self.output, self.shape, self.cos_sin = qkv, output, shape, cos_sin
         self.q_norm, self.k_norm, self.eps = q_norm, k_norm, eps
         self.scale = shape.head_dim**-0.5
+        self._fp8_scales, self.scales = scales, NO_SCALES
         self.k_cache = self.v_cache = torch.empty(0)
 
     def bind_cache(self, k_cache: Tensor, v_cache: Tensor) -> None:
-        """This layer's views of the cache, T [blocks, kv_heads, block_size, head_dim]."""
+        """This layer's views of the cache, T or fp8 [blocks, kv_heads, block_size, head_dim]."""
         self.k_cache, self.v_cache = k_cache, v_cache
+        self.scales = self._fp8_scales if k_cache.dtype == torch.float8_e4m3fn else NO_SCALES
 
     def scratch(self, x: Tensor) -> AttentionScratch:
         """For inputs of the shape of ``x``."""
@@ -79,6 +93,7 @@ class Attention:
             self.q_norm,
             self.k_norm,
             self.eps,
+            *self.scales,
         )
         ops.paged_attention(
             scratch.q,
@@ -96,5 +111,6 @@ class Attention:
             scratch.mixed,
             batch.plan,
             batch.prefixes is not None,
+            *self.scales,
         )
         return self.output(scratch.mixed_rows, scratch.out)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import ops
 from ..checkpoint.model_spec import ModelSpec
-from ..layers.attention import Attention, AttentionScratch, HeadShape
+from ..layers.attention import Attention, AttentionScratch, CacheScales, HeadShape
 from ..layers.batch import BatchView
 from ..layers.linear import Linear
 from ..layers.mlp import GatedMlp, MlpScratch
@@ -60,7 +60,7 @@ class Decoder:
         self.embedding, self.layers, self.lm_head = embedding, layers, lm_head
 
     def bind_cache(self, cache: Tensor) -> None:
-        """cache: T [blocks, layers, 2, kv_heads, block_size, head_dim]; kept as views, one pair a layer."""
+        """cache: T or fp8 [blocks, layers, 2, kv_heads, block_size, head_dim]; kept as views, one pair a layer."""
         for index, layer in enumerate(self.layers):
             layer.attention.bind_cache(cache[:, index, 0], cache[:, index, 1])
 
@@ -107,11 +107,12 @@ def _build_layer(
         q_norm = vector(weights, names.q_norm, spec.head_dim, dtype)
         k_norm = vector(weights, names.k_norm, spec.head_dim, dtype)
     shape, eps = HeadShape(spec.num_heads, spec.num_kv_heads, spec.head_dim), spec.rms_norm_eps
+    scales = CacheScales(weights.scale(names.k_scale), weights.scale(names.v_scale))
     input_norm, mlp_norm = (
         vector(weights, name, spec.hidden_size, dtype) for name in (names.input_norm, names.mlp_norm)
     )
     return DecoderLayer(
-        Attention(NormedLinear(input_norm, eps, qkv), output, shape, cos_sin, q_norm, k_norm, eps),
+        Attention(NormedLinear(input_norm, eps, qkv), output, shape, cos_sin, q_norm, k_norm, eps, scales),
         GatedMlp(NormedLinear(mlp_norm, eps, gate_up), down),
     )
 

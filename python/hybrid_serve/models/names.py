@@ -30,6 +30,8 @@ class LayerNames(NamedTuple):
     mlp_norm: str
     q_norm: str
     k_norm: str
+    k_scale: tuple[str, ...]  # of an fp8 cache, by either name; few checkpoints have them
+    v_scale: tuple[str, ...]
 
     @property
     def linears(self) -> tuple[PackedLinear, ...]:
@@ -51,6 +53,8 @@ def names_of_layer(spec: ModelSpec, family: Family, index: int) -> LayerNames:
         mlp_norm=f"{prefix}.post_attention_layernorm.weight",
         q_norm=f"{attention}.q_norm.weight",
         k_norm=f"{attention}.k_norm.weight",
+        k_scale=(f"{attention}.k_scale", f"{attention}.k_proj.k_scale"),
+        v_scale=(f"{attention}.v_scale", f"{attention}.v_proj.v_scale"),
     )
 
 

@@ -24,6 +24,7 @@ DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
+    "float8_e4m3fn": torch.float8_e4m3fn,  # of a cache
 }
 
 
@@ -32,6 +33,10 @@ class Weights(Protocol):
 
     def fill(self, out: Tensor, name: str) -> None:
         """Writes the tensor ``name`` into ``out``, which has its shape."""
+        ...
+
+    def scale(self, names: tuple[str, ...]) -> float:
+        """The one number of the first of these tensors that is there; 1 if none is."""
         ...
 
 
@@ -48,6 +53,17 @@ class WeightReader:
     def fill(self, out: Tensor, name: str) -> None:
         self._write(out, self._source.read(name, self._dtype))
 
+    def scale(self, names: tuple[str, ...]) -> float:
+        """Raises StartupError (HS-E022) for one that is no scale."""
+        for name in names:
+            if self._source.describe(name) is None:
+                continue
+            values = self._source.read(name, "float32").reshape(-1)
+            if values.size != 1 or not 0 < values[0] < float("inf"):
+                raise corrupt(self._source.label, f"tensor {name!r} is {values[:3]}, expected one positive number")
+            return float(values[0])
+        return 1.0
+
 
 class DummyWeights:
     """Random values, N(0, 0.02), norms 1: the same for the same seed and device, whatever the order of reading."""
@@ -63,6 +79,9 @@ class DummyWeights:
         # torch's CPU generator uses 32 bits of its seed, so both go through one hash.
         generator = torch.Generator(self.device).manual_seed(zlib.crc32(f"{self._seed} {name}".encode()))
         out.normal_(0.0, 0.02, generator=generator)
+
+    def scale(self, names: tuple[str, ...]) -> float:
+        return 1.0
 
 
 _packing = threading.Lock()  # the kernels' thread pool serves one caller at a time

@@ -248,6 +248,8 @@ def _candidates(
             yield "model", "max_model_len", tokens, str(tokens)
     if model.item_bytes > 2:
         yield "model", "dtype", "bfloat16", "bfloat16"
+    if cache.kv_cache_dtype == "auto":
+        yield "cache", "kv_cache_dtype", "fp8", "fp8"
 
 
 def _with(config: Config, group: str, **changes: Any) -> Config:

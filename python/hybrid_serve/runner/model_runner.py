@@ -99,7 +99,7 @@ class ModelRunner:
         spec = self.spec
         shape = (num_blocks, spec.num_layers, 2, spec.num_kv_heads, self.config.cache.block_size, spec.head_dim)
         # Not initialised; on a CPU the system provides pages as they are first written.
-        cache = torch.empty(shape, dtype=DTYPES[self.facts.dtype], device=self.device.torch_device)
+        cache = torch.empty(shape, dtype=DTYPES[self._sizes.cache_dtype], device=self.device.torch_device)
         self.decoder.bind_cache(cache)
         self._cache = cache.view(num_blocks, -1)
         self._host_cache = self.device.host_memory((num_host_blocks, self._cache.shape[1]), cache.dtype)

@@ -16,7 +16,7 @@ from ..models import family_of
 from ..models.names import expected_tensors
 from .pad_sizes import MIXED_TOKEN_SIZES, PadSizes, pad_sizes
 
-ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
 # Of a captured kernel: an estimate, nobody says what the driver keeps. With it the default plan of an 8B model leaves
 # for graphs and libraries together what ran without shortage on an 80 GB card.
 GRAPH_NODE_BYTES = 2048
@@ -70,6 +70,7 @@ class ModelSizes:
 
     spec: ModelSpec
     dtype: FloatName
+    cache_dtype: str
     max_model_len: int
     num_parameters: int
 
@@ -78,7 +79,8 @@ class ModelSizes:
         """Raises StartupError (HS-E024) for a context that the model does not have."""
         dtype = spec.dtype if config.model.dtype == "auto" else config.model.dtype
         count = sum(math.prod(shape) for _, shape in expected_tensors(spec, family_of(spec)))
-        return cls(spec, dtype, longest_context(spec, config.model.max_model_len), count)
+        cache_dtype = dtype if config.cache.kv_cache_dtype == "auto" else "float8_e4m3fn"
+        return cls(spec, dtype, cache_dtype, longest_context(spec, config.model.max_model_len), count)
 
     @property
     def item_bytes(self) -> int:
@@ -96,7 +98,7 @@ class ModelSizes:
     @property
     def token_bytes(self) -> int:
         """Of KV cache."""
-        return 2 * self.spec.num_layers * self.spec.num_kv_heads * self.spec.head_dim * self.item_bytes
+        return 2 * self.spec.num_layers * self.spec.num_kv_heads * self.spec.head_dim * ITEM_BYTES[self.cache_dtype]
 
     def num_host_blocks(self, config: Config) -> int:
         return int(config.cache.swap_space * 2**30) // (config.cache.block_size * self.token_bytes)

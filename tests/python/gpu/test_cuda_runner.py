@@ -28,9 +28,10 @@ WIDE: dict[str, Any] = {"head_dim": 64}  # the 16-bit attention kernels have no 
 
 def generator(folder: Path, dtype: str, **options: Any) -> Generator:
     padded = options.pop("padded", True)
-    eager = options.pop("enforce_eager", False)
+    eager, kv_cache_dtype = options.pop("enforce_eager", False), options.pop("kv_cache_dtype", "auto")
     # Comparing bits needs kernels whose sums do not depend on how many rows a step has.
-    runner = load_runner(folder, dtype=dtype, device="cuda", enforce_eager=eager, batch_invariant=True)
+    settings: dict[str, Any] = {"enforce_eager": eager, "batch_invariant": True, "kv_cache_dtype": kv_cache_dtype}
+    runner = load_runner(folder, dtype=dtype, device="cuda", **settings)
     return Generator(runner, pad_sizes=pad_sizes(32, 2048) if padded else PadSizes(), **options)
 
 
@@ -64,15 +65,38 @@ def test_bfloat16_logits_are_as_close_to_float32_as_those_of_transformers(tmp_pa
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_captured_overlapped_and_padded_steps_give_the_tokens_of_plain_ones(tmp_path: Path, dtype: str) -> None:
+def test_an_fp8_cache_gives_the_logits_that_it_gives_on_the_cpu(tmp_path: Path, dtype: str) -> None:  # S54
+    folder = make_tiny_model(tmp_path, "qwen3", **WIDE)
+    prompts = prompts_of([1, 7, 130, 300])
+    found = []
+    for device, kv_cache_dtype in (("cpu", "fp8"), ("cuda", "fp8"), ("cpu", "auto")):
+        ragged = Ragged(load_runner(folder, dtype=dtype, device=device, kv_cache_dtype=kv_cache_dtype))
+        sequences = [ragged.open(prompt) for prompt in prompts]
+        parts = [
+            ragged.logits([(s, count(len(s.tokens))) for s in sequences if count(len(s.tokens))])
+            for count in (lambda n: n // 2, lambda n: n - n // 2 - 1, lambda n: 1)
+        ]  # a decode at the end
+        found.append(torch.cat([logits.cpu() for part in parts for logits in part]))
+    on_cpu, on_gpu, unrounded = found
+    assert (on_gpu - on_cpu).norm() < 0.5 * (on_gpu - unrounded).norm()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kv_cache_dtype"),
+    [("float32", "auto"), ("bfloat16", "auto"), ("float16", "auto"), ("float32", "fp8"), ("bfloat16", "fp8")],
+)
+def test_captured_overlapped_and_padded_steps_give_the_tokens_of_plain_ones(
+    tmp_path: Path, dtype: str, kv_cache_dtype: str
+) -> None:
     folder = make_tiny_model(tmp_path, "qwen3", **WIDE)
     prompts = prompts_of([3, 40, 7, 90, 12, 200, 5])
     sampled: dict[str, Any] = {"temperature": 0.9, "top_k": 40, "top_p": 0.95, "seed": 7, "max_tokens": 40}
     for params in ({"max_tokens": 40}, sampled, {**sampled, "num_logprobs": 3}):
-        plain = generator(folder, dtype, padded=False, enforce_eager=True).generate(prompts, **params)
-        captured = generator(folder, dtype)
-        assert captured.generate(prompts, **params) == plain
-        assert captured.generate(prompts, **params) == plain  # by now most steps are replayed
+        plain = generator(folder, dtype, padded=False, enforce_eager=True, kv_cache_dtype=kv_cache_dtype)
+        expected = plain.generate(prompts, **params)
+        captured = generator(folder, dtype, kv_cache_dtype=kv_cache_dtype)
+        assert captured.generate(prompts, **params) == expected
+        assert captured.generate(prompts, **params) == expected  # by now most steps are replayed
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
