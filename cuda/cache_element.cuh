@@ -22,9 +22,9 @@ struct CacheElement {
   // Of 16 dims: where pair `pair` of lane t begins in a query, and which one row (or column) g + 8 half of a sum is.
   __device__ static constexpr int query_dim(int t, int pair) { return 2 * t + 8 * pair; }
   __device__ static constexpr int sum_dim(int g, int half) { return g + 8 * half; }
-  // The row and the pack of values that a lane names.
-  __device__ static constexpr int value_row(int lane) { return lane / 16 * 8 + lane % 8; }
-  __device__ static constexpr int value_pack(int lane) { return lane / 8 % 2; }
+  // The row and the pack that a lane names for load_values() and load_keys_second(); for others lane % 16, lane / 16.
+  __device__ static constexpr int crossed_row(int lane) { return lane / 16 * 8 + lane % 8; }
+  __device__ static constexpr int crossed_pack(int lane) { return lane / 8 % 2; }
 };
 template <>
 struct CacheElement<Float8> {
@@ -33,8 +33,8 @@ struct CacheElement<Float8> {
   static constexpr int slices = 2;
   __device__ static constexpr int query_dim(int t, int pair) { return 4 * t + 2 * pair; }
   __device__ static constexpr int sum_dim(int g, int half) { return 2 * g + half; }
-  __device__ static constexpr int value_row(int lane) { return lane % 16; }
-  __device__ static constexpr int value_pack(int lane) { return lane / 16; }
+  __device__ static constexpr int crossed_row(int lane) { return lane % 16; }
+  __device__ static constexpr int crossed_pack(int lane) { return lane / 16; }
 };
 
 // The two Float8 in the low half of x as two Float16.
@@ -92,8 +92,7 @@ __device__ inline uint32_t narrowed(float low, float high) {
 }
 
 // Keys of 16 tokens, of as many slices of dims as two packs have (or of the first pack only, unless `both`), as the
-// first operand of a product: tokens are its rows. As the second one of two products, [0] and [2] are the first 8
-// tokens, [1] and [3] the others. A lane names row lane % 16 and pack lane / 16.
+// first operand of a product: tokens are its rows.
 template <class C>
 __device__ inline void load_keys(uint32_t (&a)[CacheElement<C>::slices][4], uint32_t address, bool both) {
   if constexpr (CacheElement<C>::slices == 1) {
@@ -108,7 +107,7 @@ __device__ inline void load_keys(uint32_t (&a)[CacheElement<C>::slices][4], uint
     }
   }
 }
-// The same of values: dims are the rows. A lane names row value_row() and pack value_pack().
+// The same of values: dims are the rows.
 template <class C>
 __device__ inline void load_values(uint32_t (&a)[CacheElement<C>::slices][4], uint32_t address, bool both) {
   if constexpr (CacheElement<C>::slices == 1) {
@@ -125,6 +124,31 @@ __device__ inline void load_values(uint32_t (&a)[CacheElement<C>::slices][4], ui
         a[s][2 * half] = widened(by_dim), a[s][2 * half + 1] = widened(by_dim >> 16);
       }
   }
+}
+
+template <int slices>
+__device__ inline void swap_middles(uint32_t (&x)[slices][4]) {
+#pragma unroll
+  for (int s = 0; s < slices; ++s) {
+    const uint32_t second = x[s][1];
+    x[s][1] = x[s][2], x[s][2] = second;
+  }
+}
+// As the second operands of two products: [0] and [1] are the first eight tokens (or dims, see sum_dim()), [2] and [3]
+// the others. 16-bit ones are loaded in this order, as a product takes neighbouring registers.
+template <class C>
+__device__ inline void load_keys_second(uint32_t (&b)[CacheElement<C>::slices][4], uint32_t address, bool both) {
+  if constexpr (CacheElement<C>::slices == 1)
+    load_matrices(b[0], address);
+  else
+    load_keys<C>(b, address, both), swap_middles(b);
+}
+template <class C>
+__device__ inline void load_values_second(uint32_t (&b)[CacheElement<C>::slices][4], uint32_t address, bool both) {
+  if constexpr (CacheElement<C>::slices == 1)
+    load_transposed(b[0], address);
+  else
+    load_values<C>(b, address, both), swap_middles(b);
 }
 
 }  // namespace hybrid::cuda

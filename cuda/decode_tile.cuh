@@ -98,7 +98,7 @@ struct WarpState {
         p[i][e][0] = transposed(pair_of<Math>(s[i][e][0], s[i][e][1]));
         p[i][e][1] = transposed(pair_of<Math>(s[i][e][2], s[i][e][3]));
       }
-    const uint32_t value = values + Shape::pack(Element::value_row(lane), Element::value_pack(lane)) * 16;
+    const uint32_t value = values + Shape::pack(Element::crossed_row(lane), Element::crossed_pack(lane)) * 16;
 #pragma unroll
     for (int i = 0; i < tiles; ++i)
 #pragma unroll

@@ -1,6 +1,6 @@
 // paged_attention: which kernel takes which sequences, and the plain kernel for float.
 //
-// 16-bit types: sequences with one query row go to paged_decode.cu, the others to paged_prefill.cu. Each is
+// 16-bit types: sequences with one query row go to paged_decode.cuh, the others to paged_prefill.cu. Each is
 // batch-invariant on its own; the same row computed by both agrees to rounding, not to the bit.
 #include <bit>
 

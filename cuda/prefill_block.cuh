@@ -131,7 +131,7 @@ class Prefill {
 
   __device__ void score(float (&scores)[Tile::m_tiles][Tile::tokens / 8][4], uint32_t keys) const {
     const uint32_t a_row = query_ + ((warp_row_ + lane_ / 8 % 2 * 8 + lane_ % 8) * row_packs<dim> + lane_ / 16) * 16;
-    const uint32_t b_row = keys + (lane_ % 16 * Tile::kv_row + lane_ / 16) * 16;
+    const uint32_t b_row = keys + (Element::crossed_row(lane_) * Tile::kv_row + Element::crossed_pack(lane_)) * 16;
 #pragma unroll
     for (int k = 0; k < dim / 16; k += slices) {
       uint32_t a[slices][Tile::m_tiles][4];
@@ -143,14 +143,14 @@ class Prefill {
 #pragma unroll
       for (int n = 0; n < Tile::tokens / 16; ++n) {
         uint32_t b[slices][4];
-        load_keys<C>(b, b_row + (n * 16 * Tile::kv_row + k / slices * 2) * 16, k + slices <= dim / 16);
+        load_keys_second<C>(b, b_row + (n * 16 * Tile::kv_row + k / slices * 2) * 16, k + slices <= dim / 16);
 #pragma unroll
         for (int j = k; j < std::min(k + slices, dim / 16); ++j)
 #pragma unroll
           for (int m = 0; m < Tile::m_tiles; ++m) {
             const auto& rows = a[j - k][m];
-            mma<Math>(scores[m][2 * n], rows[0], rows[1], rows[2], rows[3], b[j - k][0], b[j - k][2]);
-            mma<Math>(scores[m][2 * n + 1], rows[0], rows[1], rows[2], rows[3], b[j - k][1], b[j - k][3]);
+            mma<Math>(scores[m][2 * n], rows[0], rows[1], rows[2], rows[3], b[j - k][0], b[j - k][1]);
+            mma<Math>(scores[m][2 * n + 1], rows[0], rows[1], rows[2], rows[3], b[j - k][2], b[j - k][3]);
           }
       }
     }
@@ -201,7 +201,7 @@ class Prefill {
   }
 
   __device__ void add_values(const float (&p)[Tile::m_tiles][Tile::tokens / 8][4], uint32_t values) {
-    const uint32_t row = values + (Element::value_row(lane_) * Tile::kv_row + Element::value_pack(lane_)) * 16;
+    const uint32_t row = values + (lane_ % 16 * Tile::kv_row + lane_ / 16) * 16;
 #pragma unroll
     for (int k = 0; k < Tile::tokens / 16; ++k) {
       uint32_t a[Tile::m_tiles][4];
@@ -213,13 +213,13 @@ class Prefill {
 #pragma unroll
       for (int d = 0; d < dim / 16; d += slices) {
         uint32_t b[slices][4];
-        load_values<C>(b, row + (k * 16 * Tile::kv_row + d / slices * 2) * 16, d + slices <= dim / 16);
+        load_values_second<C>(b, row + (k * 16 * Tile::kv_row + d / slices * 2) * 16, d + slices <= dim / 16);
 #pragma unroll
         for (int j = d; j < std::min(d + slices, dim / 16); ++j)
 #pragma unroll
           for (int m = 0; m < Tile::m_tiles; ++m) {
-            mma<Math>(out_[m][2 * j], a[m][0], a[m][1], a[m][2], a[m][3], b[j - d][0], b[j - d][2]);
-            mma<Math>(out_[m][2 * j + 1], a[m][0], a[m][1], a[m][2], a[m][3], b[j - d][1], b[j - d][3]);
+            mma<Math>(out_[m][2 * j], a[m][0], a[m][1], a[m][2], a[m][3], b[j - d][0], b[j - d][1]);
+            mma<Math>(out_[m][2 * j + 1], a[m][0], a[m][1], a[m][2], a[m][3], b[j - d][2], b[j - d][3]);
           }
       }
     }
@@ -241,7 +241,7 @@ class Prefill {
         });
         continue;
       }
-      const float scale = p_.v_scale / total;
+      const float scale = 1.0f / total * p_.v_scale;
       T* to = p_.out + (share_.first_row + packed / p_.group) * p_.out_row +
               (int64_t{share_.head} * p_.group + packed % p_.group) * p_.out_head;
       for_pairs(r, [&](int column, float low, float high) {

@@ -223,7 +223,7 @@ class Consumer {
     for (int r = 0; r < 2; ++r) {
       const float total = row_sum(sum[r]);
       const int packed = share.row0 + row_ + r * 8;
-      const float scale = p_.v_scale / total;
+      const float scale = 1.0f / total * p_.v_scale;
       T* to = p_.out + (share.first_row + packed / p_.group) * p_.out_row +
               (int64_t{share.head} * p_.group + packed % p_.group) * p_.out_head + lane_ % 4 * 8;
 #pragma unroll

@@ -1,4 +1,4 @@
-// Paged attention of prompts for Hopper: the products of paged_prefill.cu on wgmma, head sizes 64 and 128.
+// Paged attention of prompts for Hopper: the products of prefill_block.cuh on wgmma, head sizes 64 and 128.
 //
 // A block stays on its multiprocessor and takes shares (prefill_share.cuh) of 128 packed rows (192 for head size 64),
 // those that see most tokens first, from a counter. Its warps have roles: one finds the shares; it and another have the
