@@ -69,6 +69,7 @@ def _facts(config: Config, model: ModelSizes, free: int, plan: limits.MemoryPlan
         "family": model.spec.family,
         "parameters": model.num_parameters,
         "dtype": model.dtype,
+        "kv_cache_dtype": model.cache_dtype,
         "max_model_len": model.max_model_len,
         "weight_bytes": model.weight_bytes,
         "kv_bytes_per_token": model.token_bytes,
@@ -130,7 +131,8 @@ def _text(found: dict[str, Any]) -> str:
     lines = [
         f"model    {found['family']}, {found['parameters'] / 1e9:.2f} B parameters, {found['dtype']}, "
         f"context {found['max_model_len']}",
-        f"weights  {_gib(found['weight_bytes'])}     KV cache {found['kv_bytes_per_token'] / 1024:.1f} KiB a token",
+        f"weights  {_gib(found['weight_bytes'])}     KV cache {found['kv_bytes_per_token'] / 1024:.1f} KiB a "
+        f"token, {found['kv_cache_dtype']}",
         f"memory   {_gib(found['free_bytes'])} free, {_gib(found['free_after_weights_bytes'])} after the weights",
     ]
     if start := found["start"]:

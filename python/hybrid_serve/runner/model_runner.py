@@ -78,7 +78,7 @@ class ModelRunner:
             vocab_size=spec.vocab_size,
             max_model_len=sizes.max_model_len,
             eos_token_ids=spec.eos_token_ids,
-            dtype=sizes.dtype,
+            dtype=sizes.dtype if sizes.cache_dtype == sizes.dtype else f"{sizes.dtype}, cache {sizes.cache_dtype}",
             device=device.describe(),
             block_bytes=config.cache.block_size * sizes.token_bytes,
             weight_bytes=sizes.weight_bytes,

@@ -96,6 +96,7 @@ def test_a_length_can_be_left_to_the_server(text: str) -> None:
         (["--shutdown-timeout", "soon"], "--shutdown-timeout: 'soon' is not a number"),
         (["--shutdown-timeout", "nan"], "--shutdown-timeout is nan, must be 0 to 86400"),
         (["--dtype", "int3"], "--dtype: 'int3' is not one of auto, float32, bfloat16, float16"),
+        (["--kv-cache-dtype", "fp8_e5m2"], "--kv-cache-dtype: 'fp8_e5m2' is not one of auto, fp8, fp8_e4m3"),
         (["--block-size", "17"], "--block-size is 17, must be 16, 32 or 64"),
         (["--port"], "argument --port: expected 1 argument"),
         (["--api-key", ""], "--api-key has an empty key, which would let everyone in"),

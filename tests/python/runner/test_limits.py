@@ -152,6 +152,22 @@ def test_a_context_that_was_asked_for_is_never_shortened(spec: ModelSpec) -> Non
     assert re.search(r"--max-model-len \d+", failure.fix)
 
 
+def test_a_cache_in_fp8_has_twice_the_blocks(spec: ModelSpec) -> None:  # S54, P3
+    size: dict[str, Any] = {"kv_cache_memory_bytes": GIB}
+    assert [plan(spec, kv_cache_dtype=kind, **size).num_blocks for kind in ("auto", "fp8")] == [1024, 2048]
+    on_gpu = [plan(spec, machine=CUDA, kv_cache_dtype=kind).num_blocks for kind in ("auto", "fp8")]
+    assert on_gpu[1] in (2 * on_gpu[0], 2 * on_gpu[0] + 1)
+
+
+def test_a_context_that_is_too_long_for_16_bits_and_not_for_8_is_told_so(spec: ModelSpec) -> None:
+    needed = 1600 * 65536  # of cache, in 16 bits
+    settings: dict[str, Any] = {"max_model_len": 1600, "kv_cache_memory_bytes": needed * 3 // 4}
+    assert plan(spec, kv_cache_dtype="fp8", **settings).max_model_len == 1600
+    settings |= {"max_num_seqs": 1, "max_num_batched_tokens": 256}
+    model = ModelSizes.of(config(**settings), spec)
+    assert "--kv-cache-dtype fp8" in refused(spec, int(model.weight_bytes + needed * 0.9), **settings).fix
+
+
 def test_a_share_of_the_gpu_that_was_too_small_is_among_the_fixes(spec: ModelSpec) -> None:
     machine = CUDA._replace(total_bytes=24 * GIB)
     failure = refused(
