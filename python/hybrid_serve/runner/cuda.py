@@ -49,6 +49,7 @@ class CudaDevice:
         self.captures = not config.engine.enforce_eager
         self.machine = sizes.CUDA._replace(total_bytes=torch.cuda.get_device_properties(self.torch_device).total_memory)
         self._utilization = config.cache.gpu_memory_utilization
+        self._has_fp8_cache = config.cache.kv_cache_dtype != "auto"
         self._local = threading.local()
 
     def describe(self) -> str:
@@ -62,6 +63,12 @@ class CudaDevice:
                 f"attention heads of size {head_dim} are not supported on this device",
                 f"in 16 bits there are CUDA kernels for sizes {sizes}",
                 "--dtype float32, or --device cpu",
+            )
+        if self._has_fp8_cache and head_dim % 16:
+            raise unsupported(
+                f"attention heads of size {head_dim} cannot have an fp8 cache on this device",
+                "its kernels read it 16 bytes at a time",
+                "--kv-cache-dtype auto, or --device cpu",
             )
 
     def free_bytes(self) -> int:

@@ -146,6 +146,10 @@ def test_log_probabilities_come_back_for_the_rows_that_asked(tmp_path: Path) -> 
 def test_heads_without_a_kernel_are_a_startup_error(tmp_path: Path) -> None:
     with pytest.raises(StartupError, match="heads of size 16"):
         load_runner(make_tiny_model(tmp_path, "llama"), dtype="bfloat16", device="cuda")
+    family, sizes = VARIANTS["odd sizes"]
+    odd = make_tiny_model(tmp_path / "odd", family, **sizes)
+    with pytest.raises(StartupError, match="heads of size 24 cannot have an fp8 cache"):
+        load_runner(odd, dtype="float32", device="cuda", kv_cache_dtype="fp8")
 
 
 def test_forked_choices_share_a_prompt_and_copy_its_last_block(tmp_path: Path) -> None:
