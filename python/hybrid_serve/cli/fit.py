@@ -17,6 +17,7 @@ from ..checkpoint.hub import resolve_metadata
 from ..config import MAX_NUM_SEQS, Config
 from ..errors import StartupError, box
 from ..runner import limits, memory, sizes
+from ..runner.fixes import Case, as_flags
 from ..runner.sizes import Machine, ModelSizes
 from . import options
 from .collect_env import output_lines
@@ -77,10 +78,7 @@ def _facts(config: Config, model: ModelSizes, free: int, plan: limits.MemoryPlan
         "free_after_weights_bytes": max(free - model.weight_bytes, 0),
         "start": None,
         "choices": _choices(config, model, sizes.CPU, free),
-        "gpus": [
-            {"name": name, "free_bytes": gpu_free, "choices": _choices(config, model, sizes.CUDA, usable)}
-            for name, gpu_free, usable in gpus(config)
-        ],
+        "gpus": [_verdict(config, model, *gpu, free) for gpu in gpus(config)],
     }
     if plan is not None:
         num_tokens = plan.num_blocks * config.cache.block_size
@@ -96,8 +94,20 @@ def _facts(config: Config, model: ModelSizes, free: int, plan: limits.MemoryPlan
     return found
 
 
-def gpus(config: Config) -> list[tuple[str, int, int]]:
-    """(name, free bytes, those of them that may be used) of each that is visible."""
+def _verdict(
+    config: Config, model: ModelSizes, name: str, total: int, gpu_free: int, usable: int, host_free: int
+) -> dict[str, Any]:
+    """Of one GPU. ``fix``: of the start that it would refuse; empty where it would not."""
+    machine, fix = sizes.CUDA._replace(total_bytes=total), ""
+    try:
+        limits.plan_memory(config, model, machine, usable, host_free)
+    except StartupError as error:
+        fix = error.failure.fix
+    return {"name": name, "free_bytes": gpu_free, "choices": _choices(config, model, machine, usable), "fix": fix}
+
+
+def gpus(config: Config) -> list[tuple[str, int, int, int]]:
+    """(name, bytes, free ones, those of them that may be used) of each that is visible."""
     found = []
     for line in output_lines(
         ["nvidia-smi", "--query-gpu=name,memory.total,memory.free", "--format=csv,noheader,nounits"]
@@ -105,24 +115,30 @@ def gpus(config: Config) -> list[tuple[str, int, int]]:
         name, *mib = line.rsplit(",", 2)
         if len(mib) == 2 and all(word.strip().isdigit() for word in mib):
             total, free = (int(word) * 2**20 for word in mib)
-            found.append((name, free, int(free - total * (1 - config.cache.gpu_memory_utilization))))
+            found.append((name, total, free, int(free - total * (1 - config.cache.gpu_memory_utilization))))
     return found
 
 
 def _choices(config: Config, model: ModelSizes, machine: Machine, free: int) -> list[dict[str, Any]]:
-    """For the longest context and each half of it: how many requests of that length the memory holds, and the flags."""
+    """For the longest context and each half of it: how many requests of that length the memory holds, and the flags
+    with which a start holds them."""
     cache_bytes = int(limits.room_for_cache(config, model, machine, free) * _SHARE_FOR_CACHE)
     rows, length = [], model.max_model_len
     while length >= min(_SHORTEST_ROW, model.max_model_len):
         blocks = -(-length // config.cache.block_size)
         one = blocks * config.cache.block_size * model.token_bytes
-        if count := cache_bytes // one:
+        count = min(cache_bytes // one, config.scheduler.max_num_batched_tokens or 2**16)
+        while count:
             # Rounded up to whole MiB, so that what the flag says holds what the row says.
-            mib = -(-count * one // 2**20)
-            flags = f"--max-model-len {length} --kv-cache-memory-bytes {mib}MiB"
+            change = {"max_model_len": length, "kv_cache_memory_bytes": -(-count * one // 2**20) * 2**20}
             if count > (config.scheduler.max_num_seqs or MAX_NUM_SEQS):
-                flags += f" --max-num-seqs {count}"
-            rows.append({"context": length, "requests": count, "kv_cache_bytes": count * one, "flags": flags})
+                change["max_num_seqs"] = count
+            if limits.fits(Case(config, model, machine, free).with_change(change)):
+                rows.append(
+                    {"context": length, "requests": count, "kv_cache_bytes": count * one, "flags": as_flags(change)}
+                )
+                break
+            count = count * 3 // 4  # the more run at once, the more their steps take
         length //= 2
     return rows
 
@@ -150,6 +166,8 @@ def _text(found: dict[str, Any]) -> str:
     for index, gpu in enumerate(found["gpus"]):
         best = gpu["choices"][0] if gpu["choices"] else None
         verdict = f"context {best['context']} x {best['requests']} requests at most" if best else "does not fit"
+        if gpu["fix"]:
+            verdict += f"; a start with these options needs {gpu['fix']}"
         lines.append(f"gpu {index}    {gpu['name']}, {_gib(gpu['free_bytes'])} free: {verdict}")
     return "\n".join(lines)
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 from ..config import MAX_NUM_SEQS, Config
 from ..errors import StartupError
+from .fixes import SHORTEST_CONTEXT, Case, fixes
 from .pad_sizes import PadSizes
 from .sizes import Machine, ModelSizes, StepLimits
 
@@ -21,9 +21,7 @@ DEFAULT_CACHE_BYTES = 256 * MIB
 DEFAULT_FULL_CONTEXTS = 4
 SHARE_OF_FREE = 0.4  # a default cache that does not take all takes no more of the free memory than this
 SHARE_OF_STEPS = 0.25  # nor do steps of which nothing is said, of what the weights leave
-SHORTEST_CONTEXT = 256  # a server with less than this is of no use; better to say so
 FEWEST_SEQS, FEWEST_TOKENS, FEWEST_CAPTURED = 8, 256, 64  # what is left open is not fitted below
-HIGHEST_UTILIZATION = 0.97
 
 
 @dataclass(frozen=True)
@@ -48,24 +46,36 @@ class _DoesNotFit(Exception):
         self.what, self.why, self.context, self.room = what, why, context, room
 
 
-def plan_memory(config: Config, model: ModelSizes, machine: Machine, free_bytes: int) -> MemoryPlan:
-    """``free_bytes``: before anything of this engine is in it. Raises StartupError (HS-E026, exit code 12) with the
-    numbers, and with flags of which each would make it fit."""
+def plan_memory(
+    config: Config, model: ModelSizes, machine: Machine, free_bytes: int, host_bytes: int = 0
+) -> MemoryPlan:
+    """``free_bytes``: before anything of this engine is in it; ``host_bytes``: of the host, where that could take the
+    machine's place. Raises StartupError (HS-E026, exit code 12) with the numbers, and two changes of which each would
+    make it fit, where there are any."""
     try:
         return _plan(config, model, machine, free_bytes)
     except _DoesNotFit as failure:
-        fixes = _fixes(config, model, machine, free_bytes, failure)
+        case = Case(config, model, machine, free_bytes, host_bytes)
+        found = fixes(case, _wanted_steps(config, machine), failure.context, failure.room, fits)
         otherwise = "a smaller model, or a machine with more memory"
-        raise StartupError("HS-E026", failure.what, failure.why, ", or ".join(fixes) or otherwise) from None
+        raise StartupError("HS-E026", failure.what, failure.why, ", or ".join(found) or otherwise) from None
 
 
-def check_swap_space(config: Config, model: ModelSizes, free_bytes: int) -> None:
-    """``free_bytes``: of the host. Raises StartupError (HS-E026)."""
-    num_bytes = int(config.cache.swap_space * 2**30)
-    if num_bytes > free_bytes:
+def fits(case: Case) -> bool:
+    try:
+        _plan(case.config, case.model, case.machine, case.free_bytes)
+    except _DoesNotFit:
+        return False
+    return True
+
+
+def check_swap_space(config: Config, machine: Machine, host_bytes: int) -> None:
+    """Where it is not a part of the plan. ``host_bytes``: free on the host. Raises StartupError (HS-E026)."""
+    if not machine.is_host and config.cache.swap_space * 2**30 > host_bytes:
         what = f"a swap space of {config.cache.swap_space:g} GiB does not fit in the host's memory"
-        fits = max(free_bytes, 0) / 2**30 * 0.9
-        raise StartupError("HS-E026", what, f"{_mib(free_bytes)} are free", f"--swap-space {fits:.1f}, or leave it out")
+        tenths = max(host_bytes, 0) * 9 // 2**30  # of a GiB; a tenth is left to everything else
+        found = [f"--swap-space {gib:g}" for gib in sorted({tenths / 10, 0.0}, reverse=True)]
+        raise StartupError("HS-E026", what, f"{_mib(host_bytes)} are free", ", or ".join(found))
 
 
 def room_for_cache(config: Config, model: ModelSizes, machine: Machine, free_bytes: int) -> int:
@@ -122,8 +132,10 @@ def _fit_steps(
     """The steps, what they leave to the cache, and what was fitted."""
     left = free_bytes - model.weight_bytes - model.rotary_bytes - _swap_bytes(config, machine)
     if left < 0:
-        takes = f"its weights take {_mib(model.weight_bytes)}"
-        raise _DoesNotFit("the model does not fit in memory", f"{takes}, {_mib(free_bytes)} are free")
+        parts = [f"its weights take {_mib(model.weight_bytes)}", f"its table of positions {_mib(model.rotary_bytes)}"]
+        if swap := _swap_bytes(config, machine):
+            parts.append(f"the swap space {_mib(swap)}")
+        raise _DoesNotFit("the model does not fit in memory", f"{', '.join(parts)}; {_mib(free_bytes)} are free")
     wanted = _wanted_steps(config, machine)
 
     def num_bytes(steps: StepLimits) -> int:
@@ -201,59 +213,6 @@ def _num_blocks(
             room=room,
         )
     return num_blocks, notes
-
-
-def _fixes(config: Config, model: ModelSizes, machine: Machine, free_bytes: int, failure: _DoesNotFit) -> list[str]:
-    """Up to two flags, each tried out on the plan."""
-    found: dict[str, str] = {}
-    for group, name, value, text in _candidates(config, model, machine, failure):
-        if name in found or len(found) == 2:
-            continue
-        changed = _with(config, group, **{name: value})
-        extra = int((value - config.cache.gpu_memory_utilization) * machine.total_bytes) if "utilization" in name else 0
-        try:
-            _plan(changed, ModelSizes.of(changed, model.spec), machine, free_bytes + extra)
-        except _DoesNotFit:
-            continue
-        found[name] = f"--{name.replace('_', '-')} {text}"
-    return list(found.values())
-
-
-def _candidates(
-    config: Config, model: ModelSizes, machine: Machine, failure: _DoesNotFit
-) -> Iterator[tuple[str, str, Any, str]]:
-    """(group, option, value, as one writes it) of what may help, the least change of each option first."""
-    cache, scheduler = config.cache, config.scheduler
-    block_bytes = cache.block_size * model.token_bytes
-    for num_blocks in (-(-model.max_model_len // cache.block_size), failure.room // block_bytes):
-        mib = max(-(-num_blocks * block_bytes // MIB), 1)
-        if cache.num_gpu_blocks_override:  # the size is set by one of the two
-            yield "cache", "num_gpu_blocks_override", max(num_blocks, 1), str(max(num_blocks, 1))
-        else:
-            yield "cache", "kv_cache_memory_bytes", mib * MIB, f"{mib}MiB"
-            yield "cache", "kv_cache_memory_bytes", (mib - 1) * MIB, f"{mib - 1}MiB"
-    if failure.context > 1:
-        yield "model", "max_model_len", failure.context, str(failure.context)
-    if machine.total_bytes:
-        for percent in range(int(cache.gpu_memory_utilization * 100) + 1, int(HIGHEST_UTILIZATION * 100) + 1):
-            yield "cache", "gpu_memory_utilization", percent / 100, f"{percent / 100:.2f}"
-    steps = _wanted_steps(config, machine)
-    for shift in range(1, 24):
-        if (tokens := steps.max_batched_tokens >> shift) >= max(scheduler.max_num_seqs, 1):
-            yield "scheduler", "max_num_batched_tokens", tokens, str(tokens)
-        if seqs := steps.max_num_seqs >> shift:
-            yield "scheduler", "max_num_seqs", seqs, str(seqs)
-    for tokens in (model.max_model_len >> shift for shift in range(1, 24)):
-        if tokens >= SHORTEST_CONTEXT:
-            yield "model", "max_model_len", tokens, str(tokens)
-    if model.item_bytes > 2:
-        yield "model", "dtype", "bfloat16", "bfloat16"
-    if cache.kv_cache_dtype == "auto":
-        yield "cache", "kv_cache_dtype", "fp8", "fp8"
-
-
-def _with(config: Config, group: str, **changes: Any) -> Config:
-    return replace(config, **{group: replace(getattr(config, group), **changes)})
 
 
 def _mib(num_bytes: int) -> str:

@@ -65,7 +65,7 @@ class ModelRunner:
         device.check_heads(spec.head_dim, dtype)
         if checkpoint.source is not None:
             check_tensors(spec, family, checkpoint.source)
-        plan_memory(config, sizes, device.machine, device.free_bytes())  # what cannot run is told before it is loaded
+        plan(config, sizes, device, device.free_bytes())  # what cannot run is told before it is loaded
         weights: Weights = DummyWeights(config.model.seed, device.torch_device)
         if checkpoint.source is not None:
             weights = WeightReader(checkpoint.source, sizes.dtype, device.torch_device, device.write)
@@ -89,9 +89,7 @@ class ModelRunner:
     def plan_memory(self) -> MemoryPlan:
         """What of the memory goes where, now that the model is in it. Raises StartupError (HS-E026, exit code 12)."""
         sizes = self._sizes
-        free_bytes = self.device.free_bytes() + sizes.weight_bytes + sizes.rotary_bytes
-        check_swap_space(self.config, sizes, memory.free_bytes())
-        return plan_memory(self.config, sizes, self.device.machine, free_bytes)
+        return plan(self.config, sizes, self.device, self.device.free_bytes() + sizes.weight_bytes + sizes.rotary_bytes)
 
     def allocate(self, num_blocks: int, num_host_blocks: int = 0) -> None:
         """The KV cache: one piece, [block][layer][K|V][kv_head][token][dim], a block's bytes side by side; and as many
@@ -164,3 +162,10 @@ class ModelRunner:
             ).with_plan(self.spec.num_heads, self.spec.num_kv_heads, self.spec.head_dim)
         )
         return sample(logits, columns, shape, self._picked[: shape.num_sampled])
+
+
+def plan(config: Config, sizes: ModelSizes, device: Device, free_bytes: int) -> MemoryPlan:
+    """``free_bytes``: of the device, with what the model takes. Raises StartupError (HS-E026, exit code 12)."""
+    host_bytes = memory.free_bytes()
+    check_swap_space(config, device.machine, host_bytes)
+    return plan_memory(config, sizes, device.machine, free_bytes, 0 if device.machine.is_host else host_bytes)

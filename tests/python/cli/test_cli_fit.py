@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -13,11 +14,15 @@ import pytest
 from huggingface_hub import constants
 
 from hybrid_serve import LLM
+from hybrid_serve.checkpoint.checkpoint import open_checkpoint
 from hybrid_serve.checkpoint.hub import resolve_metadata
+from hybrid_serve.cli import options
 from hybrid_serve.cli.main import main
 from hybrid_serve.config import ModelConfig
 from hybrid_serve.errors import StartupError
 from hybrid_serve.runner import memory
+from hybrid_serve.runner.limits import plan_memory
+from hybrid_serve.runner.sizes import CUDA, ModelSizes
 from tiny_models import make_tiny_model
 
 
@@ -63,6 +68,39 @@ def test_what_cannot_start_is_the_box_of_the_start(model: Path, capsys: pytest.C
     assert "weights" in shown.out
     assert main(["fit", str(model), "--memory", "2MiB", "--kv-cache-memory-bytes", "1GiB"]) == 12
     assert "does not fit" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [["--kv-cache-memory-bytes", "1GiB"], ["--max-num-seqs", "9000"], ["--swap-space", "3", "--max-model-len", "500"]],
+)
+def test_with_each_change_of_a_refusal_it_fits(
+    model: Path, capsys: pytest.CaptureFixture[str], asked: list[str]
+) -> None:
+    """P3."""
+    assert main(["fit", str(model), "--memory", "16MiB", *asked]) == 12
+    fixes = re.findall(r"^fix +(.*)$", capsys.readouterr().err, re.MULTILINE)[0].split(", or ")
+    assert len(fixes) == 2
+    for fix in fixes:
+        fitted(capsys, str(model), "--memory", "16MiB", *asked, *fix.split())
+
+
+def test_what_it_offers_a_gpus_start_takes(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """P3: so many more requests than by default that their steps take what the cache would."""
+    program = tmp_path / "nvidia-smi"
+    program.write_text('#!/bin/sh\necho "Small, 800, 800"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    rows = fitted(capsys, str(model))["gpus"][0]["choices"]
+    assert any("--max-num-seqs" in row["flags"] for row in rows)
+    for row in rows:
+        config = options.parse([str(model), *row["flags"].split()], {}).config
+        sizes = ModelSizes.of(config, open_checkpoint(resolve_metadata(config.model), with_tensors=False).spec)
+        plan = plan_memory(config, sizes, CUDA, int(800 * 2**20 * 0.9))
+        assert plan.num_blocks * config.cache.block_size >= row["requests"] * row["context"]
+        assert plan.max_num_seqs >= row["requests"]
 
 
 def test_where_the_memory_would_go_is_listed(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -117,7 +155,7 @@ def test_each_gpu_has_a_verdict(
     assert main(["fit", str(model)]) == 0
     first, second = capsys.readouterr().out.splitlines()[-2:]
     assert first.startswith("gpu 0    H100, 4.00 GiB free: context 512 x")
-    assert second == "gpu 1    Tiny, 0.00 GiB free: does not fit"
+    assert second == "gpu 1    Tiny, 0.00 GiB free: does not fit; a start with these options needs --device cpu"
 
 
 class Hub(BaseHTTPRequestHandler):

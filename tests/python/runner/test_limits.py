@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 from dataclasses import fields, replace
 from pathlib import Path
@@ -41,24 +42,30 @@ def config(**options: Any) -> Config:
     return found
 
 
-def plan(spec: ModelSpec, free: int = 10 * GIB, machine: Machine = CPU, **options: Any) -> MemoryPlan:
+def plan(spec: ModelSpec, free: int = 10 * GIB, machine: Machine = CPU, host: int = 0, **options: Any) -> MemoryPlan:
     found = config(**options)
-    return plan_memory(found, ModelSizes.of(found, spec), machine, free)
+    return plan_memory(found, ModelSizes.of(found, spec), machine, free, host)
 
 
-def refused(spec: ModelSpec, free: int = 10 * GIB, machine: Machine = CPU, **settings: Any) -> StartupFailure:
-    """Also takes every flag of the fix, one at a time, and sees that it helps."""
+def refused(
+    spec: ModelSpec, free: int = 10 * GIB, machine: Machine = CPU, host: int = 0, num_fixes: int = 2, **settings: Any
+) -> StartupFailure:
+    """Also takes each of the fixes, as a command line has it, and sees that it helps."""
     with pytest.raises(StartupError) as caught:
-        plan(spec, free, machine, **settings)
+        plan(spec, free, machine, host, **settings)
     failure = caught.value.failure
     assert (failure.code, failure.exit_code) == ("HS-E026", 12)
-    for flag in failure.fix.split(", or "):
-        if flag.startswith("--"):
-            name = flag.split()[0][2:].replace("-", "_")
-            value = options.parse(["m", *flag.split()], {}).config
-            changed = settings | {name: next(vars(g)[name] for g in vars(value).values() if name in vars(g))}
-            share = changed.get("gpu_memory_utilization", 0.9) - settings.get("gpu_memory_utilization", 0.9)
-            plan(spec, free + int(share * machine.total_bytes), machine, **changed)
+    fixes = [fix for fix in failure.fix.split(", or ") if fix.startswith("--")]
+    assert len(set(fixes)) == num_fixes, failure.fix
+    for fix in fixes:
+        parsed = options.parse(["m", *fix.split()], {})
+        said = {name: value for group in vars(parsed.config).values() for name, value in vars(group).items()}
+        changed = settings | {name: said[name] for name in parsed.origins if name != "model"}
+        share = changed.get("gpu_memory_utilization", 0.9) - settings.get("gpu_memory_utilization", 0.9)
+        there = (host, CPU) if changed.get("device") == "cpu" else (free + int(share * machine.total_bytes), machine)
+        plan(spec, *there, **changed)
+        tokens, seqs = changed.get("max_num_batched_tokens", 0), changed.get("max_num_seqs", 0)
+        assert not 0 < tokens < seqs, f"the core refuses {fix}"
     return failure
 
 
@@ -126,11 +133,11 @@ def test_what_the_user_set_is_never_shrunk(spec: ModelSpec) -> None:
     assert (found.max_num_seqs, found.max_batched_tokens) == (256, 8192)
     failure = refused(spec, 2 * GIB, CUDA, max_num_seqs=2048, max_num_batched_tokens=8192)
     assert "8192 tokens and 2048 requests" in failure.what
-    assert failure.fix == "--max-num-seqs 512"
+    assert failure.fix == "--max-num-seqs 512, or --max-num-batched-tokens 2048 --max-num-seqs 1024"
     failure = refused(spec, 1400 * MIB, CUDA, max_num_seqs=256, max_num_batched_tokens=65_536)
-    assert re.fullmatch(r"--max-num-batched-tokens \d+", failure.fix)
+    assert re.match(r"--max-num-batched-tokens \d+, or --max-num-batched-tokens ", failure.fix)
     both = refused(spec, 2 * GIB, CUDA._replace(total_bytes=8 * GIB), gpu_memory_utilization=0.5, max_num_seqs=2048)
-    assert re.fullmatch(r"--gpu-memory-utilization 0\.\d\d, or --max-num-seqs \d+", both.fix)
+    assert re.fullmatch(r"--gpu-memory-utilization 0\.\d+, or --max-num-seqs \d+", both.fix)
 
 
 def test_fewer_tokens_a_step_than_the_default_of_requests_are_fewer_requests(spec: ModelSpec) -> None:
@@ -197,11 +204,14 @@ def test_a_swap_space_is_part_of_the_hosts_memory_and_not_of_a_gpus(spec: ModelS
     on_gpu = plan(spec, machine=CUDA, swap_space=100)
     assert on_gpu.num_host_blocks == 102_400
     assert "swap space" not in dict(on_gpu.rows)
-    sizes = ModelSizes.of(Config(), spec)
-    check_swap_space(config(swap_space=7), sizes, 8 * GIB)
-    with pytest.raises(StartupError, match="12 GiB does not fit") as caught:
-        check_swap_space(config(swap_space=12), sizes, 8 * GIB)
-    assert "--swap-space 7.2" in caught.value.failure.fix
+    check_swap_space(config(swap_space=7), CUDA, 8 * GIB)
+    check_swap_space(config(swap_space=12), CPU, 8 * GIB)  # the plan has it
+    for wanted, free, fix in ((12, 8 * GIB, "--swap-space 7.2, or --swap-space 0"), (1, 90 * MIB, "--swap-space 0")):
+        with pytest.raises(StartupError, match=f"{wanted} GiB does not fit") as caught:
+            check_swap_space(config(swap_space=wanted), CUDA, free)
+        assert caught.value.failure.fix == fix
+        for flag in fix.split(", or "):
+            check_swap_space(config(swap_space=float(flag.split()[1])), CUDA, free)
 
 
 def test_whether_to_swap_or_to_compute_again_follows_from_the_rates(spec: ModelSpec) -> None:
@@ -215,7 +225,7 @@ def test_whether_to_swap_or_to_compute_again_follows_from_the_rates(spec: ModelS
 
 
 def test_a_model_that_does_not_fit_is_refused(spec: ModelSpec) -> None:
-    failure = refused(spec, 100 * MIB)
+    failure = refused(spec, 100 * MIB, num_fixes=0)
     assert "the model does not fit" in failure.what
     assert "100 MiB are free" in failure.why
     assert "a smaller model" in failure.fix
@@ -239,3 +249,111 @@ def test_yarn_extends_the_context_by_its_factor(tmp_path: Path) -> None:
     scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
     spec = spec_of_folder(make_tiny_model(tmp_path, rope_scaling=scaling))
     assert longest_context(spec, 0) == 2048
+
+
+@pytest.fixture(scope="module")
+def of_8b(spec: ModelSpec) -> ModelSpec:
+    """15 GiB of weights in 16 bits, 128 KiB of cache a token."""
+    sizes = {"num_heads": 32, "head_dim": 128, "hidden_size": 4096, "intermediate_size": 14336}
+    changed: Any = sizes | {"vocab_size": 128_256, "max_position": 131_072}
+    return replace(spec, **changed)
+
+
+def gpu(gib: int) -> Machine:
+    return CUDA._replace(total_bytes=gib * GIB)
+
+
+# Of a small model of 0.4 GiB with a context of 1600 tokens on a CPU, and of one of 8B on a GPU: what was asked for,
+# what does not fit, and the first word of each fix.
+REFUSALS_ON_A_CPU: list[tuple[int, dict[str, Any], str, list[str]]] = [
+    (1200, {"dtype": "float32", "max_model_len": 1600}, "KV cache is too small", ["--max-model-len", "--dtype"]),
+    (1200, {"kv_cache_memory_bytes": 4 * GIB}, "a KV cache of 4096 MiB", ["--kv-cache-memory-bytes"] * 2),
+    (1200, {"kv_cache_memory_bytes": MIB}, "KV cache is too small", ["--kv-cache-memory-bytes", "--max-model-len"]),
+    (1200, {"num_gpu_blocks_override": 9000}, "a KV cache of 9000 MiB", ["--num-gpu-blocks-override"] * 2),
+    (1200, {"num_gpu_blocks_override": 3}, "KV cache is too small", ["--num-gpu-blocks-override", "--max-model-len"]),
+    (560, {"max_model_len": 1600}, "KV cache is too small", ["--max-model-len", "--kv-cache-memory-bytes"]),
+    (1200, {"swap_space": 4.0}, "the model does not fit", ["--swap-space"] * 2),
+    (1200, {"max_num_seqs": 4096}, "4096 requests", ["--max-num-seqs"] * 2),
+    (1200, {"max_num_batched_tokens": 100_000}, "steps of 100000 tokens", ["--max-num-batched-tokens"] * 2),
+    (
+        1200,
+        {"max_num_seqs": 5000, "max_num_batched_tokens": 100_000, "max_model_len": 1600, "swap_space": 4.0},
+        "the model does not fit",
+        ["--swap-space", "--max-model-len"],
+    ),
+]
+REFUSALS_ON_A_GPU: list[tuple[int, int, dict[str, Any], str, list[str]]] = [
+    (24, 64, {"max_model_len": 131_072}, "KV cache is too small", ["--max-model-len", "--device"]),
+    (24, 0, {"max_model_len": 131_072}, "KV cache is too small", ["--max-model-len"] * 2),
+    (16, 64, {}, "the model does not fit", ["--gpu-memory-utilization", "--max-model-len"]),
+    (80, 0, {"gpu_memory_utilization": 0.15}, "the model does not fit", ["--gpu-memory-utilization"] * 2),
+    (80, 0, {"num_gpu_blocks_override": 10**6}, "a KV cache of 2000000 MiB", ["--num-gpu-blocks-override"] * 2),
+    (80, 0, {"kv_cache_memory_bytes": 200 * GIB}, "a KV cache of 204800 MiB", ["--kv-cache-memory-bytes"] * 2),
+    (
+        24,
+        0,
+        {"kv_cache_memory_bytes": 99 * GIB, "max_model_len": 131_072},
+        "a KV cache",
+        ["--kv-cache-memory-bytes"] * 2,
+    ),
+    (80, 0, {"max_num_seqs": 60_000}, "60000 requests", ["--max-num-seqs", "--enforce-eager"]),
+    (24, 0, {"max_num_seqs": 8192, "max_num_batched_tokens": 65_536}, "steps", ["--max-num-batched-tokens"] * 2),
+    (
+        24,
+        0,
+        {"max_num_seqs": 8192, "max_num_batched_tokens": 65_536, "max_model_len": 131_072, "swap_space": 1.0}
+        | {"kv_cache_memory_bytes": 30 * GIB},
+        "steps",
+        ["--kv-cache-memory-bytes"] * 2,
+    ),
+]
+
+
+@pytest.mark.parametrize(("mib", "settings", "what", "flags"), REFUSALS_ON_A_CPU)
+def test_every_refusal_on_a_cpu_names_two_changes_that_fit(
+    spec: ModelSpec, mib: int, settings: dict[str, Any], what: str, flags: list[str]
+) -> None:
+    """P3."""
+    failure = refused(spec, mib * MIB, **settings)
+    assert what in failure.what
+    assert [fix.split()[0] for fix in failure.fix.split(", or ")] == flags, failure.fix
+
+
+@pytest.mark.parametrize(("gib", "host_gib", "settings", "what", "flags"), REFUSALS_ON_A_GPU)
+def test_every_refusal_on_a_gpu_names_two_changes_that_fit(
+    of_8b: ModelSpec, gib: int, host_gib: int, settings: dict[str, Any], what: str, flags: list[str]
+) -> None:
+    """P3."""
+    free = int(settings.get("gpu_memory_utilization", 0.9) * gib * GIB)
+    failure = refused(of_8b, free, gpu(gib), host_gib * GIB, **settings)
+    assert what in failure.what
+    assert [fix.split()[0] for fix in failure.fix.split(", or ")] == flags, failure.fix
+
+
+def test_what_no_option_makes_fit_needs_another_model_or_machine(of_8b: ModelSpec) -> None:
+    assert "a smaller model" in refused(of_8b, 7 * GIB, gpu(8), num_fixes=0).fix
+    assert refused(of_8b, 7 * GIB, gpu(8), 64 * GIB, num_fixes=1).fix == "--device cpu"
+
+
+def test_whatever_was_asked_for_a_refusal_helps(spec: ModelSpec) -> None:
+    """P3: random options on random machines; where there is room for the model and a small cache, two changes."""
+    dice, num_refused = random.Random(7), 0
+    choices: dict[str, list[Any]] = {
+        "max_num_seqs": [1, 16, 300, 5000],
+        "max_num_batched_tokens": [5000, 100_000],
+        "max_model_len": [300, 9000, 131_072],
+        "kv_cache_memory_bytes": [MIB, 300 * MIB, 20 * GIB],
+        "swap_space": [0.5, 30.0],
+        "enforce_eager": [True],
+        "block_size": [64],
+    }
+    long = replace(spec, max_position=131_072)
+    for _ in range(40):
+        settings = {name: dice.choice(values) for name, values in choices.items() if dice.random() < 0.4}
+        machine, total = dice.choice([CPU, CUDA, gpu(4)]), dice.randint(1200, 3600) * MIB
+        try:
+            plan(long, total, machine, **settings)
+        except StartupError:
+            num_refused += 1
+            refused(long, total, machine, **settings)
+    assert num_refused > 15
