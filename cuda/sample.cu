@@ -78,6 +78,7 @@ void sample(const Sample& a) {
   p.num_logprobs = a.num_logprobs.as<int32_t>();
   p.adjust_start = a.adjust_start.as<int32_t>(), p.adjust_ids = a.adjust_ids.as<int32_t>();
   p.adjust_flags = a.adjust_flags.as<int32_t>(), p.adjust_add = a.adjust_add.as<float>();
+  p.adjust_stride = a.adjust_ids.strides[0];
   p.seeds = a.seeds.as<uint64_t>();
   p.logits_row = a.logits.strides[0], p.logprobs_row = a.logprobs.strides[0];
   p.logprob_ids_row = a.logprob_ids.strides[0];

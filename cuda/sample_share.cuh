@@ -13,7 +13,7 @@ struct SampleParams {
   const float* adjust_add;
   const uint64_t* seeds;
   float4* scratch;  // where a team of one keeps its share; `scratch_row` apart
-  int64_t logits_row, logprobs_row, logprob_ids_row, scratch_row;
+  int64_t logits_row, logprobs_row, logprob_ids_row, scratch_row, adjust_stride;
   int rows, vocab, width, share;
 };
 
@@ -120,12 +120,15 @@ class RowShare {
 
   // --- Penalties and additions
 
+  __device__ int32_t id_of(int entry) const { return p_.adjust_ids[entry * p_.adjust_stride]; }
+  __device__ int32_t flags_of(int entry) const { return p_.adjust_flags[entry * p_.adjust_stride]; }
+
   // Entries of a row are independent if their ids ascend; else one thread takes
   // them in order.
   __device__ bool ascending() const {
     bool mine = true;
     for (int i = entries_begin_ + 1 + static_cast<int>(threadIdx.x); i < entries_end_; i += sample_threads)
-      mine = mine && p_.adjust_ids[i - 1] < p_.adjust_ids[i];
+      mine = mine && id_of(i - 1) < id_of(i);
     return __syncthreads_and(mine) != 0;
   }
   // Those of this block's tokens: body(entry, place in the share).
@@ -134,7 +137,7 @@ class RowShare {
     const int begin = entries_begin_ + (parallel ? static_cast<int>(threadIdx.x) : 0);
     if (!parallel && threadIdx.x != 0) return;
     for (int i = begin; i < entries_end_; i += parallel ? sample_threads : 1) {
-      const int at = p_.adjust_ids[i] - first_id_;
+      const int at = id_of(i) - first_id_;
       if (at >= 0 && at < size_) body(i, at);
     }
   }
@@ -145,13 +148,13 @@ class RowShare {
     each_entry(parallel, [&](int, int at) { values[at] = logits_[first_id_ + at]; });
     each_entry(parallel, [&](int i, int at) {
       float x = values[at];
-      if ((p_.adjust_flags[i] & 1) != 0) x = x > 0.0f ? x / penalty : x * penalty;
-      values[at] = x + p_.adjust_add[i];
+      if ((flags_of(i) & 1) != 0) x = x > 0.0f ? x / penalty : x * penalty;
+      values[at] = x + p_.adjust_add[i * p_.adjust_stride];
     });
     each_entry(parallel, [&](int, int at) { values[at] = clean(values[at]); });
     bool restricts = false;
     for (int i = entries_begin_ + static_cast<int>(threadIdx.x); i < entries_end_; i += sample_threads)
-      restricts = restricts || (p_.adjust_flags[i] & 2) != 0;
+      restricts = restricts || (flags_of(i) & 2) != 0;
     if (__syncthreads_or(restricts) != 0) keep_allowed();
     Mine mine;
     for (int q = threadIdx.x; q < quads_; q += sample_threads) mine.note(values_[q], q);
@@ -162,7 +165,7 @@ class RowShare {
     for (int i = threadIdx.x; i < (size_ + 31) / 32; i += sample_threads) allowed_[i] = 0;
     __syncthreads();
     each_entry(true, [&](int i, int at) {
-      if ((p_.adjust_flags[i] & 2) != 0) atomicOr(allowed_ + at / 32, 1u << (at % 32));
+      if ((flags_of(i) & 2) != 0) atomicOr(allowed_ + at / 32, 1u << (at % 32));
     });
     __syncthreads();
     for (int q = threadIdx.x; q < quads_; q += sample_threads) {

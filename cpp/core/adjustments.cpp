@@ -1,6 +1,7 @@
 #include "core/adjustments.h"
 
 #include <algorithm>
+#include <bit>
 #include <limits>
 
 #include "core/request.h"
@@ -55,17 +56,14 @@ void Adjustments::observe(Token token) {
   if (repetition_) entry.flags |= seen;
 }
 
-int64_t Adjustments::write(int64_t num_generated, const AdjustmentColumns& out) const {
+int64_t Adjustments::write(int64_t num_generated, AdjustmentEntry* out) const {
   int64_t n = 0;
   for (const Entry& entry : entries_) {
     float add = entry.bias;
     if (entry.count > 0) add -= frequency_penalty_ * static_cast<float>(entry.count) + presence_penalty_;
     if (entry.stops && num_generated < min_tokens_) add = -std::numeric_limits<float>::infinity();
     if (add == 0 && entry.flags == 0) continue;
-    out.ids[n] = entry.id;
-    out.add[n] = add;
-    out.flags[n] = entry.flags;
-    ++n;
+    out[n++] = {entry.id, std::bit_cast<int32_t>(add), entry.flags};
   }
   return n;
 }

@@ -3,6 +3,7 @@
 // none.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <span>
 #include <vector>
@@ -13,12 +14,8 @@ namespace hybrid {
 
 struct RequestSpec;
 
-// Where a batch wants the entries: three columns with room for size() entries.
-struct AdjustmentColumns {
-  int32_t* ids;
-  float* add;
-  int32_t* flags;
-};
+// An entry as a batch has it: the token's id, the bits of the f32 that is added to its logit, flags.
+using AdjustmentEntry = std::array<int32_t, 3>;
 
 class Adjustments {
  public:
@@ -36,8 +33,8 @@ class Adjustments {
   int64_t traits() const { return penalises_ + 2 * allow_list_; }  // what besides the size says how they grow
 
   void observe(Token token);  // a token of the output
-  // Writes the entries for picking the token after `num_generated` ones; returns how many.
-  int64_t write(int64_t num_generated, const AdjustmentColumns& out) const;
+  // Writes the entries for picking the token after `num_generated` ones, at most size(); returns how many.
+  int64_t write(int64_t num_generated, AdjustmentEntry* out) const;
 
  private:
   struct Entry {

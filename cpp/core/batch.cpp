@@ -3,10 +3,19 @@
 #include <algorithm>
 #include <bit>
 #include <cstring>
+#include <tuple>
 
 #include "common/check.h"
 
 namespace hybrid {
+
+namespace {
+
+constexpr int64_t entry_words = std::tuple_size_v<AdjustmentEntry>;
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace
 
 BatchLayout::BatchLayout(const Config& config) {
   invariant(config.max_adjustments > 0, "the configuration was not validated");
@@ -35,15 +44,14 @@ BatchLayout::BatchLayout(const Config& config) {
       {"prefix_lens", "int32", 4, seqs, 0},
       {"kv_start", "int32", 4, seqs + 1, 0},
       {"kv_blocks", "int32", 4, blocks, 0},
-      {"adjust_ids", "int32", 4, adjustments, 0},
-      {"adjust_add", "float32", 4, adjustments, 0},
-      {"adjust_flags", "int32", 4, adjustments, 0},
+      {"adjustments", "int32", 4, entry_words * (ceil_div(blocks, entry_words) + adjustments), 0},
       {"swap_src", "int32", 4, config.num_host_blocks, 0},
       {"swap_dst", "int32", 4, config.num_host_blocks, 0},
   };
   for (Column& column : columns_) {
-    column.offset = bytes_;
-    bytes_ += (column.item_bytes * column.capacity + alignment - 1) / alignment * alignment;
+    const bool shares = &column == &columns_[static_cast<size_t>(Col::adjustments)];
+    column.offset = shares ? (&column - 1)->offset : bytes_;
+    bytes_ = column.offset + ceil_div(column.item_bytes * column.capacity, alignment) * alignment;
   }
 }
 
@@ -74,19 +82,18 @@ BatchWriter::BatchWriter(const Config& config, const BatchLayout& layout, std::s
     column(Col::prefix_lens, a.prefix_lens);
     column(Col::kv_start, a.kv_start);
     column(Col::kv_blocks, a.kv_blocks);
-    column(Col::adjust_ids, a.adjust_ids);
-    column(Col::adjust_add, a.adjust_add);
-    column(Col::adjust_flags, a.adjust_flags);
+    column(Col::adjustments, a.adjustments);
     column(Col::swap_src, a.swap_src);
     column(Col::swap_dst, a.swap_dst);
     arenas_.push_back(a);
   }
 }
 
-void BatchWriter::begin(int64_t step) {
+void BatchWriter::begin(int64_t step, int64_t num_blocks) {
   batch_ = Batch{.step = step, .arena = step % static_cast<int64_t>(arenas_.size())};
   at_ = arenas_[static_cast<size_t>(batch_.arena)];
-  at_.query_start[0] = at_.kv_start[0] = at_.adjust_start[0] = at_.prefix_start[0] = 0;
+  at_.query_start[0] = at_.kv_start[0] = at_.prefix_start[0] = 0;
+  at_.adjust_start[0] = static_cast<int32_t>(ceil_div(num_blocks, entry_words));
 }
 
 int32_t BatchWriter::add(const Request& request, int64_t num_new, bool is_decode) {
@@ -137,12 +144,10 @@ void BatchWriter::add_sample(const Request& request, int64_t position) {
   at_.num_logprobs[row] = static_cast<int32_t>(sampling.num_logprobs);
   at_.seeds[row] = std::bit_cast<int64_t>(sampling.seed);
   at_.sample_positions[row] = static_cast<int32_t>(position);
-  if (!request.adjustments.empty()) {
-    const int64_t n = batch_.num_adjustments;
-    batch_.num_adjustments += request.adjustments.write(request.num_generated(),
-                                                        {at_.adjust_ids + n, at_.adjust_add + n, at_.adjust_flags + n});
-  }
-  at_.adjust_start[row + 1] = static_cast<int32_t>(batch_.num_adjustments);
+  int32_t end = at_.adjust_start[row];
+  if (!request.adjustments.empty())
+    end += static_cast<int32_t>(request.adjustments.write(request.num_generated(), at_.adjustments + end));
+  at_.adjust_start[row + 1] = end;
 }
 
 void BatchWriter::add_prefix(int64_t num_decodes, int64_t num_tokens) {
@@ -197,9 +202,11 @@ const Batch& BatchWriter::finish(const CopyList& copies, const CopyList& swap_ou
     }
   }
   pad();
-  const Column& last = layout_[batch_.num_adjustments > 0 ? Col::adjust_flags : Col::kv_blocks];
-  batch_.bytes_used = last.offset + last.item_bytes * (batch_.num_adjustments > 0 ? batch_.num_adjustments
-                                                                                  : at_.kv_start[batch_.num_seqs]);
+  const int64_t first = at_.adjust_start[0], end = at_.adjust_start[batch_.num_sampled];
+  const int64_t num_blocks = at_.kv_start[batch_.num_seqs];
+  batch_.num_adjustments = end - first;
+  invariant(end == first || num_blocks <= first * entry_words, "adjustments among the blocks");
+  batch_.bytes_used = layout_[Col::kv_blocks].offset + 4 * (end > first ? end * entry_words : num_blocks);
   const int64_t header[BatchLayout::header_size] = {
       batch_.step,          batch_.num_tokens,  batch_.num_seqs,      batch_.num_decodes,     batch_.num_sampled,
       batch_.max_query_len, batch_.max_seq_len, batch_.num_copies,    batch_.num_adjustments, batch_.bytes_used,

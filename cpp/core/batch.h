@@ -19,8 +19,8 @@ struct Column {
   int64_t item_bytes, capacity, offset;
 };
 
-// Order of the columns. The ragged ones come last, hence the used range of most batches is one prefix of the arena.
-// What is swapped stands behind that: only the host reads it.
+// Order of the columns. The ragged ones come last and share their memory: adjustments lie where the batch's blocks end,
+// hence what a batch uses is one short prefix of the arena. What is swapped stands behind that: only the host reads it.
 enum class Col : uint8_t {
   header,
   token_ids,
@@ -44,9 +44,7 @@ enum class Col : uint8_t {
   prefix_lens,
   kv_start,
   kv_blocks,
-  adjust_ids,
-  adjust_add,
-  adjust_flags,
+  adjustments,  // AdjustmentEntry, from adjust_start[0] on; begins with kv_blocks
   swap_src,
   swap_dst
 };
@@ -85,7 +83,8 @@ class BatchWriter {
   // `arenas`: memory that others own, layout.bytes() each, 8-byte aligned.
   BatchWriter(const Config& config, const BatchLayout& layout, std::span<std::byte* const> arenas);
 
-  void begin(int64_t step);
+  // `num_blocks`: as many as the batch is going to list, if any row of it has adjustments.
+  void begin(int64_t step, int64_t num_blocks);
   // A sequence with its next `num_new` tokens, for which its KV has room. Decodes, whose earlier tokens all were
   // computed by steps before this one, come first. Returns the row of the token that is picked for it, -1 if tokens
   // remain to be computed.
@@ -104,10 +103,9 @@ class BatchWriter {
     float *temperature, *top_p, *min_p, *repetition_penalty;
     int32_t *top_k, *num_logprobs;
     int64_t* seeds;
-    int32_t *sample_positions, *adjust_start, *copy_src, *copy_dst, *prefix_start, *prefix_lens, *kv_start, *kv_blocks,
-        *adjust_ids;
-    float* adjust_add;
-    int32_t *adjust_flags, *swap_src, *swap_dst;
+    int32_t *sample_positions, *adjust_start, *copy_src, *copy_dst, *prefix_start, *prefix_lens, *kv_start, *kv_blocks;
+    AdjustmentEntry* adjustments;
+    int32_t *swap_src, *swap_dst;
   };
   // A captured graph runs with fixed sizes: up to one of those, tokens that belong to nobody and are not stored, and
   // sequences that own nothing and pick a token that nobody reads.

@@ -142,12 +142,19 @@ void Scheduler::write_prefixes() {
     writer_.add_prefix(group.decodes, group.blocks * config_.block_size);
 }
 
+int64_t Scheduler::num_planned_blocks() const {
+  int64_t num_blocks = 0;
+  for (const Planned& planned : plan_)
+    num_blocks += config_.blocks_for(planned.request->num_computed + planned.num_new);
+  return num_blocks;
+}
+
 const Batch* Scheduler::write_batch() {
   const bool shares = config_.min_shared_tokens > 0 && may_begin_alike();
   if (shares) order_plan();
   InFlight& in_flight = batch_of(next_step_);
   in_flight.rows.clear();
-  writer_.begin(next_step_);
+  writer_.begin(next_step_, adjustments_left_ < config_.max_adjustments ? num_planned_blocks() : 0);
   for (const bool decodes : {true, false}) {
     for (const auto& [request, num_new, is_decode] : plan_) {
       if (is_decode != decodes) continue;

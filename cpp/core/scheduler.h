@@ -100,6 +100,7 @@ class Scheduler {
   void block(WaitedFor what);
   void note(StepEvent event, const Request& request, int64_t value, WaitedFor waited_for = WaitedFor::nothing);
   void plan(Request& request, int64_t num_new, bool is_decode);
+  int64_t num_planned_blocks() const;
   const Batch* write_batch();
   bool may_begin_alike();
   void order_plan();

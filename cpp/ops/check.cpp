@@ -35,6 +35,14 @@ class Call {
 
   // Defined, of this dtype and shape, on the call's device, with a contiguous last dimension.
   const Call& tensor(const char* name, const TensorView& t, DType dtype, std::initializer_list<int64_t> shape) {
+    spaced(name, t, dtype, shape);
+    need(t.numel() == 0 || t.shape[t.ndim - 1] == 1 || t.strides[t.ndim - 1] == 1, name,
+         ": the last dimension must be contiguous, its stride is ", t.strides[t.ndim - 1]);
+    return *this;
+  }
+
+  // The same, with entries that may lie apart.
+  const Call& spaced(const char* name, const TensorView& t, DType dtype, std::initializer_list<int64_t> shape) {
     need(t.defined(), name, " is missing");
     need(t.dtype == dtype, name, " is ", name_of(t.dtype), ", expected ", name_of(dtype));
     bool same = t.ndim == static_cast<int32_t>(shape.size());
@@ -42,8 +50,6 @@ class Call {
     if (!same) wrong_shape(name, t, shape);
     if (t.numel() == 0) return *this;
     need(t.data != nullptr, name, " has no data");
-    need(t.shape[t.ndim - 1] == 1 || t.strides[t.ndim - 1] == 1, name,
-         ": the last dimension must be contiguous, its stride is ", t.strides[t.ndim - 1]);
     if (first_ == nullptr) first_ = &t, first_name_ = name;
     need(t.device == first_->device && t.device_index == first_->device_index, name, " and ", first_name_,
          " are on different devices");
@@ -369,16 +375,23 @@ void check(const Sample& a) {
     call.packed(name, *column, DType::i32, {rows});
   call.packed("seeds", a.seeds, DType::i64, {rows});
   call.packed("adjust_start", a.adjust_start, DType::i32, {rows + 1});
-  call.packed("adjust_ids", a.adjust_ids, DType::i32, {any});
-  const int64_t entries = a.adjust_ids.shape[0];
-  call.packed("adjust_add", a.adjust_add, DType::f32, {entries});
-  call.packed("adjust_flags", a.adjust_flags, DType::i32, {entries});
-  call.indices<int32_t>("adjust_ids", a.adjust_ids, 0, vocab);
+  call.spaced("adjust_ids", a.adjust_ids, DType::i32, {any});
+  const int64_t entries = a.adjust_ids.shape[0], stride = a.adjust_ids.strides[0];
+  call.spaced("adjust_add", a.adjust_add, DType::f32, {entries});
+  call.spaced("adjust_flags", a.adjust_flags, DType::i32, {entries});
+  call.need(entries < 2 || (a.adjust_add.strides[0] == stride && a.adjust_flags.strides[0] == stride && stride > 0),
+            "adjust_ids, adjust_add and adjust_flags have strides ", stride, ", ", a.adjust_add.strides[0], " and ",
+            a.adjust_flags.strides[0], ", expected one above 0 for all");
   call.indices<int32_t>("adjust_start", a.adjust_start, 0, entries + 1);
-  if (a.adjust_start.device == Device::cpu)
+  if (a.adjust_start.device == Device::cpu) {
+    const int32_t *start = a.adjust_start.as<int32_t>(), *ids = a.adjust_ids.as<int32_t>();
     for (int64_t r = 0; r < rows; ++r)
-      call.need(a.adjust_start.as<int32_t>()[r] <= a.adjust_start.as<int32_t>()[r + 1], "adjust_start decreases from ",
-                a.adjust_start.as<int32_t>()[r], " to ", a.adjust_start.as<int32_t>()[r + 1], " at row ", r);
+      call.need(start[r] <= start[r + 1], "adjust_start decreases from ", start[r], " to ", start[r + 1], " at row ",
+                r);
+    for (int64_t i = start[0]; i < start[rows]; ++i)  // other entries are nobody's
+      call.need(ids[i * stride] >= 0 && ids[i * stride] < vocab, "adjust_ids holds ", ids[i * stride],
+                ", expected values in [0, ", vocab, ")");
+  }
   if (!a.logprobs.defined()) return;
   call.tensor("logprobs", a.logprobs, DType::f32, {rows, any});
   call.tensor("logprob_ids", a.logprob_ids, DType::i32, {rows, a.logprobs.shape[1]});

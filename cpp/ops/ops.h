@@ -195,7 +195,7 @@ struct Sample {
   TensorView positions;                                      // i32 [rows]: position of the token that is picked
   TensorView num_logprobs;  // i32 [rows]; -1: none, 0: the sampled token only, n: and the n most likely
   TensorView adjust_start;  // i32 [rows + 1]
-  TensorView adjust_ids;    // i32 [entries]
+  TensorView adjust_ids;    // i32 [entries], of any stride, as the next two, with the same one
   TensorView adjust_add;    // f32 [entries]
   TensorView adjust_flags;  // i32 [entries]
   Stream stream;

@@ -6,6 +6,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <deque>
 #include <limits>
@@ -226,7 +227,8 @@ class FakeExecutor {
     for (int64_t row = batch.num_sampled; row < batch.padded_seqs; ++row)
       invariant(at<int32_t>(batch, Col::sample_rows)[row] == 0 && at<float>(batch, Col::temperature)[row] == 0 &&
                     at<int32_t>(batch, Col::num_logprobs)[row] == -1 &&
-                    at<int32_t>(batch, Col::adjust_start)[row + 1] == batch.num_adjustments,
+                    at<int32_t>(batch, Col::adjust_start)[row + 1] ==
+                        at<int32_t>(batch, Col::adjust_start)[batch.num_sampled],
                 "a padding row asks for something");
   }
 
@@ -317,14 +319,15 @@ class FakeExecutor {
                   end = at<int32_t>(batch, Col::adjust_start)[row + 1];
     const float penalty = at<float>(batch, Col::repetition_penalty)[row];
     bool only_allowed = false;
-    for (int32_t i = begin; i < end; ++i) only_allowed |= (at<int32_t>(batch, Col::adjust_flags)[i] & 2) != 0;
+    const auto* entries = at<AdjustmentEntry>(batch, Col::adjustments);
+    for (int32_t i = begin; i < end; ++i) only_allowed |= (entries[i][2] & 2) != 0;
     std::vector<bool> may(logits.size(), !only_allowed);
     for (int32_t i = begin; i < end; ++i) {
-      const int32_t id = at<int32_t>(batch, Col::adjust_ids)[i], flags = at<int32_t>(batch, Col::adjust_flags)[i];
-      invariant(i == begin || at<int32_t>(batch, Col::adjust_ids)[i - 1] < id, "adjustments are not sorted by id");
+      const auto [id, add, flags] = entries[i];
+      invariant(i == begin || entries[i - 1][0] < id, "adjustments are not sorted by id");
       float& l = logits[static_cast<size_t>(id)];
       if (flags & 1) l = l > 0 ? l / penalty : l * penalty;
-      l += at<float>(batch, Col::adjust_add)[i];
+      l += std::bit_cast<float>(add);
       if (flags & 2) may[static_cast<size_t>(id)] = true;
     }
     for (size_t id = 0; id < logits.size(); ++id)

@@ -1,4 +1,5 @@
 // What is refused, with which numbers; adjustments; limits.
+#include <bit>
 #include <set>
 #include <tuple>
 
@@ -155,11 +156,10 @@ TEST(Request, an_impossible_transition_is_an_internal_error) {
 using Entry = std::tuple<Token, float, int32_t>;
 
 std::vector<Entry> written(const Adjustments& adjustments, int64_t num_generated) {
-  std::vector<int32_t> ids(64), flags(64);
-  std::vector<float> add(64);
+  std::vector<AdjustmentEntry> columns(64);
+  columns.resize(static_cast<size_t>(adjustments.write(num_generated, columns.data())));
   std::vector<Entry> entries;
-  const int64_t n = adjustments.write(num_generated, {ids.data(), add.data(), flags.data()});
-  for (size_t i = 0; i < static_cast<size_t>(n); ++i) entries.emplace_back(ids[i], add[i], flags[i]);
+  for (const auto& [id, add, flags] : columns) entries.emplace_back(id, std::bit_cast<float>(add), flags);
   return entries;
 }
 

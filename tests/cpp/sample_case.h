@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <map>
 
@@ -36,16 +37,21 @@ struct Sampled {
 inline std::vector<Sampled> sample_all(const cpu::Kernels& isa, const std::vector<Request>& requests,
                                        int64_t width = 0) {
   const auto rows = static_cast<int64_t>(requests.size()), vocab = static_cast<int64_t>(requests[0].logits.size());
-  std::vector<float> logits, temperature, top_p, min_p, penalty, add;
-  std::vector<int32_t> top_k, positions, num_logprobs, starts{0}, ids, flags;
+  std::vector<float> logits, temperature, top_p, min_p, penalty;
+  std::vector<int32_t> top_k, positions, num_logprobs, starts;
+  // As a batch has them: an id, the bits of what is added, flags; behind something that is nobody's.
+  std::vector<int32_t> entries(6, std::numeric_limits<int32_t>::min());
   std::vector<int64_t> seeds;
+  const auto num_entries = [&] { return static_cast<int32_t>(entries.size() / 3); };
+  starts.push_back(num_entries());
   for (const Request& r : requests) {
     logits.insert(logits.end(), r.logits.begin(), r.logits.end());
     temperature.push_back(r.temperature), top_p.push_back(r.top_p), min_p.push_back(r.min_p);
     penalty.push_back(r.repetition_penalty), top_k.push_back(r.top_k), seeds.push_back(r.seed);
     positions.push_back(r.position), num_logprobs.push_back(r.num_logprobs);
-    for (const Adjustment& a : r.adjustments) ids.push_back(a.id), add.push_back(a.add), flags.push_back(a.flags);
-    starts.push_back(static_cast<int32_t>(ids.size()));
+    for (const Adjustment& a : r.adjustments)
+      entries.insert(entries.end(), {a.id, std::bit_cast<int32_t>(a.add), a.flags});
+    starts.push_back(num_entries());
   }
   OwnedTensor<int32_t> tokens({rows}, -77), ranks({rows}, -77), logprob_ids({rows, std::max<int64_t>(1, width)}, -77);
   OwnedTensor<float> logprobs({rows, std::max<int64_t>(1, width)}, NAN);
@@ -59,7 +65,10 @@ inline std::vector<Sampled> sample_all(const cpu::Kernels& isa, const std::vecto
   a.temperature = column(temperature), a.top_p = column(top_p), a.min_p = column(min_p);
   a.repetition_penalty = column(penalty), a.top_k = column(top_k), a.seeds = column(seeds);
   a.positions = column(positions), a.num_logprobs = column(num_logprobs), a.adjust_start = column(starts);
-  a.adjust_ids = column(ids), a.adjust_add = column(add), a.adjust_flags = column(flags);
+  a.adjust_ids = view_of(entries.data(), DType::i32, {num_entries()});
+  a.adjust_add = view_of(entries.data() + 1, DType::f32, {num_entries()});
+  a.adjust_flags = view_of(entries.data() + 2, DType::i32, {num_entries()});
+  for (TensorView* t : {&a.adjust_ids, &a.adjust_add, &a.adjust_flags}) t->strides[0] = 3;
   a.stream = nullptr;
   isa.sample(a);
   std::vector<Sampled> result;

@@ -32,7 +32,7 @@ class Case {
         top_p({rows}),
         min_p({rows}),
         penalty({rows}),
-        add({entries_of(requests)}),
+        add({3 * entries_of(requests)}),
         tokens({rows}),
         logprob_ids({rows, std::max<int64_t>(1, width)}),
         ranks({rows}),
@@ -40,9 +40,10 @@ class Case {
         positions({rows}),
         num_logprobs({rows}),
         start({rows + 1}),
-        ids({entries_of(requests)}),
-        flags({entries_of(requests)}),
+        ids({3 * entries_of(requests)}),
+        flags({3 * entries_of(requests)}),
         seeds({rows}) {
+    ids.poison(), add.poison(), flags.poison();  // entries are as far apart as in a batch
     size_t next = 0;
     for (size_t r = 0; r < requests.size(); ++r) {
       const Request& q = requests[r];
@@ -51,7 +52,7 @@ class Case {
       positions.host()[r] = static_cast<int32_t>(rng() % 100000);
       seeds.host()[r] = static_cast<int64_t>((uint64_t{rng()} << 32) | rng());
       for (const Entry& e : q.entries) {
-        ids.host()[next] = e.id, add.host()[next] = e.add, flags.host()[next] = e.flags;
+        ids.host()[3 * next] = e.id, add.host()[3 * next] = e.add, flags.host()[3 * next] = e.flags;
         ++next;
       }
       start.host()[r + 1] = static_cast<int32_t>(next);
@@ -74,6 +75,7 @@ class Case {
     a.seeds = seeds.on(device), a.positions = positions.on(device), a.num_logprobs = num_logprobs.on(device);
     a.adjust_start = start.on(device), a.adjust_ids = ids.on(device), a.adjust_add = add.on(device);
     a.adjust_flags = flags.on(device);
+    for (TensorView* t : {&a.adjust_ids, &a.adjust_add, &a.adjust_flags}) t->shape[0] /= 3, t->strides[0] = 3;
     return a;
   }
   // Rows whose tokens differ.
@@ -316,9 +318,9 @@ TEST_F(GpuSample, replays_a_graph_with_padded_rows_and_other_parameters) {
       c.num_logprobs.host()[r] = live ? static_cast<int32_t>(r % 5) - 1 : -1;
       c.positions.host()[r] = static_cast<int32_t>(rng() % 1000);
       for (int e = 0; live && e < static_cast<int>(r % 3) * 100; ++e, ++next) {
-        c.ids.host()[static_cast<size_t>(next)] = 7 * e + static_cast<int32_t>(r);
-        c.add.host()[static_cast<size_t>(next)] = -0.5f;
-        c.flags.host()[static_cast<size_t>(next)] = e % 2;
+        c.ids.host()[static_cast<size_t>(3 * next)] = 7 * e + static_cast<int32_t>(r);
+        c.add.host()[static_cast<size_t>(3 * next)] = -0.5f;
+        c.flags.host()[static_cast<size_t>(3 * next)] = e % 2;
       }
       c.start.host()[r + 1] = next;
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .. import _kernels
@@ -12,6 +13,7 @@ def sample(logits: Tensor, columns: Columns, shape: StepShape, tokens: Tensor) -
     """``logits``: f32 [rows, vocab], overwritten. ``tokens``: i32 [rows], written."""
     rows, width, entries = shape.num_sampled, shape.logprobs_width, shape.num_adjustments
     logprobs = logprob_ids = ranks = None
+    adjustments = columns["adjustments"][: 3 * entries].view(entries, 3)  # an id, the bits of what is added, flags
     if width > 0:
         logprobs = logits.new_empty(rows, width)
         logprob_ids = tokens.new_empty(rows, width)
@@ -31,8 +33,8 @@ def sample(logits: Tensor, columns: Columns, shape: StepShape, tokens: Tensor) -
         columns["sample_positions"][:rows],
         columns["num_logprobs"][:rows],
         columns["adjust_start"][: rows + 1],
-        columns["adjust_ids"][:entries],
-        columns["adjust_add"][:entries],
-        columns["adjust_flags"][:entries],
+        adjustments[:, 0],
+        adjustments.view(torch.float32)[:, 1],
+        adjustments[:, 2],
     )
     return Sampled(tokens, logprobs, logprob_ids, ranks)

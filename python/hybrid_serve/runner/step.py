@@ -27,7 +27,7 @@ class StepShape(NamedTuple):
     max_query_len: int
     logprobs_width: int  # 1 + the most log-probabilities that any row wants; 0: none are wanted
     num_blocks: int  # entries of kv_blocks
-    num_adjustments: int  # entries of adjust_ids
+    num_adjustments: int  # entries of the column, three words each
     num_copies: int
     shares_prefixes: bool  # whether decodes that begin with the same blocks are listed
 
@@ -82,7 +82,7 @@ def exact_shape(batch: Batch, views: ArenaViews) -> StepShape:
         batch.max_query_len,
         _logprobs_width(batch, views),
         int(views.arrays["kv_start"][batch.num_seqs]),
-        batch.num_adjustments,
+        int(views.arrays["adjust_start"][batch.num_sampled]) if batch.num_adjustments else 0,
         batch.num_copies,
         batch.num_prefixes > 0,
     )
@@ -91,7 +91,7 @@ def exact_shape(batch: Batch, views: ArenaViews) -> StepShape:
 def padded_shape(batch: Batch, views: ArenaViews) -> StepShape:
     """Of the batch as the core padded it: few shapes for many batches. Ragged columns count with their capacity."""
     decodes_only = batch.num_decodes == batch.num_seqs
-    entries = views.arrays["kv_blocks"].size, views.arrays["adjust_ids"].size
+    entries = views.arrays["kv_blocks"].size, views.arrays["adjustments"].size // 3
     shape = _shape_of_size(batch.padded_tokens, batch.padded_seqs, decodes_only, *entries)
     return shape._replace(
         logprobs_width=_logprobs_width(batch, views),
@@ -103,7 +103,7 @@ def padded_shape(batch: Batch, views: ArenaViews) -> StepShape:
 def likely_shapes(sizes: PadSizes, layout: Layout) -> list[StepShape]:
     """What ``padded_shape`` gives for batches of these sizes, the most likely first: decodes, then pieces of prompts
     beside few sequences. Without log-probabilities, which few ask for, and shared beginnings, which few have."""
-    entries = layout["kv_blocks"][2], layout["adjust_ids"][2]
+    entries = layout["kv_blocks"][2], layout["adjustments"][2] // 3
     shapes = [_shape_of_size(size, size, True, *entries) for size in sizes.decodes]
     for fewer, seqs in zip((0, *sizes.mixed_seqs), sizes.mixed_seqs, strict=False):
         # So many sequences mean more than ``fewer``, of which each has a token.

@@ -152,6 +152,20 @@ def test_greedy_sampling_takes_the_largest_logit_and_reports_log_probabilities()
     torch.testing.assert_close(out["logprobs"], expected)
 
 
+def test_adjustments_may_lie_apart_behind_what_is_nobodys() -> None:
+    """As a batch has them: an id, the bits of what is added, flags, behind the batch's blocks."""
+    logits = torch.tensor([[1.0, 3.0, 2.0, 0.0]] * 3)
+    entries = ints(10**6, -7, 9, 0, 0, 0, 2, 0, 2, 3, 0, 2).view(4, 3)
+    entries.view(torch.float32)[1, 1] = 9.0
+    apart = {"adjust_start": ints(1, 1, 2, 4), "adjust_ids": entries[:, 0], "adjust_flags": entries[:, 2]}
+    apart["adjust_add"] = entries.view(torch.float32)[:, 1]
+    assert sample(logits, **apart)["tokens"].tolist() == [1, 0, 2]
+    with pytest.raises(ValueError, match="strides 3, 1 and 3"):
+        sample(logits, **apart | {"adjust_add": torch.zeros(4)})
+    with pytest.raises(ValueError, match="adjust_ids holds 1000000"):
+        sample(logits, **apart | {"adjust_start": ints(0, 1, 2, 4)})
+
+
 def test_adjustments_and_the_allowed_set_reach_the_row_they_name() -> None:
     logits = torch.tensor([[1.0, 3.0, 2.0, 0.0]] * 3)
     out = sample(

@@ -13,7 +13,7 @@ from hybrid_serve.runner.graphs import Graphs, Replay
 from hybrid_serve.runner.pad_sizes import PadSizes, pad_sizes
 from hybrid_serve.runner.step import Columns, Compute, Sampled, StepShape, likely_shapes, padded_shape
 
-LAYOUT = {"kv_blocks": (0, "<i4", 900), "adjust_ids": (0, "<i4", 70)}
+LAYOUT = {"kv_blocks": (0, "<i4", 900), "adjustments": (0, "<i4", 210)}
 NOTHING = Sampled(torch.empty(0))
 
 

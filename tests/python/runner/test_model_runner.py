@@ -27,8 +27,8 @@ COLUMNS = {
     "header": "<i8", "token_ids": "<i4", "positions": "<i4", "slots": "<i8", "query_start": "<i4", "seq_lens": "<i4",
     "sample_rows": "<i4", "temperature": "<f4", "top_p": "<f4", "min_p": "<f4", "repetition_penalty": "<f4",
     "top_k": "<i4", "num_logprobs": "<i4", "seeds": "<i8", "sample_positions": "<i4", "adjust_start": "<i4",
-    "copy_src": "<i4", "copy_dst": "<i4", "kv_start": "<i4", "kv_blocks": "<i4", "adjust_ids": "<i4",
-    "adjust_add": "<f4", "adjust_flags": "<i4", "swap_src": "<i4", "swap_dst": "<i4",
+    "copy_src": "<i4", "copy_dst": "<i4", "kv_start": "<i4", "kv_blocks": "<i4", "adjustments": "<i4",
+    "swap_src": "<i4", "swap_dst": "<i4",
 }  # fmt: skip
 CAPACITY = 32
 LAYOUT = {name: (index * 256, dtype, CAPACITY) for index, (name, dtype) in enumerate(COLUMNS.items())}

@@ -109,6 +109,10 @@ class SampleRow {
   T value(const TensorView& column) const {
     return column.as<const T>()[row_];
   }
+  template <class T>
+  static T entry(const TensorView& column, int64_t i) {
+    return column.as<const T>()[i * column.strides[0]];
+  }
   int64_t num_logprobs() const { return value<int32_t>(a_.num_logprobs); }
 
   Candidates everything() {
@@ -121,31 +125,28 @@ class SampleRow {
   }
 
   void adjust() {
-    const int32_t *ids = a_.adjust_ids.as<const int32_t>(), *flags = a_.adjust_flags.as<const int32_t>();
-    const float* add = a_.adjust_add.as<const float>();
     const float penalty = value<float>(a_.repetition_penalty);
     for (int64_t i = begin_; i < end_; ++i) {
-      float& x = logits_[ids[i]];
+      float& x = logits_[entry<int32_t>(a_.adjust_ids, i)];
       saved_[i - begin_] = x;
-      if ((flags[i] & 1) != 0) x = x > 0.0f ? x / penalty : x * penalty;
-      x += add[i];
+      if ((entry<int32_t>(a_.adjust_flags, i) & 1) != 0) x = x > 0.0f ? x / penalty : x * penalty;
+      x += entry<float>(a_.adjust_add, i);
     }
   }
   // Undoes adjust(), last first: an id may have several entries.
   void restore() {
-    const int32_t* ids = a_.adjust_ids.as<const int32_t>();
-    for (int64_t i = end_ - 1; i >= begin_; --i) logits_[ids[i]] = saved_[i - begin_];
+    for (int64_t i = end_ - 1; i >= begin_; --i) logits_[entry<int32_t>(a_.adjust_ids, i)] = saved_[i - begin_];
   }
 
   Candidates candidates() {
-    const int32_t *ids = a_.adjust_ids.as<const int32_t>(), *flags = a_.adjust_flags.as<const int32_t>();
     int64_t size = 0;
     bool ascending = true;
     for (int64_t i = begin_; i < end_; ++i) {
-      if ((flags[i] & 2) == 0) continue;
+      if ((entry<int32_t>(a_.adjust_flags, i) & 2) == 0) continue;
+      const int32_t id = entry<int32_t>(a_.adjust_ids, i);
       if (size == vocab_ && (size = unique(size)) == vocab_) break;  // a row may name an id more than once
-      ascending = ascending && (size == 0 || buffers_.ids[size - 1] < ids[i]);
-      buffers_.ids[size++] = ids[i];
+      ascending = ascending && (size == 0 || buffers_.ids[size - 1] < id);
+      buffers_.ids[size++] = id;
     }
     if (size == 0) return everything();
     if (!ascending) size = unique(size);
