@@ -16,15 +16,18 @@ void Scheduler::check_requests() const {
   using State = Request::State;
   invariant(std::ssize(running_) <= config_.max_num_seqs, "S2: too many requests run");
   invariant(std::ranges::is_sorted(running_, ServedBefore{}), "S5: running requests are out of order");
-  int64_t num_waiting = 0, num_running = 0, num_rows = 0, num_in_flight = 0;
+  int64_t num_waiting = 0, num_running = 0, num_rows = 0, num_in_flight = 0, num_ordered = 0;
   for (const auto& [id, request] : requests_) {
     invariant(request->id == id, "S4: a request is stored under another id");
     num_waiting += request->state == State::waiting;
     num_running += request->state == State::running;
     num_in_flight += request->in_flight;
+    num_ordered += request->is_ordered;
+    invariant(!request->is_ordered || request->state == State::running, "S4: ordered, but not running");
     check_request(*request);
   }
   invariant(num_waiting == waiting_.size() && num_running == std::ssize(running_), "S4: a request is lost or doubled");
+  invariant(num_ordered == decode_order_.size(), "S4: a decode is lost or doubled");
   for (const Request* request : waiting_) invariant(request->state == State::waiting, "S4: in the wrong queue");
   for (const Request* request : running_) invariant(request->state == State::running, "S4: in the wrong queue");
   for (int64_t step = next_step_ - num_in_flight_; step < next_step_; ++step)

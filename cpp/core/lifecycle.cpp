@@ -19,6 +19,7 @@ Scheduler::Scheduler(Config config, std::span<std::byte* const> arenas)
     : config_(validated(config)),
       kv_(config_),
       max_running_(config_.max_num_seqs),
+      decode_order_(config_.blocks_for(config_.min_shared_tokens)),
       writer_(config_, BatchLayout(config_), arenas),
       in_flight_(static_cast<size_t>(config_.depth)),
       outputs_(config_.num_clients, config_.max_num_seqs) {
@@ -150,6 +151,7 @@ void Scheduler::finish(Request& request) {
   if (request.state == Request::State::waiting) waiting_.remove(request);
   if (request.state == Request::State::running)
     running_.erase(std::ranges::lower_bound(running_, &request, ServedBefore{}));
+  decode_order_.remove(request);
   request.move_to(Request::State::finished);
   leave_leader(request);
   queue_followers(request);

@@ -7,8 +7,8 @@ namespace hybrid {
 
 namespace {
 
-// The cut that spares most. common[i]: blocks that decode i begins with like decode i - 1; common[0] says nothing.
-std::vector<PrefixGroup> best_cut(const std::vector<int64_t>& common) {
+// The cut that spares most.
+std::vector<PrefixGroup> best_cut(std::span<const int64_t> common) {
   const size_t count = common.size();
   const auto [least, most] = std::minmax_element(common.begin() + 1, common.end());
   if (*least == *most) return {{static_cast<int64_t>(count), *least}};
@@ -45,11 +45,10 @@ bool begins_before(BlockList a, BlockList b) {
   return order != 0 ? order < 0 : a.size() < b.size();
 }
 
-std::vector<PrefixGroup> group_prefixes(std::span<const BlockList> decodes, int64_t min_blocks) {
-  if (decodes.size() < 2) return {};
-  std::vector<int64_t> common(decodes.size());
-  for (size_t i = 1; i < decodes.size(); ++i)
-    common[i] = std::ranges::mismatch(decodes[i], decodes[i - 1]).in1 - decodes[i].begin();
+int64_t common_beginning(BlockList a, BlockList b) { return std::ranges::mismatch(a, b).in1 - a.begin(); }
+
+std::vector<PrefixGroup> group_prefixes(std::span<const int64_t> common, int64_t min_blocks) {
+  if (common.size() < 2) return {};
   const std::vector<PrefixGroup> cut = best_cut(common);
   int64_t spared = 0;
   for (const PrefixGroup& group : cut) spared += group.blocks * (group.decodes - 1);

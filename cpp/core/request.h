@@ -98,6 +98,8 @@ class Request {
   KVAllocation kv;
   int64_t num_published = 0;   // blocks of kv whose hash the pool was told
   bool just_admitted = false;  // by the batch being planned, which may still compute what is in its blocks
+  bool is_ordered = false;     // in the scheduler's DecodeOrder
+  int64_t planned_for = -1;    // the last step that had it as a decode, where decodes are ordered
   bool may_publish = true;     // false for KV computed before forget_prefixes()
   // While it waits: the KV of its first `num_on_host` tokens, from block `first_on_host` on.
   KVAllocation host;

@@ -3,7 +3,6 @@
 #include <algorithm>
 
 #include "common/check.h"
-#include "core/prefix_groups.h"
 
 namespace hybrid {
 
@@ -66,6 +65,7 @@ bool Scheduler::make_room(Request& request, int64_t num_new) {
 void Scheduler::preempt(Request& request) {
   if (recorder_) recorder_->event(Event::preempt, request.id);
   note(StepEvent::preempted, request, request.num_computed);
+  decode_order_.remove(request);
   kv_.release(request);
   running_.pop_back();
   request.move_to(Request::State::waiting);
@@ -124,22 +124,19 @@ bool Scheduler::may_begin_alike() {
 }
 
 // Brings decodes that begin alike together.
-void Scheduler::order_plan() {
-  const auto is_before = [](const Planned& a, const Planned& b) {
-    if (!a.is_decode || !b.is_decode) return a.is_decode && !b.is_decode;
-    return begins_before(a.request->kv.blocks(), b.request->kv.blocks());
-  };
-  std::ranges::stable_sort(plan_, is_before);
-}
-
-void Scheduler::write_prefixes() {
-  std::vector<BlockList> decodes;
-  for (const auto& [request, num_new, is_decode] : plan_)
-    if (is_decode)
-      decodes.push_back(
-          request->kv.blocks().first(static_cast<size_t>((request->num_computed - num_new) / config_.block_size)));
-  for (const PrefixGroup& group : group_prefixes(decodes, config_.blocks_for(config_.min_shared_tokens)))
-    writer_.add_prefix(group.decodes, group.blocks * config_.block_size);
+void Scheduler::order_decodes() {
+  int64_t num_decodes = 0;
+  for (const auto& [request, num_new, is_decode] : plan_) {
+    if (!is_decode) continue;
+    ++num_decodes;
+    decode_order_.add(*request);
+    request->planned_for = next_step_;
+  }
+  const auto ordered = decode_order_.decodes_of(next_step_, num_decodes);
+  auto next = ordered.begin();
+  for (Planned& planned : plan_)
+    if (planned.is_decode) planned.request = *next++;
+  invariant(next == ordered.end(), "a decode is planned twice, or not ordered");
 }
 
 int64_t Scheduler::num_planned_blocks() const {
@@ -151,7 +148,7 @@ int64_t Scheduler::num_planned_blocks() const {
 
 const Batch* Scheduler::write_batch() {
   const bool shares = config_.min_shared_tokens > 0 && may_begin_alike();
-  if (shares) order_plan();
+  if (shares) order_decodes();
   InFlight& in_flight = batch_of(next_step_);
   in_flight.rows.clear();
   writer_.begin(next_step_, adjustments_left_ < config_.max_adjustments ? num_planned_blocks() : 0);
@@ -169,7 +166,9 @@ const Batch* Scheduler::write_batch() {
       in_flight.rows.push_back({request, num_new, request->num_computed, request->num_preemptions, sampled_row});
     }
   }
-  if (shares) write_prefixes();
+  if (shares)
+    for (const PrefixGroup& group : decode_order_.groups())
+      writer_.add_prefix(group.decodes, group.blocks * config_.block_size);
   const Batch& batch = writer_.finish(copies_, swap_outs_, swap_ins_);
   totals_.blocks_swapped_out += batch.num_swap_outs;
   totals_.blocks_swapped_in += batch.num_swap_ins;

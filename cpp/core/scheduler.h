@@ -14,6 +14,7 @@
 
 #include "core/batch.h"
 #include "core/config.h"
+#include "core/decode_order.h"
 #include "core/kv_cache.h"
 #include "core/outputs.h"
 #include "core/recorder.h"
@@ -103,8 +104,7 @@ class Scheduler {
   int64_t num_planned_blocks() const;
   const Batch* write_batch();
   bool may_begin_alike();
-  void order_plan();
-  void write_prefixes();
+  void order_decodes();
 
   // lifecycle.cpp: how a request comes and goes
   void queue(std::vector<std::unique_ptr<Request>> choices);
@@ -140,6 +140,7 @@ class Scheduler {
 
   // of the batch being planned
   std::vector<Planned> plan_;
+  DecodeOrder decode_order_;
   CopyList copies_, swap_outs_, swap_ins_;
   int64_t tokens_left_ = 0, adjustments_left_ = 0;
   bool short_of_blocks_ = false;

@@ -194,6 +194,24 @@ class FakeExecutor {
       invariant(seq >= batch.num_decodes || start[seq + 1] - start[seq] == 1, "a decode with other than one row");
     check_padding(batch);
     if (batch.num_prefixes > 0) check_prefixes(batch);
+    if (config_.min_shared_tokens > 0) check_kept_order(batch);
+  }
+
+  // Order and groups, which the scheduler keeps from batch to batch, are those that this batch's blocks alone give.
+  void check_kept_order(const Batch& batch) const {
+    const auto *kv_start = at<int32_t>(batch, Col::kv_start), *blocks = at<int32_t>(batch, Col::kv_blocks);
+    std::vector<BlockList> lists;
+    for (int64_t seq = 0; seq < batch.num_decodes; ++seq)
+      lists.emplace_back(blocks + kv_start[seq], blocks + kv_start[seq + 1]);
+    invariant(batch.num_prefixes == 0 || std::ranges::is_sorted(lists, begins_before), "decodes are out of order");
+    std::ranges::sort(lists, begins_before);
+    std::vector<int64_t> common(lists.size());
+    for (size_t i = 1; i < lists.size(); ++i) common[i] = common_beginning(lists[i - 1], lists[i]);
+    std::vector<PrefixGroup> groups;
+    const auto *start = at<int32_t>(batch, Col::prefix_start), *lens = at<int32_t>(batch, Col::prefix_lens);
+    for (int64_t g = 0; g < batch.num_prefixes; ++g)
+      groups.push_back({start[g + 1] - start[g], lens[g] / config_.block_size});
+    invariant(groups == group_prefixes(common, config_.blocks_for(config_.min_shared_tokens)), "other groups");
   }
 
   // Groups are all decodes, and those of one have the blocks in common that it says, filled before this step.

@@ -13,7 +13,9 @@ namespace {
 using Lists = std::vector<std::vector<BlockId>>;
 
 std::vector<PrefixGroup> groups_of(const Lists& lists, int64_t min_blocks) {
-  return group_prefixes(std::vector<BlockList>(lists.begin(), lists.end()), min_blocks);
+  std::vector<int64_t> common(lists.size());
+  for (size_t i = 1; i < lists.size(); ++i) common[i] = common_beginning(lists[i - 1], lists[i]);
+  return group_prefixes(common, min_blocks);
 }
 int64_t spared(const std::vector<PrefixGroup>& groups) {
   int64_t blocks = 0;
@@ -95,6 +97,50 @@ TEST(PrefixGroups, a_batch_lists_its_decodes_by_group_whatever_order_they_came_i
   ASSERT_EQ(batch.num_prefixes, 2);
   EXPECT_EQ(m.column<int32_t>(batch, Col::prefix_start, 3), (std::vector<int32_t>{0, 3, 6}));
   EXPECT_EQ(m.column<int32_t>(batch, Col::prefix_lens, 2), (std::vector<int32_t>{8, 8}));
+}
+
+// What is kept from step to step is what the batch's blocks give (check_kept_order of the harness), whoever comes,
+// ends, is preempted, forks, or waits for a token.
+TEST(PrefixGroups, groups_that_are_kept_are_those_that_would_be_found_anew) {
+  int64_t num_grouped = 0, num_preempted = 0, num_kept = 0;
+  for (uint32_t seed = 0; seed < 60; ++seed) {
+    std::mt19937 rng(seed);
+    Config config = sharing_config();
+    config.depth = 1 + seed % 2, config.min_shared_tokens = 1 + static_cast<int64_t>(rng() % 6);
+    config.num_blocks = 24 + static_cast<int64_t>(rng() % 40), config.max_num_batched_tokens = 24;
+    Machine m(config);
+    RequestId next = 0;
+    std::vector<int32_t> last;
+    for (int round = 0; round < 120; ++round) {
+      if (rng() % 3 == 0 && next < 90) {
+        std::vector<Token> prompt(2 + rng() % 14, static_cast<Token>(rng() % 2));  // of two families, and branches
+        if (prompt.size() > 6 && rng() % 2) prompt[6] = 5;
+        RequestSpec spec{.id = next, .tokens = prompt, .n = 1 + static_cast<int64_t>(rng() % 3)};
+        spec.max_tokens = 2 + static_cast<int64_t>(rng() % 16);
+        spec.priority = static_cast<int64_t>(rng() % 2);
+        if (rng() % 5 == 0) spec.presence_penalty = 1;  // is not in every batch at depth 2
+        m.add(spec);
+        next += 3;
+      }
+      if (rng() % 16 == 0) {
+        const RequestId gone[] = {rng() % (next + 1)};
+        m.scheduler.abort(gone);
+      }
+      if (rng() % 24 == 0) m.scheduler.limit_running(1 + static_cast<int64_t>(rng() % 8));
+      if (const Batch* batch = m.schedule(); batch != nullptr && batch->num_prefixes > 0) {
+        ++num_grouped;
+        const auto groups = m.column<int32_t>(*batch, Col::prefix_start, batch->num_prefixes + 1);
+        num_kept += groups == last;
+        last = groups;
+      }
+      if (!m.in_flight.empty() && (rng() % 4 > 0 || std::ssize(m.in_flight) == config.depth)) m.commit();
+    }
+    m.run();
+    num_preempted += m.scheduler.stats().num_preemptions;
+  }
+  EXPECT_GT(num_grouped, 1000);
+  EXPECT_GT(num_preempted, 100);
+  EXPECT_GT(num_kept, 100);
 }
 
 TEST(PrefixGroups, a_batch_lists_none_unless_it_is_told_to) {
