@@ -283,7 +283,7 @@ REFUSALS_ON_A_CPU: list[tuple[int, dict[str, Any], str, list[str]]] = [
     ),
 ]
 REFUSALS_ON_A_GPU: list[tuple[int, int, dict[str, Any], str, list[str]]] = [
-    (24, 64, {"max_model_len": 131_072}, "KV cache is too small", ["--max-model-len", "--device"]),
+    (24, 64, {"max_model_len": 131_072}, "KV cache is too small", ["--max-model-len"] * 2),
     (24, 0, {"max_model_len": 131_072}, "KV cache is too small", ["--max-model-len"] * 2),
     (16, 64, {}, "the model does not fit", ["--gpu-memory-utilization", "--max-model-len"]),
     (80, 0, {"gpu_memory_utilization": 0.15}, "the model does not fit", ["--gpu-memory-utilization"] * 2),
