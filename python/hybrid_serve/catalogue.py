@@ -164,6 +164,14 @@ _STARTS = (
         "pip install 'hybrid-serve[ray]', RAY_AUTH_MODE=token ray start --head, or what the message says.",
     ),
     _start(
+        48,
+        2,
+        "The executor cannot be used",
+        "--distributed-executor-backend names something that cannot be imported, that is no class, or that has not the "
+        "methods of an executor.",
+        "uni, mp, ray, or PACKAGE.MODULE.CLASS of a package beside the server; the message names what is missing.",
+    ),
+    _start(
         50,
         10,
         "The model has no tokenizer",

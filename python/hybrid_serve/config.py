@@ -56,8 +56,7 @@ class ModelConfig:
         DTypeName, Option("type of weights and cache; auto: the checkpoint's, quantised ones in bfloat16", common=True)
     ] = "auto"
     max_model_len: Annotated[
-        int,
-        Option("longest prompt + reply in tokens; auto: the model's own or what memory allows", "N|auto", common=True),
+        int, Option("longest prompt + reply; auto: the model's own or what memory allows", "N|auto", common=True)
     ] = 0
     seed: Annotated[int, Option("seed of dummy weights and of requests without one; -1: from the system")] = -1
     chat_template: Annotated[str, Option("Jinja file, or the template itself; default: the model's own")] = ""
@@ -107,8 +106,7 @@ class EngineConfig:
     device: Annotated[Literal["auto", "cpu", "cuda"], Option("auto: CUDA where it is, else CPU", common=True)] = "auto"
     cpu_threads: Annotated[int, Option("CPU threads of each engine; 0: the usable cores, divided among them")] = 0
     batch_invariant: Annotated[
-        bool,
-        Option("CUDA: the same bits for a request in any batch; large products then run without cuBLASLt, slower"),
+        bool, Option("CUDA: the same bits for a request in any batch; large products run without cuBLASLt, slower")
     ] = False
     enforce_eager: Annotated[bool, Option("CUDA: launch kernel by kernel, capture no graphs")] = False
 
@@ -135,9 +133,11 @@ class ParallelConfig:
     data_parallel_hybrid_lb: Annotated[bool, Option("API servers use the engines of their own machine only")] = False
     data_parallel_external_lb: Annotated[bool, Option("each engine is a server of its own; needs the rank")] = False
     data_parallel_backend: Annotated[
-        Literal["mp", "ray"],
-        Option("ray: engines run on nodes of a Ray cluster; needs the extra", short="--distributed-executor-backend"),
+        Literal["mp", "ray"], Option("ray: engines run on nodes of a Ray cluster; needs the extra")
     ] = "mp"
+    distributed_executor_backend: Annotated[
+        str, Option("what computes: uni, in the engine; mp, its worker process; your class; ray", "uni|mp|ray|CLASS")
+    ] = "uni"
     insecure_ray: Annotated[bool, Option("allow a Ray cluster without token authentication")] = False
     data_parallel_prefix_affinity: Annotated[
         bool, Option("give prompts with the same beginning to the same engine, unless it has much more to do")
@@ -145,9 +145,13 @@ class ParallelConfig:
     headless: Annotated[bool, Option("engines without API servers, which join a head on another machine")] = False
 
     @property
+    def is_ray(self) -> bool:
+        return "ray" in (self.data_parallel_backend, self.distributed_executor_backend)
+
+    @property
     def local_ranks(self) -> range:
         """Of the engines that this machine's supervisor starts."""
-        if self.data_parallel_backend == "ray":
+        if self.is_ray:
             return range(0)
         if self.data_parallel_rank >= 0:
             return range(self.data_parallel_rank, self.data_parallel_rank + 1)
@@ -194,8 +198,7 @@ class ServerConfig:
         str, Option("YAML file of keys with names, scopes and limits, read again when it changes", "FILE")
     ] = ""
     prefix_cache_scope: Annotated[
-        PrefixCacheScope,
-        Option("who shares the KV of equal prompts; auto: where there are several keys, each key alone"),
+        PrefixCacheScope, Option("who shares the KV of equal prompts; auto: each key alone, if there are several")
     ] = "auto"
     insecure_no_auth: Annotated[bool, Option("allow a host other than loopback without a key")] = False
     disable_docs: Annotated[bool, Option("no GET /docs, no /openapi.json", short="--disable-fastapi-docs")] = False
@@ -225,12 +228,8 @@ class ServerConfig:
     queue_while_loading: Annotated[
         bool, Option("requests wait while the model loads or the engine is restarted, up to max_num_queued_reqs")
     ] = False
-    strict_requests: Annotated[bool, Option("unknown or unused request fields are a 400, not a response header")] = (
-        False
-    )
-    sse_keep_alive_interval: Annotated[float, Option("seconds between comment lines on a silent stream; 0: none")] = (
-        15.0
-    )
+    strict_requests: Annotated[bool, Option("unknown or unused request fields are a 400, not a header")] = False
+    sse_keep_alive_interval: Annotated[float, Option("seconds between comments on a silent stream; 0: none")] = 15.0
     shutdown_timeout: Annotated[float, Option("seconds that running requests get to finish after SIGTERM")] = 30.0
     log_level: Annotated[LogLevel, Option("least level that is logged")] = "info"
     log_format: Annotated[LogFormat, Option("json: one object a line")] = "text"
@@ -337,7 +336,7 @@ def _parallel_problems(config: Config) -> list[tuple[str, str]]:
     """Combinations of the modes that make no sense; ``ParallelConfig`` says what each mode is."""
     parallel, ranks = config.parallel, config.parallel.local_ranks
     is_external, is_hybrid = parallel.data_parallel_rank >= 0, parallel.data_parallel_hybrid_lb
-    size, headless, is_ray = parallel.data_parallel_size, parallel.headless, parallel.data_parallel_backend == "ray"
+    size, headless, is_ray = parallel.data_parallel_size, parallel.headless, parallel.is_ray
     is_outside = bool(ranks) and ranks[-1] >= size and not (headless and size == 1)  # headless need not know the size
     found: list[tuple[str, str]] = []
     if parallel.data_parallel_external_lb and not is_external:
@@ -370,8 +369,9 @@ def _routing_problems(config: Config) -> list[tuple[str, str]]:
     found: list[tuple[str, str]] = []
     if model.model or model.served_model_name:
         found.append(("models", "names all models, as clients do: no MODEL and no served_model_name beside it"))
+    executor = () if parallel.is_ray else ("distributed_executor_backend",)
     set_ones = {name for name, value in vars(parallel).items() if value != getattr(ParallelConfig(), name)}
-    for name in sorted(set_ones - {"data_parallel_size", "data_parallel_prefix_affinity"}):
+    for name in sorted(set_ones - {"data_parallel_size", "data_parallel_prefix_affinity", *executor}):
         found.append((name, "is not for a server of several models, whose engines are all on its machine"))
     return found
 

@@ -21,6 +21,7 @@ from typing_extensions import Buffer
 from hybrid_serve._core import Batch
 from hybrid_serve.config import Config
 from hybrid_serve.engine.executor import ExecutorFacts, Layout
+from hybrid_serve.engine.worker_executor import WorkerExecutor, load_worker
 from hybrid_serve.errors import StartupError
 
 VOCAB_SIZE = 1000
@@ -220,3 +221,7 @@ def load(config: Config, report: Callable[[str, float], None], kind: type[FakeEx
         slow=float(options.get("slow", 0)),
         poison_length=int(options.get("poison_length", MAX_MODEL_LEN + 1)),
     )
+
+
+def load_in_worker(config: Config, report: Callable[[str, float], None]) -> WorkerExecutor:
+    return load_worker(config, report, "fake_executor:load")

@@ -1,7 +1,7 @@
 """Executor: what the loop asks of whatever computes the steps.
 
-``InlineExecutor`` runs the model in the engine's own process; others (ranks in processes of their own) come behind the
-same two names, ``submit`` and ``Pending``.
+``InlineExecutor`` runs the model in the engine's own process, ``worker_executor.WorkerExecutor`` in another; whatever
+else computes comes behind the same names. ``backends.load`` picks one.
 """
 
 from __future__ import annotations

@@ -6,7 +6,6 @@ import ctypes
 import faulthandler
 import gc
 import logging
-import mmap
 import os
 import secrets
 import signal
@@ -30,6 +29,7 @@ from ..heartbeat import STACKS_SIGNAL, EnginePhase, Heartbeat, max_watched_ids
 from ..parallel.lockstep import Lockstep
 from ..sockets import bind_router, connect_dealer
 from ..wire import PROTOCOL_VERSION, EngineFacts, Hello, Kind, Status, engine_identity, pack
+from .arenas import SharedArena
 from .executor import Executor, ExecutorFacts
 from .inbox import Inbox
 from .joint import JointExecutor, JointInbox, SteppingExecutor
@@ -143,8 +143,7 @@ def make_core(config: Config, executor: Executor, facts: ExecutorFacts, num_clie
             "HS-E027", "the capacities do not work together", str(error), "change that option"
         ) from error
     num_bytes, layout = _core.batch_layout(core_config)
-    # Pages of a map are taken when first written: capacity that no batch uses costs nothing.
-    arenas = [mmap.mmap(-1, num_bytes) for _ in range(executor.depth + 1)]
+    arenas = [SharedArena.of_size(num_bytes) for _ in range(executor.depth + 1)]
     executor.bind(arenas, layout)
     return _core.Scheduler(core_config, arenas)
 

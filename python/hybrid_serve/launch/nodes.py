@@ -88,7 +88,7 @@ class Nodes(Neighbours):
         self._nodes: dict[bytes, Node] = {}
         self._refused_told = 0
         # Whether somebody starts again what is lost, and nobody needs to give up requests that wait for it.
-        self._is_managed = parallel.data_parallel_backend == "ray"
+        self._is_managed = parallel.is_ray
         absent = "starting" if self._is_managed else "away"
         self._statuses = {rank: Status(absent, engine=rank) for rank in self._ranks}
         keys = read_key_file(Path(parallel.data_parallel_key_file))

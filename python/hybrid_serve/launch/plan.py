@@ -16,7 +16,7 @@ from ..wire import identity_of
 ENGINE_ENTRY = "hybrid_serve.engine.process:main"
 API_ENTRY = "hybrid_serve.server.process:main"
 RAY_ENTRY = "hybrid_serve.launch.ray:main"
-LOAD_INLINE = "hybrid_serve.engine.executor:load_inline"
+LOAD = "hybrid_serve.engine.backends:load"
 VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
 
 
@@ -65,7 +65,7 @@ def plan(
     place: Front | Joined,
     heartbeat_fds: Sequence[int],
     *,
-    load: str = LOAD_INLINE,
+    load: str = LOAD,
     api_entry: str = API_ENTRY,
     lockstep: bool = False,
     num_cores: int = 0,
@@ -108,7 +108,7 @@ def plan(
         return engines
     addresses |= dict.fromkeys(parallel.remote_ranks, "")  # their status will bring it
     starters = []
-    if parallel.data_parallel_backend == "ray":
+    if parallel.is_ray:
         environment = {} if parallel.insecure_ray else {"RAY_AUTH_MODE": "token"}
         arguments = {"control_address": control, "load": load}
         starters = [ProcessSpec(role="ray", index=0, entry=RAY_ENTRY, arguments=arguments, environment=environment)]

@@ -222,13 +222,14 @@ class Actors:
 
 def node_config(config: Config, rank: int) -> Config:
     """For the headless engine of that rank: what engines need to know, and no key of a client."""
-    server = config.server
+    server, executor = config.server, config.parallel.distributed_executor_backend
     return replace(
         config,
         server=ServerConfig(log_level=server.log_level, log_format=server.log_format),
         parallel=replace(
             config.parallel,
             data_parallel_backend="mp",
+            distributed_executor_backend="uni" if executor == "ray" else executor,
             headless=True,
             data_parallel_start_rank=rank,
             data_parallel_size_local=1,

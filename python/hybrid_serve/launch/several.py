@@ -14,7 +14,7 @@ from ..served import ServedModel
 from ..shared_memory import SharedMemory, shared
 from ..wire import Status
 from . import listener
-from .plan import API_ENTRY, LOAD_INLINE, Front, api_servers
+from .plan import API_ENTRY, LOAD, Front, api_servers
 from .reload import Reload
 from .report import PlainReporter
 from .run_directory import RunDirectory
@@ -26,7 +26,7 @@ def serve(
     config: Config,
     models: Sequence[ServedModel],
     read: Callable[[], Config] | None = None,
-    load: str = LOAD_INLINE,
+    load: str = LOAD,
     api_entry: str = API_ENTRY,
 ) -> int:
     """As ``supervisor.serve``. That a model cannot be loaded ends nothing."""

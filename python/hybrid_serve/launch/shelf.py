@@ -24,7 +24,7 @@ from ..wire import LAST_WORDS_OF, Empty, Kind, Order, StartupFailure, Status, Us
 from .local import Child, death, start
 from .nodes import Neighbours
 from .place import Place, holds, to_put_away
-from .plan import LOAD_INLINE, ProcessSpec, data_address, usable_cores
+from .plan import LOAD, ProcessSpec, data_address, usable_cores
 from .restarts import Restarts
 from .signals import Signals
 
@@ -57,7 +57,7 @@ class Shelf(Neighbours):
     model that is in memory (``keeper.py``), which starts its engines, watches them and starts them again. Knows API
     servers by name and by what they do with a model; no request, and nothing of HTTP."""
 
-    def __init__(self, config: Config, models: Sequence[ServedModel], directory: Path, load: str = LOAD_INLINE) -> None:
+    def __init__(self, config: Config, models: Sequence[ServedModel], directory: Path, load: str = LOAD) -> None:
         """``load``: see ``plan``."""
         super().__init__()
         self._config, self._directory, self._load = config, directory, load

@@ -63,7 +63,7 @@ def serve(
         shared(config.server.api_server_count) as shared_fd,
     ):
         reporter.bound(listener.url(http, "https" if config.server.ssl_certfile else "http"))
-        if config.parallel.data_parallel_backend == "ray":
+        if config.parallel.is_ray:
             config = ray.prepared(config, directory)
         heartbeat_fds = make_heartbeats(config)
         nodes = Nodes(config) if config.parallel.remote_ranks else Neighbours()

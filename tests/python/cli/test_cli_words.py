@@ -74,7 +74,7 @@ def test_config_refuses_what_serve_would(capsys: pytest.CaptureFixture[str], arg
         ),
         (
             "vllm serve m -dp 2 --distributed-executor-backend ray --no-enable-ssl-refresh",
-            "m --data-parallel-size 2 --data-parallel-backend ray --no-enable-ssl-refresh",
+            "m --data-parallel-size 2 --distributed-executor-backend ray --no-enable-ssl-refresh",
             [],
         ),
         (

@@ -128,7 +128,7 @@ def test_without_ray_the_box_says_what_to_install(
 
 def test_both_flags_of_vllm_mean_the_same() -> None:
     for flag in ("--data-parallel-backend", "--distributed-executor-backend"):
-        assert parse([flag, "ray"], {}).config.parallel.data_parallel_backend == "ray"
+        assert parse([flag, "ray"], {}).config.parallel.is_ray
 
 
 @pytest.mark.parametrize(
