@@ -92,6 +92,7 @@ def test_the_file_of_the_docs_can_be_copied(tmp_path: Path) -> None:
         (["MODEL", "--models", "f"], "--models names all models"),
         (["--models", "f", "--served-model-name", "x"], "--models names all models"),
         (["--models", "f", "--data-parallel-rank", "0"], "data_parallel_rank is not for a server of several models"),
+        (["--models", "f", "--distributed-executor-backend", "ray"], "is not for a server of several models"),
         (["--max-loaded-models", "2"], "--models is needed with a limit for loaded models"),
     ],
 )

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from fake_executor import expected
+from hybrid_serve.cli.options import parse
 from server_process import ServerProcess, read_all
 
 
@@ -67,3 +68,8 @@ def test_a_start_that_the_worker_refuses_ends_with_its_box(tmp_path: Path) -> No
         assert server.wait_exit(60) == 12
         assert "HS-E999  the fake model refuses" in "\n".join(server.errors.splitlines()[-5:])
         server.check_nothing_is_left()
+
+
+def test_several_models_may_have_workers() -> None:
+    words = ["--models", "f", "--distributed-executor-backend", "mp"]
+    assert parse(words, {}).config.parallel.distributed_executor_backend == "mp"
