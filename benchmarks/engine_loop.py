@@ -34,8 +34,9 @@ from hybrid_serve.config import Config, SchedulerConfig
 from hybrid_serve.engine.executor import ExecutorFacts, Layout
 from hybrid_serve.engine.inbox import Inbox
 from hybrid_serve.engine.loop import EngineLoop
-from hybrid_serve.engine.outbox import Outbox
+from hybrid_serve.engine.outbox import Around, Outbox
 from hybrid_serve.engine.peers import Peers
+from hybrid_serve.engine.phases import Phases
 from hybrid_serve.engine.probation import Probation
 from hybrid_serve.engine.process import collect_garbage_rarely, make_core
 from hybrid_serve.engine.watched import WatchedExecutor
@@ -111,7 +112,9 @@ def measure_steps(num_sequences: int, num_steps: int, record: bool) -> dict[str,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         )
         watched = WatchedExecutor(executor, core, heartbeat)
-        loop = EngineLoop(core, watched, StopWith(inbox, client), Outbox(peers, probation, watched.gaps))
+        phases = Phases()
+        outbox = Outbox(peers, probation, watched.gaps, phases, lambda: Around(inbox.may_run, inbox.num_dropped, 0))
+        loop = EngineLoop(core, watched, StopWith(inbox, client), outbox, phases)
         collect_garbage_rarely()
         loop.run()
         output, _ = client.communicate()

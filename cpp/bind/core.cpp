@@ -196,7 +196,7 @@ void add(PyScheduler& self, uint64_t id, const py::buffer& tokens, const py::obj
          double temperature, double top_p, const py::object& top_k, double min_p, double repetition_penalty,
          double frequency_penalty, double presence_penalty, const py::object& seed, const py::object& num_logprobs,
          const py::sequence& logit_bias, const py::sequence& allowed_token_ids, const py::sequence& banned_token_ids,
-         const py::bytes& cache_salt) {
+         const py::bytes& cache_salt, const py::object& now) {
   const ReadBuffer<Token> buffer("tokens", tokens);
   RequestSpec spec;
   spec.id = id;
@@ -228,6 +228,7 @@ void add(PyScheduler& self, uint64_t id, const py::buffer& tokens, const py::obj
   spec.allowed_token_ids = token_ids("allowed_token_ids", allowed_token_ids);
   spec.banned_token_ids = token_ids("banned_token_ids", banned_token_ids);
   spec.cache_salt = static_cast<std::string_view>(cache_salt);
+  spec.now = integer("now", now);
   self.use([&](Scheduler& core) { core.add(spec); });
 }
 
@@ -333,8 +334,10 @@ void bind_results(py::module_& m) {
   py::class_<Stats>(m, "Stats")
       .def_readonly("num_running", &Stats::num_running)
       .def_readonly("num_waiting", &Stats::num_waiting)
+      .def_readonly("waiting_since", &Stats::waiting_since)
       .def_readonly("blocks_used", &Stats::blocks_used)
       .def_readonly("blocks_total", &Stats::blocks_total)
+      .def_readonly("empty_slots", &Stats::empty_slots)
       .def_readonly("num_swapped", &Stats::num_swapped)
       .def_readonly("host_blocks_used", &Stats::host_blocks_used)
       .def_readonly("host_blocks_total", &Stats::host_blocks_total)
@@ -357,7 +360,7 @@ void bind_scheduler(py::module_& m) {
            "temperature"_a = 1.0, "top_p"_a = 1.0, "top_k"_a = 0, "min_p"_a = 0.0, "repetition_penalty"_a = 1.0,
            "frequency_penalty"_a = 0.0, "presence_penalty"_a = 0.0, "seed"_a = 0, "num_logprobs"_a = -1,
            "logit_bias"_a = py::tuple(), "allowed_token_ids"_a = py::tuple(), "banned_token_ids"_a = py::tuple(),
-           "cache_salt"_a = py::bytes())
+           "cache_salt"_a = py::bytes(), "now"_a = 0)
       .def(
           "abort",
           [](PyScheduler& self, const py::buffer& ids) {

@@ -230,8 +230,13 @@ Stats Scheduler::stats() const {
   stats.num_running = std::ssize(running_);
   stats.num_waiting = waiting_.size();
   for (const auto& [id, request] : requests_) {
-    stats.num_waiting += request->state == Request::State::held;
-    stats.num_swapped += request->state == Request::State::waiting && !request->host.empty();
+    const bool held = request->state == Request::State::held, waiting = request->state == Request::State::waiting;
+    stats.num_waiting += held;
+    stats.num_swapped += waiting && !request->host.empty();
+    if ((held || waiting) && (stats.waiting_since < 0 || request->waits_since < stats.waiting_since))
+      stats.waiting_since = request->waits_since;
+    // Blocks that several share are full: a request copies one before it writes to it.
+    if (!request->kv.empty()) stats.empty_slots += request->kv.size() * config_.block_size - request->num_computed;
   }
   stats.host_blocks_total = kv_.host_pool().num_blocks();
   stats.host_blocks_used = stats.host_blocks_total - kv_.host_pool().num_free();

@@ -152,6 +152,7 @@ Request::Request(const RequestSpec& spec, int64_t choice, int64_t arrival_, cons
       state(choice == 0 ? State::waiting : State::held),
       tokens(spec.tokens.begin(), spec.tokens.end()),
       adjustments(spec),
+      waits_since(spec.now),
       kv(pool),
       host(host_pool),
       root_hash(hybrid::root_hash(spec, config)) {

@@ -45,6 +45,7 @@ struct RequestSpec {
   std::vector<Token> allowed_token_ids = {};  // empty: all
   std::vector<Token> banned_token_ids = {};
   std::string_view cache_salt = {};
+  int64_t now = 0;  // of the caller's clock, see Stats::waiting_since
 
   // Throws std::invalid_argument, with the numbers, for what can never run.
   void validate(const Config& config) const;
@@ -93,6 +94,7 @@ class Request {
   int32_t sampled_row = -1;  // in the last batch that picked a token of it
   int64_t num_preemptions = 0;
   int64_t cached_tokens = -1;  // found in the cache when it first ran; -1 before that and once told
+  int64_t waits_since;         // while it waits: since it came, or lost its blocks, by the caller's clock
   int64_t scheduled_at = -1;   // the caller's clock when it first ran; -1 before that and once told
 
   KVAllocation kv;

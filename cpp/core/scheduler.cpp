@@ -69,6 +69,7 @@ void Scheduler::preempt(Request& request) {
   kv_.release(request);
   running_.pop_back();
   request.move_to(Request::State::waiting);
+  request.waits_since = now_;
   waiting_.push(request);
   ++request.num_preemptions;
   ++totals_.num_preemptions;

@@ -35,7 +35,7 @@ class Scheduler {
   int64_t abort(std::span<const RequestId> ids);
   // The next batch, valid until `depth` more were made; null if depth batches are in flight or none can be made before
   // the next commit. Never null while something waits or runs and nothing is in flight.
-  // `now`, of any clock, is what Outputs::scheduled_at says of the requests that run for the first time.
+  // `now`, of RequestSpec's clock, is what Outputs::scheduled_at says of the requests that run for the first time.
   const Batch* schedule(int64_t now = 0);
   // The tokens picked in the oldest batch in flight, one per sampled row.
   const Outputs& commit(int64_t step, std::span<const Token> tokens);

@@ -11,7 +11,9 @@ inline constexpr std::array<int64_t, 15> kStepTokenBounds{1,   2,   4,    8,    
 
 struct Stats {
   int64_t num_running = 0, num_waiting = 0;
+  int64_t waiting_since = -1;  // of the one that has waited longest, by the clock of RequestSpec::now; -1: nobody waits
   int64_t blocks_used = 0, blocks_total = 0;
+  int64_t empty_slots = 0;  // places of tokens in the used blocks that no token has taken yet
   int64_t num_swapped = 0;  // of the waiting ones, those that the host keeps KV of
   int64_t host_blocks_used = 0, host_blocks_total = 0;
   int64_t blocks_swapped_out = 0, blocks_swapped_in = 0;

@@ -99,8 +99,10 @@ class Outputs:
 class Stats:
     num_running: int
     num_waiting: int
+    waiting_since: int  # of the one that has waited longest, by the clock of add(); -1: nobody waits
     blocks_used: int
     blocks_total: int
+    empty_slots: int  # places of tokens in the used blocks that no token has taken yet
     num_swapped: int  # of the waiting ones: the host keeps their KV
     host_blocks_used: int
     host_blocks_total: int
@@ -143,6 +145,7 @@ class Scheduler:
         allowed_token_ids: Sequence[int] = (),
         banned_token_ids: Sequence[int] = (),
         cache_salt: bytes = b"",
+        now: int = 0,  # of the clock of schedule()
     ) -> None:
         """Queues choices id .. id+n-1 of one prompt. Raises ValueError, with the numbers, for what can never run."""
 

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-PROTOCOL_VERSION = 8
+PROTOCOL_VERSION = 9
 MAX_FRAME_BYTES = 64 * 2**20
 API_INDEX_SHIFT = 48
 LAUNCH_SHIFT = 36
@@ -24,6 +24,8 @@ LAST_WORDS_OF = b"failed-"  # before the identity of a process that says FAILED 
 # Of EngineStats.step_token_counts; as in cpp/core/stats.h.
 STEP_TOKEN_BOUNDS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
+# What the engine's loop does, in this order; commit: the core takes in the picked tokens.
+STEP_PHASES = ("messages", "schedule", "submit", "wait", "commit", "send")
 STEP_GAP_BOUNDS = (0, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 50000)  # microseconds
 
 
@@ -189,6 +191,10 @@ class EngineStats(msgspec.Struct, array_like=True, frozen=True):
     num_refused: int = 0  # connections without our key, where the engine listens to a network
     may_run: int = 0  # requests at once; 0: not said
     admission_seconds: float = 0.0  # from one request that is let in to the next, where others wait; 0: not known
+    waiting_seconds: float = 0.0  # of the request that has waited longest; 0: none waits
+    empty_slots: int = 0  # places of tokens in the used KV blocks that no token has taken yet
+    step_age: float = 0.0  # seconds since the last step was over, or since the engine was there
+    phase_us: tuple[int, ...] = ()  # of all steps, by STEP_PHASES; without the time in which there was no work
 
 
 class Hello(msgspec.Struct, array_like=True, frozen=True):

@@ -24,6 +24,7 @@ namespace hybrid {
 // Friend of Scheduler: what a test may look at, and break.
 struct SchedulerTest {
   static const std::vector<Request*>& running(const Scheduler& s) { return s.running_; }
+  static const auto& requests(const Scheduler& s) { return s.requests_; }
   static const WaitingQueue& waiting(const Scheduler& s) { return s.waiting_; }
   static BlockPool& pool(Scheduler& s) { return s.kv_.pool(); }
   static Request* find(Scheduler& s, RequestId id) {

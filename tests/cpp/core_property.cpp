@@ -2,8 +2,10 @@
 //
 // HYBRID_PROPERTY_OPS sets the number of operations a seed. The default is the full 10^6 in every optimised build, with
 // sanitizers too (some 5 s a seed); an unoptimised one does less.
+#include <algorithm>
 #include <cstdlib>
 #include <deque>
+#include <map>
 #include <random>
 #include <set>
 #include <unordered_map>
@@ -51,6 +53,7 @@ class RandomSession {
       scheduler_.forget_prefixes();
     }
     scheduler_.check_invariants();
+    check_empty_slots();
   }
 
   // S6: everything that was admitted ends after a bounded number of steps, and all blocks come back (S8).
@@ -79,6 +82,22 @@ class RandomSession {
   int64_t num_copies() const { return num_copies_; }
 
  private:
+  // Statistics count by request; here each block is looked at once.
+  void check_empty_slots() {
+    std::map<BlockId, int64_t> filled;
+    for (const auto& [id, request] : SchedulerTest::requests(scheduler_))
+      for (int64_t i = 0; i < request->kv.size(); ++i) {
+        int64_t& most = filled[request->kv.blocks()[static_cast<size_t>(i)]];
+        most =
+            std::max(most, std::clamp<int64_t>(request->num_computed - i * config_.block_size, 0, config_.block_size));
+      }
+    const auto blocks = std::ssize(filled);
+    int64_t empty = blocks * config_.block_size;
+    for (const auto& [block, tokens] : filled) empty -= tokens;
+    invariant(scheduler_.stats().empty_slots == empty, "empty slots are miscounted");
+    invariant(scheduler_.stats().blocks_used == blocks, "a used block is nobody's");
+  }
+
   struct Choice {
     Expected expected;
     size_t num_before = 0;  // picked by an earlier engine

@@ -98,6 +98,52 @@ TEST(Scheduler, a_lower_limit_holds_from_the_next_batch_on_and_costs_no_token) {
   for (const int64_t wrong : {0, 5, -1}) EXPECT_THROW(m.scheduler.limit_running(wrong), std::invalid_argument);
 }
 
+TEST(Scheduler, statistics_say_since_when_the_one_has_waited_that_has_waited_longest) {
+  Config config = small_config();
+  config.max_num_seqs = 1;
+  Machine m(config);
+  const auto prompt = counting(3);
+  EXPECT_EQ(m.scheduler.stats().waiting_since, -1);
+  m.add({.id = 1, .tokens = prompt, .max_tokens = 1, .now = 100});
+  EXPECT_EQ(m.scheduler.stats().waiting_since, 100);
+  m.add({.id = 2, .tokens = prompt, .max_tokens = 1, .now = 200});
+  m.add({.id = 3, .tokens = prompt, .priority = -1, .max_tokens = 1, .now = 300});
+  EXPECT_EQ(m.step().num_seqs, 1);
+  EXPECT_EQ(m.scheduler.stats().waiting_since, 100) << "number 3 ran first";
+  m.step();
+  EXPECT_EQ(m.scheduler.stats().waiting_since, 200);
+  m.step();
+  EXPECT_EQ(m.scheduler.stats().waiting_since, -1);
+}
+
+TEST(Scheduler, who_loses_its_blocks_waits_from_then_on) {
+  Machine m(small_config());
+  const auto first = counting(5), second = counting(5, 8);
+  m.add({.id = 1, .tokens = first, .max_tokens = 8, .now = 10});
+  m.add({.id = 2, .tokens = second, .max_tokens = 8, .now = 20});
+  m.step();
+  EXPECT_EQ(m.scheduler.stats().waiting_since, -1);
+  m.scheduler.limit_running(1);
+  const Batch* batch = m.scheduler.schedule(50);
+  ASSERT_NE(batch, nullptr);
+  EXPECT_EQ(batch->num_seqs, 1);
+  EXPECT_EQ(m.scheduler.stats().waiting_since, 50);
+}
+
+TEST(Scheduler, empty_slots_are_what_is_left_of_last_blocks) {
+  Machine m(small_config());  // blocks of 4
+  const auto five = counting(5), eight = counting(8, 16);
+  m.add(1, five, 3);
+  m.add(2, eight, 3);
+  EXPECT_EQ(m.scheduler.stats().empty_slots, 0);
+  m.step();
+  EXPECT_EQ(m.scheduler.stats().empty_slots, 3);
+  m.step();
+  EXPECT_EQ(m.scheduler.stats().empty_slots, 2 + 3);
+  m.run();
+  EXPECT_EQ(m.scheduler.stats().empty_slots, 0);
+}
+
 TEST(Scheduler, nobody_overtakes_a_head_that_does_not_fit) {
   Config config = small_config();
   config.num_blocks = 8;

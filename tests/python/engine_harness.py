@@ -22,6 +22,7 @@ from hybrid_serve.engine.inbox import Inbox
 from hybrid_serve.engine.loop import EngineLoop
 from hybrid_serve.engine.outbox import Around, Outbox
 from hybrid_serve.engine.peers import Peers
+from hybrid_serve.engine.phases import Phases
 from hybrid_serve.engine.probation import Probation
 from hybrid_serve.engine.process import engine_facts, make_core
 from hybrid_serve.engine.watched import WatchedExecutor
@@ -71,7 +72,9 @@ class EngineThread:
             return Around(self.inbox.may_run, self.inbox.num_dropped, 0)
 
         watched = WatchedExecutor(self.executor, self.core, self.heartbeat)
-        self.loop = EngineLoop(self.core, watched, self.inbox, Outbox(self.peers, probation, watched.gaps, around))
+        phases = Phases()
+        outbox = Outbox(self.peers, probation, watched.gaps, phases, around)
+        self.loop = EngineLoop(self.core, watched, self.inbox, outbox, phases)
         self.error: BaseException | None = None
         self.thread = threading.Thread(target=self._run, daemon=True)
 

@@ -104,6 +104,7 @@ class FakeRank:
     status: Status
     stats: EngineStats
     wait_seconds: float = 0.0
+    stats_age: float = 0.0
 
 
 @dataclass
@@ -119,6 +120,7 @@ class FakeEngine:
     facts: EngineFacts | None = FACTS
     stats: EngineStats = field(default_factory=EngineStats)
     wait_seconds: float = 0.0
+    stats_age: float = 0.0
     ranks: tuple[int, ...] = (0,)
     reject: EngineRejected | None = None
     reject_after: tuple[int, EngineRejected] | None = None
@@ -131,7 +133,7 @@ class FakeEngine:
     @property
     def engines(self) -> list[FakeRank]:
         status = msgspec.structs.replace(self.status, facts=self.facts)
-        return [FakeRank(rank, status, self.stats, self.wait_seconds) for rank in self.ranks]
+        return [FakeRank(rank, status, self.stats, self.wait_seconds, self.stats_age) for rank in self.ranks]
 
     def limit(self, max_num_queued_reqs: int, max_num_seqs: int) -> None:
         self.limits.append((max_num_queued_reqs, max_num_seqs))

@@ -93,6 +93,10 @@ class Engine(Protocol):
     def status(self) -> Status: ...
     @property
     def stats(self) -> EngineStats: ...
+    @property
+    def stats_age(self) -> float:
+        """Seconds since it said so."""
+        ...
 
     @property
     def wait_seconds(self) -> float:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from time import monotonic
+
 import zmq
 
 from ..wire import EngineStats, Status
@@ -15,15 +18,16 @@ class Link:
     """The socket to the process that is there now, the streams that wait for it, what was said of it last, and from
     these its load. Knows no other engine."""
 
-    def __init__(self, index: int, address: str, num_api_servers: int) -> None:
+    def __init__(self, index: int, address: str, num_api_servers: int, clock: Callable[[], float] = monotonic) -> None:
         self.index, self.address, self._num_api_servers = index, address, num_api_servers
+        self._clock = clock
         self.socket: zmq.Socket[bytes] | None = None
         self.streams: dict[int, ZmqStream] = {}  # by choice id; only choices that run
         self.status = Status("starting", engine=index)
         self._forget()
 
     def _forget(self) -> None:
-        self.stats = EngineStats()
+        self.stats, self._stats_since = EngineStats(), self._clock()
         self._num_elsewhere = 0  # choices of other API servers, when the engine spoke last
         self._unstarted: dict[ZmqStream, int] = {}  # prompt tokens of streams of which nothing has come
         self._unstarted_tokens = 0
@@ -33,8 +37,12 @@ class Link:
         return self.status.phase == "ready"
 
     def take_stats(self, stats: EngineStats) -> None:
-        self.stats = stats
+        self.stats, self._stats_since = stats, self._clock()
         self._num_elsewhere = max(0, stats.num_running + stats.num_waiting - len(self.streams))
+
+    @property
+    def stats_age(self) -> float:
+        return self._clock() - self._stats_since
 
     @property
     def load(self) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from array import array
 from typing import TYPE_CHECKING
 
@@ -216,4 +217,5 @@ def add(core: Scheduler, client: int, request: AddRequest, tokens: Buffer) -> No
         allowed_token_ids=params.allowed_token_ids,
         banned_token_ids=params.banned_token_ids,
         cache_salt=request.cache_salt,
+        now=time.monotonic_ns() // 1000,
     )

@@ -7,6 +7,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Protocol
 
 from .executor import Executor, Pending, StepResult
+from .phases import COMMIT, MESSAGES, SCHEDULE, SUBMIT, WAIT, Phases
 
 if TYPE_CHECKING:
     from .._core import Batch, Outputs, Scheduler
@@ -31,12 +32,16 @@ class Sink(Protocol):
 class EngineLoop:
     """Messages in, steps, columns out; sleeps while there is nothing to do. Knows no model and no socket."""
 
-    def __init__(self, core: Scheduler, executor: Executor, inbox: Source, outbox: Sink) -> None:
+    def __init__(
+        self, core: Scheduler, executor: Executor, inbox: Source, outbox: Sink, phases: Phases | None = None
+    ) -> None:
         self.core, self.executor, self.inbox, self.outbox = core, executor, inbox, outbox
+        self.phases = phases or Phases()
 
     def run(self) -> None:
         """Until the supervisor says stop."""
         core, inbox, outbox, depth = self.core, self.inbox, self.outbox, self.executor.depth
+        phases, passed = self.phases, self.phases.passed
         in_flight: deque[tuple[Batch, Pending]] = deque()
         while not inbox.stopping:
             idle = not in_flight and core.idle
@@ -46,11 +51,21 @@ class EngineLoop:
             if preparation is not None and core.idle and not inbox.stopping:
                 preparation()  # one piece: then whoever has come meanwhile is served
                 continue
+            if idle:
+                phases.rested()
+            else:
+                passed(MESSAGES)
             while len(in_flight) < depth and (batch := core.schedule(time.monotonic_ns() // 1000)) is not None:
+                passed(SCHEDULE)
                 in_flight.append((batch, self.executor.submit(batch)))
+                passed(SUBMIT)
             if in_flight:
                 batch, pending = in_flight.popleft()
                 result = pending.result()
-                outbox.send(core.commit(batch.step, result.tokens), result)
+                passed(WAIT)
+                outputs = core.commit(batch.step, result.tokens)
+                passed(COMMIT)
+                outbox.send(outputs, result)
+                phases.sent()
             elif not core.idle:
                 raise RuntimeError("the scheduler has work, nothing is in flight, and it gives no batch")

@@ -14,6 +14,7 @@ from .admissions import Admissions
 from .executor import StepResult
 from .gaps import Gaps
 from .peers import Peers
+from .phases import Phases
 from .probation import Probation
 
 if TYPE_CHECKING:
@@ -38,11 +39,12 @@ class Outbox:
         peers: Peers,
         probation: Probation,
         gaps: Gaps,
+        phases: Phases,
         around: Callable[[], Around],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._peers, self._probation, self._gaps, self._clock = peers, probation, gaps, clock
-        self._around = around
+        self._peers, self._probation, self._gaps, self._phases = peers, probation, gaps, phases
+        self._around, self._clock = around, clock
         self._admissions, self._num_admitted = Admissions(), 0  # those since the last statistics
         self._next_stats = 0.0
         self._said: tuple[int, ...] | None = None  # what has changed, if it has, since an idle engine spoke
@@ -106,6 +108,10 @@ class Outbox:
             num_refused=around.num_refused,
             may_run=around.may_run,
             admission_seconds=self._admissions.seconds_each,
+            waiting_seconds=max(0.0, now - stats.waiting_since * 1e-6) if stats.num_waiting else 0.0,
+            empty_slots=stats.empty_slots,
+            step_age=self._phases.step_age,
+            phase_us=tuple(ns // 1000 for ns in self._phases.totals),
         )
         self._peers.send_to_all(pack(Kind.STATS, message))
 

@@ -36,6 +36,7 @@ from .joint import JointExecutor, JointInbox, SteppingExecutor
 from .loop import EngineLoop, Source
 from .outbox import Around, Outbox
 from .peers import Peers
+from .phases import Phases
 from .probation import Probation
 from .watched import WatchedExecutor
 
@@ -112,7 +113,9 @@ def main(
         def around() -> Around:
             return Around(inbox.may_run, inbox.num_dropped, gate.num_refused if gate is not None else 0)
 
-        EngineLoop(core, watched, source, Outbox(peers, probation, watched.gaps, around)).run()
+        phases = Phases()
+        outbox = Outbox(peers, probation, watched.gaps, phases, around)
+        EngineLoop(core, watched, source, outbox, phases).run()
     finally:
         context.destroy(linger=0)
 

@@ -25,7 +25,7 @@ from .. import __version__
 from ..client import EngineClient
 from ..config import CacheConfig
 from ..logging import Lines
-from ..wire import STEP_GAP_BOUNDS, STEP_TOKEN_BOUNDS, EngineStats, Status
+from ..wire import STEP_GAP_BOUNDS, STEP_PHASES, STEP_TOKEN_BOUNDS, EngineStats, Status
 from .metrics import REQUEST_HISTOGRAMS, Flat, Histogram, Metrics, RequestCounts
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -51,6 +51,7 @@ class OfEngine(NamedTuple):
     cache: CacheConfig
     status: Status
     stats: EngineStats
+    stats_age: float  # seconds since it said so
     counts: RequestCounts
 
 
@@ -74,7 +75,14 @@ class Exposition(Collector):
     def collect(self) -> Iterator[Metric]:
         metrics = self._all()
         engines = [
-            OfEngine((model.name, str(each.index)), model.cache, each.status, each.stats, metrics.of(each.index))
+            OfEngine(
+                (model.name, str(each.index)),
+                model.cache,
+                each.status,
+                each.stats,
+                each.stats_age,
+                metrics.of(each.index),
+            )
             for model in self.models
             for each in model.client.engines
         ]
@@ -214,6 +222,7 @@ class Exposition(Collector):
         text = "Time that the device waited for the host between steps; of one that runs ahead the least."
         gaps = [(each.labels, each.stats.step_gap_counts, each.stats.step_gap_us / 1e6) for each in engines]
         yield step_histogram(f"{OURS}step_gap_seconds", text, [us / 1e6 for us in STEP_GAP_BOUNDS], gaps)
+        yield from self._steps(engines)
         text = "KV blocks that preempted requests took to swap space, and back."
         swapped = [((*each.labels, "out"), each.stats.blocks_swapped_out) for each in engines]
         swapped += [((*each.labels, "in"), each.stats.blocks_swapped_in) for each in engines]
@@ -238,6 +247,27 @@ class Exposition(Collector):
         text = "Times that a file was read again while the server ran."
         yield counters(f"{OURS}reloads", text, ("file", "outcome"), metrics.num_reloads.items())
 
+    def _steps(self, engines: list[OfEngine]) -> Iterator[Metric]:
+        """An engine that hangs says nothing: what it said last gets older here."""
+        text = "Time of the engine's loop by what it did, and the steps in it; the device may work meanwhile."
+        summary = SummaryMetricFamily(f"{OURS}step_seconds", text, labels=(*_ENGINE, "phase"))
+        for each in engines:
+            for phase, us in zip(STEP_PHASES, each.stats.phase_us or (0,) * len(STEP_PHASES), strict=True):
+                summary.add_metric((*each.labels, phase), each.stats.steps, us / 1e6)
+        yield summary
+        text = "Since the engine's last step was over, or since its start."
+        ages = [(each.labels, each.stats.step_age + each.stats_age) for each in engines]
+        yield gauges(f"{OURS}last_step_age_seconds", text, _ENGINE, ages)
+        text = "How long the request that has waited longest for a place waits; 0 if none does."
+        waits: _Rows = [
+            (each.labels, each.stats.waiting_seconds + each.stats_age if each.stats.num_waiting else 0)
+            for each in engines
+        ]
+        yield gauges(f"{OURS}queue_oldest_seconds", text, _ENGINE, waits)
+        text = "Share of the places in used KV blocks that no token has taken, 0 to 1."
+        waste = [(each.labels, wasted(each.stats, each.cache.block_size)) for each in engines]
+        yield gauges(f"{OURS}kv_waste_ratio", text, _ENGINE, waste)
+
     def _refused(self, engines: list[OfEngine]) -> Counter[tuple[str, str]]:
         """By model and reason: where too many wait, which engine would have had a request is chance."""
         reasons = {"max_num_queued_reqs": "admission_rejections", "time_limit": "num_late"}
@@ -261,6 +291,11 @@ def sleep_state(status: Status) -> str:
 def usage(stats: EngineStats) -> float:
     """Share of KV blocks in use."""
     return stats.kv_blocks_used / stats.kv_blocks_total if stats.kv_blocks_total else 0.0
+
+
+def wasted(stats: EngineStats, block_size: int) -> float:
+    """Share of the places in used KV blocks that no token has taken."""
+    return stats.empty_slots / (stats.kv_blocks_used * block_size) if stats.kv_blocks_used else 0.0
 
 
 def host_usage(stats: EngineStats) -> float:

@@ -23,7 +23,10 @@ from hybrid_serve.wire import STEP_TOKEN_BOUNDS, EngineStats
 
 MakeApi = Callable[..., Api]
 ROOT = Path(__file__).parents[3]
-STATS = EngineStats(2, 3, 25, 100, 7, 40, 30, 9, 99, (1, 2, *[0] * 10, 3, 2, 0, 1), 800, (1, 2, 3, *[0] * 9, 2))
+STATS = EngineStats(
+    2, 3, 25, 100, 7, 40, 30, 9, 99, (1, 2, *[0] * 10, 3, 2, 0, 1), 800, (1, 2, 3, *[0] * 9, 2),
+    waiting_seconds=1.5, empty_slots=40, step_age=0.25, phase_us=(10, 200, 30, 4000, 50, 6),
+)  # fmt: skip
 
 # What vLLM 0.33 exports without special features, and the older names that dashboards still query.
 _NAMES = """
@@ -253,6 +256,22 @@ def test_the_engines_own_numbers_come_from_its_last_word(used: tuple[Api, Any]) 
     assert (value(found, name, "_count"), value(found, name, "_sum")) == (8, 0.0008)
     info = found["vllm:cache_config_info"].samples[0].labels
     assert (info["block_size"], info["num_gpu_blocks"], info["enable_prefix_caching"]) == ("16", "100", "True")
+
+
+def test_what_an_engine_said_gets_older_while_it_says_nothing_more(make_api: MakeApi) -> None:
+    engine = FakeEngine(says("one"), stats=STATS, stats_age=10.0)
+    found = scrape(make_api(engine))
+    assert value(found, "hybrid_last_step_age_seconds") == 10.25
+    assert value(found, "hybrid_queue_oldest_seconds") == 11.5
+    assert value(found, "hybrid_kv_waste_ratio") == 40 / (25 * 16)
+    for phase, seconds in (("schedule", 0.0002), ("wait", 0.004), ("send", 0.000006)):
+        assert value(found, "hybrid_step_seconds", "_sum", phase=phase) == seconds
+        assert value(found, "hybrid_step_seconds", "_count", phase=phase) == 9
+    engine.stats = EngineStats()
+    found = scrape(make_api(engine))
+    assert value(found, "hybrid_queue_oldest_seconds") == 0, "nobody waits"
+    assert value(found, "hybrid_kv_waste_ratio") == 0
+    assert value(found, "hybrid_last_step_age_seconds") == 10
 
 
 def test_http_requests_are_counted_by_route_and_never_by_a_clients_text(used: tuple[Api, Any]) -> None:
