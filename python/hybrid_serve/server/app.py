@@ -104,6 +104,15 @@ def create_app(context: ServerContext) -> Starlette:
     return app
 
 
+def described_routes(app: Starlette) -> str:
+    """For the log of a start."""
+    methods: dict[str, list[str]] = {}
+    for route in app.routes:
+        assert isinstance(route, Route)
+        methods.setdefault(route.path, []).extend(sorted((route.methods or set()) - {"HEAD"}))
+    return ", ".join(f"{'|'.join(names)} {path}" for path, names in methods.items())
+
+
 def _middleware(context: ServerContext) -> list[Middleware]:
     """Outermost first."""
     server = context.config.server

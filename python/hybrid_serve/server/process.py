@@ -25,7 +25,7 @@ from ..served import ServedModel
 from ..shared_memory import SharedMemory
 from ..text.loading import load_chat_template, load_tokenizer, locate_tokenizer
 from .accept import FairAcceptor
-from .app import create_app
+from .app import create_app, described_routes
 from .connection import SPARE_CONNECTIONS, BoundedProtocol
 from .context import ServerContext, TextModel
 from .file_watch import Watched, watch
@@ -80,9 +80,11 @@ class HttpServer(uvicorn.Server):
 def http_server(
     context: ServerContext, certificate: Certificate | None = None, shared: SharedCounts | None = None
 ) -> HttpServer:
-    server = context.config.server
+    server, app = context.config.server, create_app(context)
+    if context.api_index == 0:  # the others have the same
+        log.info("routes: %s", described_routes(app))
     config = uvicorn.Config(
-        create_app(context),
+        app,
         http=BoundedProtocol,
         ws="none",
         lifespan="off",

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from api_harness import CHAT, COMPLETIONS, MESSAGES, Api, says
+from api_harness import CHAT, COMPLETIONS, MESSAGES, Api, routes, says
 from fake_engine import FakeEngine
 from hybrid_serve import logging as log_lines
+from hybrid_serve.server.process import http_server
 
 MakeApi = Callable[..., Api]
 CANARIES = {"api_key": ("canary-key",), "admin_api_key": ("canary-admin",)}
@@ -121,6 +122,29 @@ def test_the_request_log_tells_numbers_and_words_only_where_asked_for(
         assert line["prompt"] == ["canary-prom"]
     elif level == "meta":
         assert "canary" not in json.dumps(line)
+
+
+@pytest.mark.parametrize("options", [{}, {"disable_docs": True}])
+def test_the_start_says_each_route_once_by_the_first_api_server(
+    make_api: MakeApi, lines: Lines, options: dict[str, Any]
+) -> None:
+    """S16"""
+    api = make_api(**options)
+    http_server(api.context)
+    (line,) = lines()
+    assert line["message"].startswith("routes: ")
+    said = [
+        (method, path)
+        for words in line["message"].removeprefix("routes: ").split(", ")
+        for methods, path in [words.split(" ")]
+        for method in methods.split("|")
+    ]
+    served = [(method, path.replace("demo", "{id}")) for method, path in routes(api)]
+    assert sorted((method, path.replace("{id:path}", "{id}")) for method, path in said) == sorted(served)
+    assert {("POST", CHAT), ("GET", "/ready"), ("PATCH", "/admin/config")} <= set(said)
+    assert (("GET", "/docs") in said) == (not options)
+    http_server(make_api(index=1).context)
+    assert len(lines()) == 1
 
 
 def test_server_timing_says_where_the_time_went(make_api: MakeApi) -> None:
