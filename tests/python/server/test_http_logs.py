@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import logging
@@ -122,6 +123,44 @@ def test_the_request_log_tells_numbers_and_words_only_where_asked_for(
         assert line["prompt"] == ["canary-prom"]
     elif level == "meta":
         assert "canary" not in json.dumps(line)
+
+
+def test_words_are_logged_and_a_stream_still_begins_before_its_last_token_is_made(
+    make_api: MakeApi, lines: Lines
+) -> None:
+    """S22"""
+    engine = FakeEngine(says("one two three"))
+    engine.gates[2] = asyncio.Event()
+    api = make_api(engine, log_requests="full")
+    body = json.dumps({"messages": MESSAGES, "stream": True}).encode()
+    pieces: list[bytes] = []
+    has_text = asyncio.Event()
+
+    async def receive() -> dict[str, Any]:
+        if not engine.calls:
+            return {"type": "http.request", "body": body, "more_body": False}
+        await asyncio.Event().wait()  # the client stays
+        raise AssertionError
+
+    async def send(message: Any) -> None:
+        pieces.append(message.get("body", b""))
+        if b'"content":"one' in pieces[-1]:
+            has_text.set()
+
+    async def ask() -> None:
+        headers = [(b"content-type", b"application/json"), (b"host", b"localhost")]
+        scope = {"type": "http", "method": "POST", "path": CHAT, "query_string": b"", "headers": headers}
+        running = asyncio.ensure_future(api.app(scope, receive, send))
+        await has_text.wait()
+        assert not engine.gates[2].is_set(), "the last tokens are not made yet"
+        assert lines() == [], "and the line is not written yet"
+        engine.gates[2].set()
+        await running
+
+    api.run(ask())
+    assert b"[DONE]" in b"".join(pieces)
+    (line,) = lines()
+    assert line["text"] == ["one two three"]
 
 
 @pytest.mark.parametrize("options", [{}, {"disable_docs": True}])
