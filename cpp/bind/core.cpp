@@ -390,6 +390,8 @@ void bind_scheduler(py::module_& m) {
            })
       .def_property_readonly("idle",
                              [](PyScheduler& self) { return self.use([](Scheduler& core) { return core.idle(); }); })
+      .def_property_readonly(
+          "num_open", [](PyScheduler& self) { return self.use([](Scheduler& core) { return core.num_open(); }); })
       .def("stats", [](PyScheduler& self) { return self.use([](Scheduler& core) { return core.stats(); }); })
       .def("record", &PyScheduler::record, "memory"_a, "num_steps"_a)
       .def("forget_prefixes",

@@ -48,6 +48,8 @@ class Scheduler {
   std::vector<RequestId> ids_in_flight() const;
 
   bool idle() const { return requests_.empty() && num_in_flight_ == 0; }
+  // Requests that wait or run, and those that have ended while a batch in flight still has a row of theirs.
+  int64_t num_open() const { return std::ssize(requests_); }
   Stats stats() const;
   // No KV computed before this call is found by a later request. True if no block is in use.
   bool forget_prefixes();

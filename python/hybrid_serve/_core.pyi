@@ -169,6 +169,10 @@ class Scheduler:
     def idle(self) -> bool:
         """Nothing waits, runs or is in flight."""
 
+    @property
+    def num_open(self) -> int:
+        """Requests that wait or run, and those that have ended while a batch in flight still has a row of theirs."""
+
     def stats(self) -> Stats: ...
     def record(self, memory: _Array, num_steps: int) -> None:
         """From now on ``memory`` has the last ``num_steps`` steps; laid out as in cpp/core/recorder.h."""

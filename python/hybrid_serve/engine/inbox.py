@@ -152,8 +152,7 @@ class Inbox:
     def _full(self, core: Scheduler, request: AddRequest) -> Reject | None:
         if not self._max_open:
             return None
-        stats = core.stats()
-        num_open = stats.num_running + stats.num_waiting + self._probation.num_held
+        num_open = core.num_open + self._probation.num_held
         if num_open + request.n <= self._max_open:
             return None
         text = f"The engine is full: {num_open} requests run or wait, {self._max_open} may. Try again later."
