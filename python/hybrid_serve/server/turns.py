@@ -9,7 +9,8 @@ from time import monotonic
 
 PACE = 0.05  # seconds from one admission to the next, where no engine has measured it
 MOST_AHEAD = 60.0  # seconds; a key that sends more than that is served in the order of arrival beyond it
-_TIME_BITS = 44  # of milliseconds since the machine started
+_TICKS = 50  # a second; of those since the machine started a priority has room for 2.7 years
+_TICK_BITS = 32  # of 64; the other half is for what requests say themselves
 
 
 @dataclass(slots=True)
@@ -40,7 +41,7 @@ class Turns:
         state.next = at + (pace or PACE)
         state.num_open += 1
         try:
-            yield (priority << _TIME_BITS) + int(at * 1000)
+            yield (priority << _TICK_BITS) + min(int(at * _TICKS), 2**_TICK_BITS - 1)
         finally:
             state.num_open -= 1
             if not state.num_open:  # whoever has nothing open owes nothing

@@ -28,10 +28,20 @@ def test_many_of_one_key_are_spread_over_time_and_another_comes_between() -> Non
         late = open_requests.enter_context(turns.taken("noisy", 1, 0.5))
         assert noisy == sorted(noisy), "the order of one key stays"
         assert len([one for one in noisy if one < quiet]) == 7
-        assert noisy[-1] - noisy[0] == MOST_AHEAD * 1000
+        assert noisy[-1] - noisy[0] == MOST_AHEAD * 50
         assert urgent < min(noisy) < max(noisy) < late, "what a request says of itself comes first"
     with turns.taken("noisy", 0, 0.5) as again:
-        assert again == 103_200, "whoever has nothing open owes nothing"
+        assert again == 5_160, "whoever has nothing open owes nothing"
+
+
+def test_any_priority_at_any_time_is_a_number_of_64_bits() -> None:
+    clock = iter((0.0, 1e5, 1e12) * 3)
+    turns = Turns(clock.__next__)
+    for _ in range(3):
+        for priority in (-(2**31), 0, 2**31 - 1):
+            with turns.taken("key", priority, 0.0) as turn:
+                assert -(2**63) <= turn < 2**63
+                assert turn >> 32 == priority
 
 
 def test_without_keys_requests_have_the_priority_that_they_say() -> None:
