@@ -281,8 +281,8 @@ def test_an_interrupt_stops_the_reply_and_the_talk_goes_on(server: FakeOpenAI) -
         server.go_on.release()
         assert os.read(process.stdout.fileno(), 100) == b"abc"
         process.send_signal(signal.SIGINT)
+        server.go_on.release(999)  # an interrupt just ahead of a blocking read shows when something comes
         assert os.read(process.stdout.fileno(), 100) == b"\n"
-        server.go_on.release(999)
         assert server.client_left.wait(DEADLINE)  # the connection was closed: our server ends the request
         server.pieces = []
         process.stdin.write(b"two\n")
@@ -302,9 +302,9 @@ def test_an_interrupted_quick_reply_is_exit_130_without_traceback(server: FakeOp
         server.go_on.release()
         assert os.read(process.stdout.fileno(), 100) == b"Hel"
         process.send_signal(signal.SIGINT)
+        server.go_on.release(10)
         assert process.wait(DEADLINE) == 130
         assert b"Traceback" not in process.stderr.read()
-    server.go_on.release(10)
 
 
 def test_a_client_sends_no_header_that_it_was_not_given() -> None:
