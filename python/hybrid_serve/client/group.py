@@ -35,10 +35,8 @@ from .streams import ZmqStream
 
 log = logging.getLogger(__name__)
 _QUARANTINED = "The engine died twice while it worked on this request; it is not tried again."
-_GONE = ("dead", "away", "unloaded", "failed")  # phases of an engine that does not come back by itself
-
-
-_NOWHERE = ("away", "unloaded", "failed")  # of one whose address nobody listens at
+_NOWHERE = ("away", "unloaded", "failed")  # phases of an engine at whose address nobody listens
+_GONE = ("dead", *_NOWHERE)  # of one that does not come back by itself
 
 
 class EngineGroup:
