@@ -175,5 +175,5 @@ def new_path(folder: Path, engine: int, now: float) -> Path:
     for old in sorted(folder.glob("hybrid-serve-flight-*.jsonl"))[: -KEPT_FILES + 1]:
         if old.stat().st_uid == os.getuid():
             old.unlink(missing_ok=True)
-    stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime(now)) + f".{int(now * 1000) % 1000:03d}Z"
+    stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime(now)) + f".{int(now * 1e6) % 10**6:06d}Z"
     return folder / f"hybrid-serve-flight-{stamp}-{os.getpid()}-engine-{engine}.jsonl"

@@ -174,5 +174,10 @@ def test_only_the_newest_files_of_a_folder_are_kept(tmp_path: Path) -> None:
     assert (tmp_path / "other.jsonl").exists()
 
 
+def test_files_of_one_millisecond_have_names_of_their_own(tmp_path: Path) -> None:
+    names = {flight.new_path(tmp_path, 0, 1e9 + microseconds / 1e6) for microseconds in range(0, 1000, 100)}
+    assert len(names) == 10
+
+
 def test_memory_of_an_engine_that_recorded_nothing_is_no_recording() -> None:
     assert flight.read_memory(memoryview(mmap.mmap(-1, 2**16))) is None
