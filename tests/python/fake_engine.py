@@ -105,6 +105,7 @@ class FakeRank:
     stats: EngineStats
     wait_seconds: float = 0.0
     stats_age: float = 0.0
+    num_open: int = 0
 
 
 @dataclass
@@ -133,7 +134,8 @@ class FakeEngine:
     @property
     def engines(self) -> list[FakeRank]:
         status = msgspec.structs.replace(self.status, facts=self.facts)
-        return [FakeRank(rank, status, self.stats, self.wait_seconds, self.stats_age) for rank in self.ranks]
+        num_open = sum(call.n for call in self.calls if call.entered and not call.left)  # each counts for every rank
+        return [FakeRank(rank, status, self.stats, self.wait_seconds, self.stats_age, num_open) for rank in self.ranks]
 
     def limit(self, max_num_queued_reqs: int, max_num_seqs: int) -> None:
         self.limits.append((max_num_queued_reqs, max_num_seqs))

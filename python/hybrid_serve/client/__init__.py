@@ -99,6 +99,11 @@ class Engine(Protocol):
         ...
 
     @property
+    def num_open(self) -> int:
+        """Choices that run or wait: ours to the last one, those of other API servers as of its last word."""
+        ...
+
+    @property
     def wait_seconds(self) -> float:
         """Until a new request would be let in, as far as one can tell; 0: at once, or one cannot."""
         ...

@@ -45,6 +45,11 @@ class Link:
         return self._clock() - self._stats_since
 
     @property
+    def num_open(self) -> int:
+        is_alone = self._num_api_servers == 1  # then the engine's word can only be older than ours
+        return len(self.streams) + (0 if is_alone else self._num_elsewhere)
+
+    @property
     def load(self) -> float:
         """Work that is ahead of a new request, in requests. Our own are known to the last one, those of other API
         servers as of the engine's last word, or as many as ours if that is more: in a burst the words of two engines

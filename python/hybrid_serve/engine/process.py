@@ -97,7 +97,7 @@ def main(
             heartbeat,
             probation,
             longest_prompt=min(facts.max_model_len, facts.num_blocks * config.cache.block_size) - 1,
-            max_num_seqs=facts.max_num_seqs,
+            max_num_seqs=most_running(config, facts),
             max_num_queued_reqs=config.scheduler.max_num_queued_reqs,
         )
         collect_garbage_rarely()
@@ -120,13 +120,18 @@ def main(
         context.destroy(linger=0)
 
 
+def most_running(config: Config, facts: ExecutorFacts) -> int:
+    """Requests that may run at a time."""
+    return min(config.scheduler.max_num_seqs or facts.max_num_seqs, facts.max_num_seqs)
+
+
 def make_core(config: Config, executor: Executor, facts: ExecutorFacts, num_clients: int = 1) -> _core.Scheduler:
     """The scheduler and the arenas it shares with the executor. Raises StartupError if the capacities contradict."""
     try:
         core_config = _core.Config(
             num_blocks=facts.num_blocks,
             block_size=config.cache.block_size,
-            max_num_seqs=config.scheduler.max_num_seqs or facts.max_num_seqs,
+            max_num_seqs=most_running(config, facts),
             max_num_batched_tokens=facts.max_batched_tokens,
             max_model_len=facts.max_model_len,
             vocab_size=facts.vocab_size,

@@ -11,13 +11,15 @@ from ssl import SSLContext, SSLError
 from .shared_counts import SharedCounts
 
 log = logging.getLogger(__name__)
-PATIENCE = 0.005  # seconds that a connection is left to whoever has fewer; then anybody takes it
+PATIENCE = 0.005  # seconds that a connection is left to whoever has fewer; then anybody takes it, and some more
+MOST_AFTER_WAITING = 8
+MOST_A_TURN = 64  # of the event loop: then requests come first
 RETRY = 0.1  # seconds, when there is no file left for a connection
 
 
 class FairAcceptor:
-    """Takes one connection at a time, and leaves it for a moment to an API server that has fewer: otherwise whoever
-    wakes first takes all that wait. Whoever has fewer may be dead or busy, so the moment is short.
+    """Takes what waits, and leaves a connection for a moment to an API server that has fewer: otherwise whoever wakes
+    first takes all. Whoever has fewer may be dead or busy, so the moment is short.
 
     Knows numbers of connections; not what comes over them."""
 
@@ -35,7 +37,8 @@ class FairAcceptor:
         self._ssl, self._handshake_seconds = ssl, handshake_seconds
         self._loop = asyncio.get_running_loop()
         self._opening: set[asyncio.Task[None]] = set()
-        self._has_waited = self._is_closed = False
+        self._num_granted = 0  # connections that we may take although another has fewer: he was waited for
+        self._is_closed = False
         self._is_tcp = listener.family in (socket.AF_INET, socket.AF_INET6)
         listener.setblocking(False)
         shared.num_connections = num_open()  # not what an earlier process of our index left
@@ -59,25 +62,36 @@ class FairAcceptor:
         self._loop.call_later(seconds, self._listen)
 
     def _someone_is_there(self) -> None:
+        for _ in range(MOST_A_TURN):
+            if not self._take_one():
+                return
+
+    def _take_one(self) -> bool:
+        """Whether to go on at once."""
         num_open = self._num_open() + len(self._opening)
         self._shared.num_connections = num_open
-        if num_open > self._shared.least_connections and not self._has_waited:
-            self._has_waited = True
-            self._wait(PATIENCE)
-            return
-        self._has_waited = False
+        if num_open > self._shared.least_connections:
+            if self._num_granted == 0:
+                self._num_granted = MOST_AFTER_WAITING
+                self._wait(PATIENCE)
+                return False
+            self._num_granted -= 1
+        else:
+            self._num_granted = 0
         try:
             connection, _ = self._listener.accept()
         except (BlockingIOError, InterruptedError, ConnectionAbortedError):
-            return  # another one took it, or the client went
+            self._num_granted = 0
+            return False  # nobody waits: another one took it, or the client went
         except OSError as error:
             log.error("no connection can be accepted: %s", error)
             self._wait(RETRY)
-            return
+            return False
         self._shared.num_connections = num_open + 1
         opening = self._loop.create_task(self._open(connection))
         self._opening.add(opening)
         opening.add_done_callback(self._opening.discard)
+        return True
 
     async def _open(self, connection: socket.socket) -> None:
         try:

@@ -47,7 +47,7 @@ class PostRoute(Generic[T]):
     handler: Handler[T]
     request: type[T]
     response: type[msgspec.Struct]
-    streams: bool = False
+    generates: bool = False  # and streams what it generates, if asked to
 
 
 POST_ROUTES: tuple[PostRoute[Any], ...] = (
@@ -56,9 +56,9 @@ POST_ROUTES: tuple[PostRoute[Any], ...] = (
         create_chat_completion,
         protocol.ChatCompletionRequest,
         answers.ChatCompletion,
-        streams=True,
+        generates=True,
     ),
-    PostRoute("/v1/completions", create_completion, protocol.CompletionRequest, answers.Completion, streams=True),
+    PostRoute("/v1/completions", create_completion, protocol.CompletionRequest, answers.Completion, generates=True),
     PostRoute("/tokenize", tokenize, protocol.TokenizeRequest, answers.Tokenized),
     PostRoute("/detokenize", detokenize, protocol.DetokenizeRequest, answers.Detokenized),
 )
@@ -76,6 +76,8 @@ class _Post(Generic[T]):
             context.lifecycle.check_unless_passing(context.config.scheduler.max_num_queued_reqs)
         else:
             context.lifecycle.check()
+        if self._route.generates and context.models is None:
+            context.check_room()
         body = await read_json_body(scope, receive, server.max_request_bytes)
         request, ignored = decode_request(body, self._route.request, server.strict_requests)
         del body
@@ -87,6 +89,8 @@ class _Post(Generic[T]):
         context = self._context
         if context.models is not None:
             async with context.models.serving(request.model) as model:
+                if self._route.generates:
+                    model.check_room()
                 await self._route.handler(model, request, exchange)
             return
         if context.config.server.queue_while_loading:

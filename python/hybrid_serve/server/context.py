@@ -148,6 +148,19 @@ class ServerContext:
         served = ", ".join(self.model_names)
         raise ApiError("model_not_found", f"The model '{name[:256]}' does not exist. Served here: {served}.", "model")
 
+    def check_room(self) -> None:
+        """Raises the ``ApiError`` that the engines would answer with if all are full. They answer between two steps;
+        of a burst thousands would wait for that."""
+        most = self.config.scheduler.max_num_queued_reqs
+        engines = [engine for engine in self.client.engines if engine.status.phase == "ready" and engine.stats.may_run]
+        if not most or not engines:
+            return
+        if all(engine.num_open >= engine.stats.may_run + most for engine in engines):
+            self.metrics.of(engines[0].index).admission_rejections += 1
+            num_open, may = sum(e.num_open for e in engines), sum(e.stats.may_run + most for e in engines)
+            text = f"The engine is full: {num_open} requests run or wait, {may} may. Try again later."
+            raise ApiError("overloaded", text)
+
     def rank(self, given: Sequence[bytes]) -> int | None:
         """The engine that the request's headers name, if they do. Raises ``ApiError`` for one that is not there."""
         if not given:

@@ -45,7 +45,7 @@ class DescribedRoute(Protocol):
     @property
     def response(self) -> type[msgspec.Struct]: ...
     @property
-    def streams(self) -> bool: ...
+    def generates(self) -> bool: ...
 
 
 def openapi(routes: Iterable[DescribedRoute]) -> dict[str, Any]:
@@ -76,7 +76,7 @@ def openapi(routes: Iterable[DescribedRoute]) -> dict[str, Any]:
 
 def _post(route: DescribedRoute) -> dict[str, Any]:
     content: dict[str, Any] = {"application/json": {"schema": _ref(route.response)}}
-    if route.streams:
+    if route.generates:
         content["text/event-stream"] = {"schema": {"type": "string"}}
     responses = {"200": {"description": "The answer", "content": content}}
     for status in sorted({status for status, _, _ in CATALOGUE.values()} - {408, 431}):

@@ -46,27 +46,21 @@ OWN_FILES = 64 + SPARE_CONNECTIONS  # sockets to the engine, the log, model file
 class HttpServer(uvicorn.Server):
     """uvicorn on a socket that is bound already; signals are the supervisor's."""
 
-    def __init__(self, config: uvicorn.Config, shared: SharedCounts | None = None) -> None:
-        """``shared``: with the API servers that have the same socket, if there are others."""
+    def __init__(self, config: uvicorn.Config, shared: SharedCounts) -> None:
+        """``shared``: with the API servers that have the same socket."""
         super().__init__(config)
         self.shared = shared
         self.servers: list[asyncio.Server] = []
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """uvicorn's own would leave a TLS handshake a minute to take the server's time."""
+        """uvicorn's own would leave a TLS handshake a minute to take the server's time, and uvloop's accepts one
+        connection a turn: of a burst the last would wait for as many turns."""
         await self.lifespan.startup()
-        loop, config, shared = asyncio.get_running_loop(), self.config, self.shared
-        make = functools.partial(BoundedProtocol, config, self.server_state, self.lifespan.state)
-        seconds = _HANDSHAKE_SECONDS if config.ssl else None
+        make = functools.partial(BoundedProtocol, self.config, self.server_state, self.lifespan.state)
+        seconds = _HANDSHAKE_SECONDS if self.config.ssl else None
         for each in sockets or ():
-            if shared is not None:
-                acceptor = FairAcceptor(each, make, shared, self._num_connections, config.ssl, seconds)
-                self.servers.append(cast(asyncio.Server, acceptor))
-                continue
-            server = await loop.create_server(
-                make, sock=each, ssl=config.ssl, backlog=config.backlog, ssl_handshake_timeout=seconds
-            )
-            self.servers.append(server)
+            acceptor = FairAcceptor(each, make, self.shared, self._num_connections, self.config.ssl, seconds)
+            self.servers.append(cast(asyncio.Server, acceptor))
         self.started = True
 
     def _num_connections(self) -> int:
@@ -77,9 +71,7 @@ class HttpServer(uvicorn.Server):
         yield
 
 
-def http_server(
-    context: ServerContext, certificate: Certificate | None = None, shared: SharedCounts | None = None
-) -> HttpServer:
+def http_server(context: ServerContext, certificate: Certificate | None = None) -> HttpServer:
     server, app = context.config.server, create_app(context)
     if context.api_index == 0:  # the others have the same
         log.info("routes: %s", described_routes(app))
@@ -98,7 +90,7 @@ def http_server(
         timeout_graceful_shutdown=_LAST_WRITES_SECONDS,
         ssl_context_factory=(lambda *_: certificate.context) if certificate else None,
     )
-    return HttpServer(config, shared if server.api_server_count > 1 else None)
+    return HttpServer(config, SharedCounts(context.live.memory.counts, context.api_index))
 
 
 def watched_files(context: ServerContext, certificate: Certificate | None) -> list[Watched]:
@@ -179,7 +171,7 @@ async def _serve(
     """``load``: begins with what is to be there from the start."""
     config, counts = context.config, SharedCounts(memory.counts, context.api_index)
     certified = certificate(config.server)
-    server = http_server(context, certified, counts)
+    server = http_server(context, certified)
     BoundedProtocol.max_connections = raise_file_limit()
     stopping = Stopping(context, server)
     client.on_shutdown = stopping.begin

@@ -93,6 +93,36 @@ def test_nobody_waits_for_one_that_is_dead_or_whose_count_was_left_behind(memory
     asyncio.run(main())
 
 
+def test_a_burst_of_connections_is_accepted_in_one_turn_of_the_event_loop(memory: memoryview) -> None:
+    """F-44: one a turn would let the last wait for as many turns, in each of which requests are worked on."""
+
+    async def main() -> None:
+        num_open: Counter[int] = Counter()
+        with socket.create_server(("127.0.0.1", 0), backlog=50) as listener:
+            clients = [socket.create_connection(listener.getsockname()) for _ in range(40)]
+            own = listener.dup()
+            alone = FairAcceptor(
+                own,
+                lambda: Greeting(0, num_open),
+                SharedCounts(memory[:COUNTS_SLOT_BYTES], 0),
+                lambda: num_open[0],
+                ssl=None,
+                handshake_seconds=None,
+            )
+            turns = 0
+            while num_open[0] < 40:
+                await asyncio.sleep(0)
+                turns += 1
+            assert turns < 20
+            alone.close()
+            for client in clients:
+                client.close()
+            await until(lambda: not any(num_open.values()))
+            own.close()
+
+    asyncio.run(main())
+
+
 def test_tls_is_spoken_and_who_does_not_speak_it_is_dropped(memory: memoryview) -> None:
     authority, num_open = trustme.CA(), Counter[int]()
     context, trusting = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.create_default_context()

@@ -16,6 +16,7 @@ from api_harness import CHAT, COMPLETIONS, MESSAGES, Api, routes, says
 from fake_engine import FakeEngine
 from hybrid_serve import logging as log_lines
 from hybrid_serve.server.process import http_server
+from hybrid_serve.shared_memory import SharedMemory, make
 
 MakeApi = Callable[..., Api]
 CANARIES = {"api_key": ("canary-key",), "admin_api_key": ("canary-admin",)}
@@ -182,7 +183,7 @@ def test_the_start_says_each_route_once_by_the_first_api_server(
     assert sorted((method, path.replace("{id:path}", "{id}")) for method, path in said) == sorted(served)
     assert {("POST", CHAT), ("GET", "/ready"), ("PATCH", "/admin/config")} <= set(said)
     assert (("GET", "/docs") in said) == (not options)
-    http_server(make_api(index=1).context)
+    http_server(make_api(index=1, memory=SharedMemory(make(2), 2)).context)
     assert len(lines()) == 1
 
 
