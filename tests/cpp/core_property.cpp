@@ -18,7 +18,9 @@ namespace {
 
 int64_t num_operations() {
   if (const char* text = std::getenv("HYBRID_PROPERTY_OPS")) return std::atoll(text);
-#ifdef NDEBUG
+#ifdef __SANITIZE_ADDRESS__
+  return 250'000;
+#elif defined(NDEBUG)
   return 1'000'000;
 #else
   return 30'000;
