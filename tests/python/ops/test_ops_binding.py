@@ -188,6 +188,7 @@ def isa_of_a_process_with(wanted: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_environment_picks_the_instruction_set() -> None:
+    """F-63"""
     assert isa_of_a_process_with("baseline").stdout.strip() == "baseline"
     assert isa_of_a_process_with("").stdout.strip() == _kernels.isa()
     refused = isa_of_a_process_with("mmx")

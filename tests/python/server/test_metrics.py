@@ -171,11 +171,11 @@ def test_a_dashboard_that_was_made_for_vllm_finds_every_series_with_the_labels_i
 
 
 def promtool() -> str:
-    """Its path. Where it is missing, tests that need it skip; where HYBRID_REQUIRE_PROMTOOL=1 (CI), they fail."""
+    """Its path. Where it is missing, tests that need it skip; where HYBRID_REQUIRE_TOOLS=1 (CI), they fail."""
     path = shutil.which("promtool")
     if path is None:
         missing = "promtool is not installed: apt-get install prometheus"
-        if os.environ.get("HYBRID_REQUIRE_PROMTOOL") == "1":
+        if os.environ.get("HYBRID_REQUIRE_TOOLS") == "1":
             pytest.fail(missing)
         pytest.skip(missing)
     return path
