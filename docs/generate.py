@@ -53,6 +53,13 @@ NOT_HERE = {
     "vllm:nixl_*": "KV does not come from other servers",
     "vllm:kv_offload_*": "an evicted prefix is not kept; for preempted requests see `hybrid_swapped_blocks_total`",
     "vllm:simple_kv_offload_*": "the same",
+    "vllm:prefix_cache_hits": "a counter without `_total`, as which vLLM has none either: a panel of the dashboard "
+    "for Kubernetes is empty with both until its query gets `_total`",
+    "vllm:prefix_cache_queries": "the same",
+    "vllm:request_success": "queried as the other spelling (`or`) of the name with `_total`, which is above",
+    "vllm:prompt_tokens": "the same",
+    "vllm:generation_tokens": "the same",
+    "vllm:num_preemptions": "the same",
 }
 NOTICE = "<!-- Made by docs/generate.py: edit the source that it reads, then run it again. -->\n"
 

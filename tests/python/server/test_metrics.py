@@ -43,8 +43,9 @@ _NAMES = """
 """
 VLLM = _NAMES.split()
 # What the dashboards that vLLM publishes query: of its repository "overview", "instances", "KV cache", "speculative
-# decoding", "service status", the two of statistics for Grafana and for Perses, the one for a fleet on Kubernetes, and
-# the ones of before under the same names. A panel without its series is empty, or says that the server is down.
+# decoding", "service status", the two of statistics for Grafana and for Perses, the one for a fleet on Kubernetes (also
+# the last line's), and the ones of before under the same names; and those of its production stack, without the names of
+# the stack's own router. A panel without its series is empty, or says that the server is down.
 _QUERIED = """
     request_success_total prompt_tokens_total generation_tokens_total time_to_first_token_seconds_bucket
     time_to_first_token_seconds_sum time_to_first_token_seconds_count inter_token_latency_seconds_bucket
@@ -83,6 +84,8 @@ _QUERIED = """
     simple_kv_offload_used_blocks simple_kv_offload_pending_store_blocks spec_decode_num_drafts_total
     spec_decode_num_draft_tokens_total spec_decode_num_accepted_tokens_total
     spec_decode_num_accepted_tokens_per_pos_total
+    gpu_prefix_cache_hits_total gpu_prefix_cache_queries_total
+    prefix_cache_hits prefix_cache_queries request_success prompt_tokens generation_tokens num_preemptions
 """
 QUERIED = {f"vllm:{name}" for name in _QUERIED.split()} | {
     "http_requests_total", "http_request_duration_seconds_sum", "http_request_duration_seconds_count",
