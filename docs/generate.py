@@ -27,8 +27,9 @@ REFERENCE = Path(__file__).parent / "reference"
 METRICS_ARE = """`GET /metrics` is Prometheus text. Names that begin with `vllm:` are those that vLLM's dashboards
 query, with the same meaning and the same buckets; `--metrics-prefix` gives them another beginning. On the wire a
 histogram's name gets `_bucket`, `_sum` and `_count`, a summary's the last two. Everything is of all API servers
-together, except `process_...`: memory, file descriptors and CPU seconds of the one that answers. A handler is a
-route's path, or `none` for what is no route.
+together, except `process_...` and `python_...`: memory, file descriptors, CPU seconds and the garbage collector of the
+one that answers. A handler is a route's path, or `none` for what is no route; as of vLLM's server, requests of probes
+and scrapers (`/live`, `/ready`, `/health`, `/ping`, `/metrics`, `/version`) are not in `http_...`.
 
 `deploy/grafana-dashboard.json` and `deploy/prometheus-alerts.yaml` query nothing that is not here. With API keys,
 scraping needs one: `authorization: {credentials: KEY}` in Prometheus' scrape configuration, where KEY may have the
@@ -137,7 +138,7 @@ def routes() -> str:
 def metrics() -> str:
     """From the exposition of a server that has counted one of each, so that labels show."""
     families = sorted(text_string_to_metric_families(asked("/metrics").decode()), key=lambda family: family.name)
-    families = [family for family in families if not family.name.startswith("process_")]
+    families = [family for family in families if not family.name.startswith(("process_", "python_"))]
     rows = []
     for family in families:
         suffix = {"counter": "_total"}.get(family.type, "")
@@ -154,7 +155,7 @@ def asked(path: str) -> bytes:
     """What the application answers to a GET, without a socket and without an engine."""
     config, pieces = Config(), []
     context = ServerContext(config, ZmqEngineClient(config, 0, "inproc://nowhere", [(0, "inproc://nowhere")]))
-    context.metrics.http.ended("/live", "GET", 200, 0.0, 0, 0)
+    context.metrics.http.ended("/v1/models", "GET", 200, 0.0, 0, 0)
     context.metrics.startup_seconds["loading_weights", "0"] = 0.0
     context.metrics.num_reloads["key file", "ok"] = 0
     context.metrics.key_used("name", "requests", 0)

@@ -1,7 +1,7 @@
 """/metrics: the counts of all API servers and the engine's own, under the names that dashboards query.
 
-docs/reference/metrics.md lists every name. Those with ``--metrics-prefix`` are vLLM's, ``http_`` and ``process_`` ones
-are as the usual libraries call them, ``hybrid_`` ones are ours.
+docs/reference/metrics.md lists every name. Those with ``--metrics-prefix`` are vLLM's, ``http_``, ``process_`` and
+``python_`` ones are as the usual libraries call them, ``hybrid_`` ones are ours.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
-from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
+from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector, generate_latest
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
@@ -66,7 +66,8 @@ class Exposition(Collector):
         self.others: Callable[[], list[Flat]] = list  # the counts of other API servers
         self._registry = CollectorRegistry()
         self._registry.register(self)
-        ProcessCollector(registry=self._registry)
+        for of_process in (ProcessCollector, PlatformCollector, GCCollector):
+            of_process(registry=self._registry)
 
     def render(self) -> bytes:
         """The exposition text."""
@@ -196,6 +197,8 @@ class Exposition(Collector):
         yield counters("http_requests", text, ("handler", "method", "status"), http.requests.items())
         text = "From a request's headers to the last byte of its response."
         yield histograms("http_request_duration_seconds", text, ("handler", "method"), http.seconds.items())
+        text = "The same, of all routes together, in finer buckets."
+        yield histograms("http_request_duration_highr_seconds", text, (), [((), http.all_seconds)])
         for name, text, sums in (
             ("http_request_size_bytes", "Bytes of request bodies, as announced.", http.request_bytes),
             ("http_response_size_bytes", "Bytes of response bodies.", http.response_bytes),

@@ -24,6 +24,10 @@ _COUNTS = tuple(float(digit * 10**power) for power in range(7) for digit in (1, 
 _CHOICES = (1.0, 2.0, 5.0, 10.0, 20.0)
 _PREEMPTIONS = (1.0, 2.0, 3.0, 4.0, 5.0, 10.0, 20.0)
 _HTTP = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 2.5, 5.0, 7.5, 10.0, 30.0, 60.0)
+_HTTP_FINE = (0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0, 7.5, 10.0)
+_HTTP_FINE_SECONDS = (*_HTTP_FINE, 30.0, 60.0)
+# Who asks these is a machine, every few seconds: it would hide the clients, and a 503 of /ready is no failed request.
+NOT_COUNTED = frozenset(("/live", "/ready", "/health", "/ping", "/metrics", "/version"))
 
 # Histogram of requests -> bounds of its buckets, what it counts. The buckets are those that vLLM's dashboards expect.
 REQUEST_HISTOGRAMS: dict[str, tuple[tuple[float, ...], str]] = {
@@ -84,6 +88,7 @@ class HttpCounts:
     """By (handler, method): the route's path as the table of routes has it, or ``none``; never a client's text."""
 
     requests: Counter[tuple[str, str, str]] = field(default_factory=Counter)  # and the class of the status: 2xx
+    all_seconds: Histogram = field(default_factory=lambda: Histogram(_HTTP_FINE_SECONDS))
     seconds: dict[tuple[str, str], Histogram] = field(default_factory=dict)
     request_bytes: dict[str, list[int]] = field(default_factory=dict)  # by handler: how many, sum
     response_bytes: dict[str, list[int]] = field(default_factory=dict)
@@ -91,7 +96,10 @@ class HttpCounts:
     def ended(
         self, handler: str, method: str, status: int, seconds: float, request_bytes: int, response_bytes: int
     ) -> None:
+        if handler in NOT_COUNTED:
+            return
         self.requests[handler, method, f"{status // 100}xx"] += 1
+        self.all_seconds.observe(seconds)
         if (handler, method) not in self.seconds:
             self.seconds[handler, method] = Histogram(_HTTP)
         self.seconds[handler, method].observe(seconds)
@@ -100,6 +108,7 @@ class HttpCounts:
 
     def flat(self) -> Flat:
         found: dict[tuple[str, ...], list[float]] = {("requests", *words): [n] for words, n in self.requests.items()}
+        found["all_seconds",] = self.all_seconds.numbers()
         found |= {("seconds", *words): histogram.numbers() for words, histogram in self.seconds.items()}
         found |= {("request_bytes", handler): [*pair] for handler, pair in self.request_bytes.items()}
         found |= {("response_bytes", handler): [*pair] for handler, pair in self.response_bytes.items()}
@@ -109,6 +118,8 @@ class HttpCounts:
         match words:
             case ["requests", handler, method, status]:
                 self.requests[handler, method, status] += int(numbers[0])
+            case ["all_seconds"]:
+                self.all_seconds.add(numbers)
             case ["seconds", handler, method]:
                 self.seconds.setdefault((handler, method), Histogram(_HTTP)).add(numbers)
             case ["request_bytes", handler]:

@@ -19,7 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from api_harness import CHAT, MESSAGES, Api, says
 from fake_engine import FakeEngine
 from hybrid_serve.client import EngineRejected
-from hybrid_serve.wire import STEP_TOKEN_BOUNDS, EngineStats
+from hybrid_serve.wire import STEP_TOKEN_BOUNDS, EngineStats, Status
 
 MakeApi = Callable[..., Api]
 ROOT = Path(__file__).parents[3]
@@ -293,6 +293,22 @@ def test_http_requests_are_counted_by_route_and_never_by_a_clients_text(used: tu
     assert {sample.labels["method"] for sample in found[name].samples} == {"GET", "POST", "other"}
     assert value(found, "http_request_duration_seconds", "_count", handler=CHAT, method="POST") == 4
     assert value(found, "http_response_size_bytes", "_sum", handler=CHAT) > 200
+    assert value(found, "http_request_duration_highr_seconds", "_count") == 4 + 21 + 20 + 20
+
+
+def test_probes_and_scrapes_are_no_requests_of_clients(make_api: MakeApi) -> None:
+    """S40: an alert on failed requests must not fire because a server that loads its model says so when asked."""
+    api = make_api(FakeEngine(says("one"), status=Status("loading_weights"), facts=None))
+    for path in ("/live", "/ready", "/health", "/ping", "/metrics", "/version"):
+        api.get(path)
+    api.get("/v1/models")
+    http = {
+        sample.labels["handler"]
+        for family in scrape(api).values()
+        for sample in family.samples
+        if "handler" in sample.labels
+    }
+    assert http == {"/v1/models"}
 
 
 def test_the_prefix_is_a_choice(make_api: MakeApi) -> None:
@@ -311,7 +327,7 @@ def test_no_key_and_no_text_of_a_request_is_in_it(make_api: MakeApi) -> None:
 
 def test_the_page_lists_every_name_and_no_other(used: tuple[Api, Any]) -> None:
     documented = set(re.findall(r"^\| `([^`]+)` \|", METRICS_PAGE.partition("\n## ")[0], re.MULTILINE))
-    found = {name: family for name, family in scrape(used[0]).items() if not name.startswith("process_")}
+    found = {name: family for name, family in scrape(used[0]).items() if not name.startswith(("process_", "python_"))}
     exported = {name + "_total" * (family.type == "counter") for name, family in found.items()}
     assert documented == exported
 

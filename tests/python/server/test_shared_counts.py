@@ -16,7 +16,7 @@ from hybrid_serve.shared_memory import COUNTS_SLOT_BYTES
 
 MakeApi = Callable[..., Api]
 # What depends on the clock or on the process, not on the load.
-VARYING = re.compile(r"_seconds|^process_|^#")
+VARYING = re.compile(r"_seconds|^process_|^python_|^#")
 
 
 @pytest.fixture
