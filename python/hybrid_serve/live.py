@@ -11,7 +11,8 @@ from typing import Any
 
 import msgspec
 
-from .config import Config, problems
+from .config import Config
+from .problems import problems
 from .shared_memory import SharedMemory
 
 # Fields of config.py that are read again for every request, and what besides has to be told of a change.
@@ -47,7 +48,7 @@ def with_values(config: Config, values: Mapping[str, Any]) -> Config:
 
 
 def live_problems(started_with: Config, wanted: Config) -> list[tuple[str, str]]:
-    """What a server that was started with one configuration cannot take of another, as ``config.problems`` has it."""
+    """What a server that was started with one configuration cannot take of another, as ``problems`` has it."""
     most = started_with.scheduler.max_num_seqs
     found = problems(wanted)
     if most and wanted.scheduler.max_num_seqs > most:

@@ -15,12 +15,13 @@ from .checkpoint import demo
 from .checkpoint.hub import resolve
 from .client import ChoiceOutput, TokenLogprobs
 from .client.steps import outputs_of_step
-from .config import Config, validate
+from .config import Config
 from .engine.executor import InlineExecutor, StepResult
 from .engine.inbox import add
 from .engine.loop import EngineLoop
 from .engine.outbox import step_columns
 from .engine.process import make_core
+from .problems import validate
 from .runner.model_runner import ModelRunner
 from .text.detokenizer import Detokenizer
 from .text.loading import load_chat_template, load_tokenizer, locate_tokenizer

@@ -10,7 +10,8 @@ import pytest
 
 from hybrid_serve.cli.options import parse
 from hybrid_serve.cli.settings import ENV_PREFIX, NOT_SUPPORTED, Setting, settings
-from hybrid_serve.config import Config, ModelConfig, ParallelConfig, ServerConfig, is_loopback, problems, validate
+from hybrid_serve.config import Config, ModelConfig, ParallelConfig, ServerConfig
+from hybrid_serve.problems import is_loopback, problems, validate
 from hybrid_serve.ranges import RANGES
 
 SETTINGS = settings()

@@ -12,7 +12,8 @@ from typing import Any, get_args, get_type_hints
 
 import yaml
 
-from ..config import Config, RoutingConfig, problems
+from ..config import Config, RoutingConfig
+from ..problems import problems
 from ..served import MOST_ENGINES, OWN_GROUPS, OWN_OPTIONS, Budget, FileOnly, ServedModel
 from .config_file import compose, line_of, of_mapping
 from .options import convert

@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_type_hints
 
-from ..config import Config, problems
+from ..config import Config
+from ..problems import problems
 from .settings import ENV_PREFIX, Given, Setting, elements, refusal, settings
 from .usage import Parser, UsageError, dashed, did_you_mean
 

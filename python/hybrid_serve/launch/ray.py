@@ -23,9 +23,10 @@ import msgspec
 import zmq
 
 from .. import __version__
-from ..config import Config, ServerConfig, is_loopback
+from ..config import Config, ServerConfig
 from ..curve import make_key_file
 from ..errors import StartupError
+from ..problems import is_loopback
 from ..sockets import bind_router, connect_dealer, readable
 from ..wire import PROTOCOL_VERSION, Hello, Kind, StartupFailure, Status, identity_of, pack, unpack
 from .local import Order, death, start

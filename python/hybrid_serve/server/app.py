@@ -16,8 +16,8 @@ from starlette.responses import Response
 from starlette.routing import Route, request_response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from ..config import is_loopback
 from ..errors import StartupError
+from ..problems import is_loopback
 from . import answers, protocol
 from .access import Access, Authentication, Guarded
 from .accounting import Accounting

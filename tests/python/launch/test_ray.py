@@ -11,13 +11,14 @@ import pytest
 
 from hybrid_serve.cli.main import main
 from hybrid_serve.cli.options import parse
-from hybrid_serve.config import Config, EngineConfig, ModelConfig, ParallelConfig, ServerConfig, problems
+from hybrid_serve.config import Config, EngineConfig, ModelConfig, ParallelConfig, ServerConfig
 from hybrid_serve.curve import read_key_file
 from hybrid_serve.errors import StartupError
 from hybrid_serve.launch.handshake import refusal
 from hybrid_serve.launch.nodes import Nodes
 from hybrid_serve.launch.plan import Front, plan
 from hybrid_serve.launch.ray import needs, node_config, node_spec, prepared
+from hybrid_serve.problems import problems
 from hybrid_serve.wire import PROTOCOL_VERSION, Hello, StartupFailure, Status
 
 RAY = ParallelConfig(data_parallel_backend="ray", data_parallel_size=2)
