@@ -31,9 +31,8 @@ PROBE_SECONDS = 0.02
 def run_server(listener: socket.socket, pause: float) -> None:
     from hybrid_serve.server import process
 
-    process._KEEP_ALIVE_SECONDS = 3600
     process.BoundedProtocol.max_connections = process.raise_file_limit()
-    serve(listener, pause)
+    serve(listener, pause, keep_alive=3600)
 
 
 class Stream:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import psutil
 
 from hybrid_serve.client import ChoiceOutput
-from hybrid_serve.config import Config, ModelConfig
+from hybrid_serve.config import Config, ModelConfig, ServerConfig
 from hybrid_serve.wire import EngineFacts, EngineStats, FinishReason, SamplingParams, Status
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def demo_tokenizer() -> Tokenizer:
     return load_tokenizer(next(Path(spec.origin).parent.glob("*.gguf")))
 
 
-def serve(listener: socket.socket, pace: float = 0.0, first: float = 0.0) -> None:
+def serve(listener: socket.socket, pace: float = 0.0, first: float = 0.0, keep_alive: int = 15) -> None:
     import uvloop
 
     from hybrid_serve.server.context import ServerContext, TextModel
@@ -146,7 +146,8 @@ def serve(listener: socket.socket, pace: float = 0.0, first: float = 0.0) -> Non
 
     tokenizer = demo_tokenizer()
     engine = IdleEngine(list(tokenizer.encode(TEXT)), pace, first)
-    context = ServerContext(Config(model=ModelConfig(model="demo")), engine)
+    config = Config(model=ModelConfig(model="demo"), server=ServerConfig(keep_alive_timeout=keep_alive))
+    context = ServerContext(config, engine)
     context.set_text_model(TextModel(tokenizer, load_chat_template(tokenizer, "")))
     uvloop.run(http_server(context).serve(sockets=[listener]))
 

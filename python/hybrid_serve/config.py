@@ -221,6 +221,11 @@ class ServerConfig:
     enable_request_id_headers: Annotated[bool, Option("name the request id in a response header")] = True
     root_path: Annotated[str, Option("path prefix that a proxy in front strips")] = ""
     max_request_bytes: Annotated[int, Option("largest request body, e.g. 16MiB", "SIZE")] = 16 * 2**20
+    max_header_bytes: Annotated[
+        int, Option("a request's line and headers, at most", "SIZE", short="--h11-max-incomplete-event-size")
+    ] = 32 * 2**10
+    max_headers: Annotated[int, Option("headers of a request, at most", short="--h11-max-header-count")] = 100
+    keep_alive_timeout: Annotated[int, Option("seconds that a connection stays open between requests", "SECONDS")] = 15
     max_logprobs: Annotated[int, Option("largest top_logprobs a request may ask for")] = 20
     queue_while_loading: Annotated[
         bool, Option("requests wait while the model loads or the engine is restarted, up to max_num_queued_reqs")

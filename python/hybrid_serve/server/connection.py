@@ -5,13 +5,12 @@ from __future__ import annotations
 
 import asyncio
 import http
+from typing import Any, NamedTuple
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from .errors import ApiError
 
-MAX_HEADER_BYTES = 32 * 1024
-MAX_HEADERS = 100
 SPARE_CONNECTIONS = 32  # beyond the limit, for those that are being told so
 HEADER_SECONDS = 10.0
 BODY_SECONDS = 30.0
@@ -19,6 +18,13 @@ LEAST_BODY_BYTES = 1024  # a second, over BODY_SECONDS
 WRITE_SECONDS = 60.0  # that a client may leave what it was sent unread
 LINGER_SECONDS, LINGER_BYTES = 1.0, 2**20  # what is still read, unseen, after a refusal
 MAX_DISCARDED_BYTES = 64 * 2**20  # of a body that was refused; then the connection ends
+
+
+class HeaderBounds(NamedTuple):
+    """Of one request's line and headers."""
+
+    num_bytes: int
+    num_headers: int
 
 
 _turned_away: set[BoundedProtocol] = set()  # of the process, as its files are
@@ -29,6 +35,10 @@ class BoundedProtocol(HttpToolsProtocol):
 
     max_connections = 2**31  # the process lowers it to what the system gives it
     header_seconds, body_seconds, write_seconds = HEADER_SECONDS, BODY_SECONDS, WRITE_SECONDS  # tests make them short
+
+    def __init__(self, *of_uvicorn: Any, header_bounds: HeaderBounds) -> None:
+        super().__init__(*of_uvicorn)
+        self._bounds = header_bounds
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -80,7 +90,7 @@ class BoundedProtocol(HttpToolsProtocol):
             return
         super().data_received(data)
         # The parser keeps an unfinished header to itself, however long: hence the bytes are counted here.
-        if self._in_headers and self._num_bytes > MAX_HEADER_BYTES:
+        if self._in_headers and self._num_bytes > self._bounds.num_bytes:
             self._too_large()
 
     def on_message_begin(self) -> None:
@@ -100,7 +110,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _count_header(self, size: int) -> None:
         self._header_bytes += size
-        if self._header_bytes > MAX_HEADER_BYTES or len(self.headers) > MAX_HEADERS:
+        if self._header_bytes > self._bounds.num_bytes or len(self.headers) > self._bounds.num_headers:
             self._too_large()
 
     def on_headers_complete(self) -> None:
@@ -138,7 +148,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._timer = self.loop.call_later(self.body_seconds, self._check_body)
 
     def _too_large(self) -> None:
-        bounds = f"{MAX_HEADER_BYTES} bytes or {MAX_HEADERS} headers"
+        bounds = f"{self._bounds.num_bytes} bytes or {self._bounds.num_headers} headers"
         self._refuse(ApiError("headers_too_large", f"The request's headers are more than {bounds}."))
 
     def send_400_response(self, msg: str) -> None:

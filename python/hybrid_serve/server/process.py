@@ -26,7 +26,7 @@ from ..shared_memory import SharedMemory
 from ..text.loading import load_chat_template, load_tokenizer, locate_tokenizer
 from .accept import FairAcceptor
 from .app import create_app, described_routes
-from .connection import SPARE_CONNECTIONS, BoundedProtocol
+from .connection import SPARE_CONNECTIONS, BoundedProtocol, HeaderBounds
 from .context import ServerContext, TextModel
 from .file_watch import Watched, watch
 from .several import Models
@@ -36,7 +36,6 @@ from .tracing import tracing
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-_KEEP_ALIVE_SECONDS = 15
 _LAST_WRITES_SECONDS = 2
 _HANDSHAKE_SECONDS = 10
 MOST_FILES = 2**20
@@ -46,17 +45,19 @@ OWN_FILES = 64 + SPARE_CONNECTIONS  # sockets to the engine, the log, model file
 class HttpServer(uvicorn.Server):
     """uvicorn on a socket that is bound already; signals are the supervisor's."""
 
-    def __init__(self, config: uvicorn.Config, shared: SharedCounts) -> None:
+    def __init__(self, config: uvicorn.Config, header_bounds: HeaderBounds, shared: SharedCounts) -> None:
         """``shared``: with the API servers that have the same socket."""
         super().__init__(config)
-        self.shared = shared
+        self.header_bounds, self.shared = header_bounds, shared
         self.servers: list[asyncio.Server] = []
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """uvicorn's own would leave a TLS handshake a minute to take the server's time, and uvloop's accepts one
         connection a turn: of a burst the last would wait for as many turns."""
         await self.lifespan.startup()
-        make = functools.partial(BoundedProtocol, self.config, self.server_state, self.lifespan.state)
+        make = functools.partial(
+            BoundedProtocol, self.config, self.server_state, self.lifespan.state, header_bounds=self.header_bounds
+        )
         seconds = _HANDSHAKE_SECONDS if self.config.ssl else None
         for each in sockets or ():
             acceptor = FairAcceptor(each, make, self.shared, self._num_connections, self.config.ssl, seconds)
@@ -86,11 +87,12 @@ def http_server(context: ServerContext, certificate: Certificate | None = None) 
         proxy_headers=False,
         server_header=False,
         root_path=server.root_path,
-        timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+        timeout_keep_alive=server.keep_alive_timeout,
         timeout_graceful_shutdown=_LAST_WRITES_SECONDS,
         ssl_context_factory=(lambda *_: certificate.context) if certificate else None,
     )
-    return HttpServer(config, SharedCounts(context.live.memory.counts, context.api_index))
+    bounds = HeaderBounds(server.max_header_bytes, server.max_headers)
+    return HttpServer(config, bounds, SharedCounts(context.live.memory.counts, context.api_index))
 
 
 def watched_files(context: ServerContext, certificate: Certificate | None) -> list[Watched]:

@@ -61,6 +61,57 @@ def test_flood_of_headers_is_refused_and_the_connection_ends(api: Api, flood: li
     api.run(scenario())
 
 
+def test_bounds_of_headers_are_what_is_configured(make_api: MakeApi) -> None:
+    """S23"""
+    api = make_api(max_header_bytes=50_000, max_headers=300)
+
+    async def scenario() -> None:
+        async with served(api) as connect:
+            for headers, status in (
+                ([b"X-Big: " + b"a" * 40_000], 200),
+                ([b"X-Big: " + b"a" * 50_000], 431),
+                ([b"X-%d: a" % i for i in range(296)], 200),
+                ([b"X-%d: a" % i for i in range(300)], 431),
+            ):
+                answer = await exchange(connect, request(GOOD, *headers))
+                assert answer[0] == status
+            assert "50000 bytes or 300 headers" in answer[2]["error"]["message"]
+
+    api.run(scenario())
+
+
+def test_an_idle_connection_is_closed_when_its_time_is_over(make_api: MakeApi) -> None:
+    """S23: and not before the next request, if that comes in time."""
+    api = make_api(keep_alive_timeout=1)
+
+    async def scenario() -> None:
+        async with served(api) as connect:
+            reader, writer = await connect()
+            for _ in range(2):
+                writer.write(request())
+                assert (await response_of(reader))[0] == 200
+                began = time.monotonic()
+            assert await asyncio.wait_for(reader.read(), 20) == b""
+            assert time.monotonic() - began > 0.9
+
+    api.run(scenario())
+
+
+def test_a_body_of_33_mib_is_too_large_for_a_server_with_defaults(api: Api) -> None:
+    """S23: the refusal is read although the body is still being sent, and the connection can be used again."""
+    body = b'{"prompt": "' + b"x" * 33 * 2**20 + b'"}'
+
+    async def scenario() -> None:
+        async with served(api) as connect:
+            reader, writer = await connect()
+            writer.write(request(body))
+            assert error_code(await response_of(reader)) == (413, "request_too_large")
+            writer.write(request())
+            assert (await response_of(reader))[0] == 200
+
+    api.run(scenario())
+
+
 def test_what_is_not_http_gets_the_usual_error_body(api: Api) -> None:
     async def scenario() -> None:
         async with served(api) as connect:
