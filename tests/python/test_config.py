@@ -9,7 +9,8 @@ from typing import Any, get_type_hints
 import pytest
 
 from hybrid_serve.cli.options import parse
-from hybrid_serve.cli.settings import ENV_PREFIX, NOT_SUPPORTED, Setting, settings
+from hybrid_serve.cli.settings import ENV_PREFIX, Setting, settings
+from hybrid_serve.cli.vllm_flags import NOT_SUPPORTED
 from hybrid_serve.config import Config, ModelConfig, ParallelConfig, ServerConfig
 from hybrid_serve.problems import is_loopback, problems, validate
 from hybrid_serve.ranges import RANGES

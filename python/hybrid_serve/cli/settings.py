@@ -10,27 +10,9 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hint
 
 from ..config import Config, Option
 from .usage import did_you_mean
+from .vllm_flags import NOT_SUPPORTED, why_not
 
 ENV_PREFIX = "HYBRID_SERVE_"
-
-# Flags of `vllm serve` that we know and do not have. One that config.py gains leaves this table (a test sees to it).
-_VLLM_ONLY = """
-    async-scheduling chat-template-content-format collect-detailed-traces compilation-config cpu-offload-gb
-    cudagraph-capture-sizes custom-histogram-buckets default-chat-template-kwargs
-    disable-log-stats disable-uvicorn-access-log
-    enable-auto-tool-choice enable-chunked-prefill enable-force-include-usage enable-log-outputs enable-log-requests
-    enable-lora enable-offline-docs enable-per-request-metrics enable-prompt-tokens-details
-    enable-server-load-tracking enable-sleep-mode generation-config hf-overrides hf-token
-    kv-cache-metrics kv-events-config kv-offloading-size kv-transfer-config limit-mm-per-prompt log-config-file
-    logging-config logprobs-mode long-prefill-token-threshold lora-modules master-addr master-port max-cpu-loras
-    max-cudagraph-capture-size max-lora-rank max-loras max-num-queued-tokens nnodes node-rank
-    override-generation-config pipeline-parallel-size pp prefix-caching-hash-algo profiler-config quantization
-    reasoning-parser reasoning-parser-plugin response-role return-tokens-as-token-ids scheduling-policy
-    show-hidden-metrics-for-version skip-tokenizer-init speculative-config stream-interval structured-outputs-config
-    task tensor-parallel-size tokenizer-mode tokens-only tool-call-parser tool-parser-plugin tp
-    trust-remote-code uvicorn-log-level watermark
-"""
-NOT_SUPPORTED = frozenset(_VLLM_ONLY.split())
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?", re.IGNORECASE | re.ASCII)
@@ -137,8 +119,10 @@ def elements(text: str, separator: str | None) -> list[str]:
 def refusal(word: str, known: Iterable[str]) -> str:
     """Why ``word``, a flag or a key that is not in ``known``, is refused."""
     name = word.lstrip("-").partition(".")[0].replace("_", "-")
-    if name in NOT_SUPPORTED or name.removeprefix("no-") in NOT_SUPPORTED:
-        return f"not supported: {word}"
+    name = name if name in NOT_SUPPORTED else name.removeprefix("no-")
+    if name in NOT_SUPPORTED:
+        why = why_not(name)
+        return f"not supported: {word}" + (f" ({why})" if why else "")
     return f"unknown option {word}{did_you_mean(word, known)}"
 
 

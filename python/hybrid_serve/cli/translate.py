@@ -11,18 +11,8 @@ from dataclasses import dataclass, field
 from . import options
 from .settings import Setting, settings
 from .usage import Parser, UsageError
+from .vllm_flags import INSTEAD, SECRET_VARIABLES, VARIABLES, why_not
 
-# Flags that need no counterpart, or have another: what to say instead of "not supported".
-_VLLM_NOTES = {
-    "async-scheduling": "not needed: the loop overlaps where the device gains by it",
-    "chat-template-content-format": "not needed: found out from the template",
-    "disable-log-stats": "not needed: no statistics are logged",
-    "disable-uvicorn-access-log": "not needed: no access log is written",
-    "enable-chunked-prefill": "not needed: always on",
-    "enable-prompt-tokens-details": "not needed: always in usage",
-    "kv-cache-memory": "there is --kv-cache-memory-bytes SIZE; hybrid-serve fit MODEL says which",
-    "trust-remote-code": "never: no code of a model folder is run",
-}
 # llama-server's flag -> ours ("MODEL": the positional one); flags without a value are in the second table.
 _LLAMA = {
     "m": "MODEL",
@@ -54,9 +44,10 @@ _VLLM_MODULE = "vllm.entrypoints.openai.api_server"
 
 @dataclass
 class Translation:
-    """Our words, and a line for each of theirs that has none."""
+    """Our words, what stands before the command, and a line for each of theirs that has none."""
 
     words: list[str] = field(default_factory=list)
+    variables: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
 
 
@@ -74,7 +65,8 @@ def translate(argv: list[str]) -> int:
         words = parser.parse_args(argv).COMMAND
         words = shlex.split(words[0], comments=True) if len(words) == 1 else words
     found = translated(words)
-    print(shlex.join(["hybrid-serve", "serve", *found.words]))
+    before = [f"{name}={shlex.quote(value)}" for name, _, value in (each.partition("=") for each in found.variables)]
+    print(" ".join([*before, shlex.join(["hybrid-serve", "serve", *found.words])]))
     for line in found.left_out:
         print(f"left out: {line}", file=sys.stderr)
     options.parse(found.words, {})  # a value that we refuse is refused now
@@ -84,15 +76,15 @@ def translate(argv: list[str]) -> int:
 def translated(words: list[str]) -> Translation:
     """Raises UsageError for a command that is neither vLLM's nor llama.cpp's."""
     words = [word for word in words if word.strip() and word != "\n"]
-    while words and re.fullmatch(r"[A-Za-z_]\w*=.*", words[0]):
-        words = words[1:]  # VARIABLE=value before the command
+    num_before = next((i for i, word in enumerate(words) if not re.fullmatch(r"(?s)[A-Za-z_]\w*=.*", word)), len(words))
+    before, words = words[:num_before], words[num_before:]
     if _VLLM_MODULE in words:
-        return _from_vllm(words[words.index(_VLLM_MODULE) + 1 :])
+        return _with_variables(before, _from_vllm(words[words.index(_VLLM_MODULE) + 1 :]))
     program = _PROGRAMS.get(words[0].rpartition("/")[2]) if words else None
     if program == "llama":
-        return _from_llama(words[1:])
+        return _with_variables(before, _from_llama(words[1:]))
     if program == "vllm" and words[1:2] == ["serve"]:
-        return _from_vllm(words[2:])
+        return _with_variables(before, _from_vllm(words[2:]))
     raise UsageError(f"expected vllm serve ... or llama-server ..., got {shlex.join(words[:2])!r}")
 
 
@@ -103,7 +95,7 @@ def _from_vllm(words: list[str]) -> Translation:
         for spelling in (setting.flag, setting.option.short)
         if spelling
     }
-    found = Translation()
+    found, others = Translation(), set()
     for flag, values in _flags(words):
         name = flag.lstrip("-").replace("_", "-")
         positive = name.removeprefix("no-") if name not in known else name
@@ -115,9 +107,29 @@ def _from_vllm(words: list[str]) -> Translation:
             )
         elif positive in known:
             found.words += [known[name].flag if name in known else f"--{name}", *values]
+        elif name in INSTEAD:
+            others.add(name)
         else:
-            why = _VLLM_NOTES.get(positive.partition(".")[0], "no counterpart")
+            why = "not needed: the default" if positive in INSTEAD else why_not(positive) or "no counterpart"
             found.left_out.append(f"{shlex.join([flag, *values])}: {why}")
+    # By our flag: of two that mean the same one the later of the table counts.
+    for ours in {INSTEAD[name][0]: INSTEAD[name] for name in INSTEAD if name in others}.values():
+        found.words += ours
+    return found
+
+
+def _with_variables(before: list[str], found: Translation) -> Translation:
+    """``before``: VARIABLE=value in front of the command. Those of vLLM's own become ours or are named, others stay."""
+    for word in before:
+        name, _, value = word.partition("=")
+        if name in VARIABLES:
+            found.words += [VARIABLES[name], value]
+        elif name in SECRET_VARIABLES:
+            found.variables.append(f"{SECRET_VARIABLES[name]}={value}")
+        elif name.startswith("VLLM_"):
+            found.left_out.append(f"{word}: no counterpart")
+        else:
+            found.variables.append(word)
     return found
 
 

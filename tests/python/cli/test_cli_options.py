@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from hybrid_serve.cli.options import help_text, parse, stray_variables
-from hybrid_serve.cli.settings import NOT_SUPPORTED, settings
+from hybrid_serve.cli.settings import settings
 from hybrid_serve.cli.usage import UsageError
+from hybrid_serve.cli.vllm_flags import NOT_SUPPORTED, why_not
 
 KEY = "canary-7b1f"
 
@@ -36,8 +37,9 @@ def test_the_model_is_positional_and_beats_the_flag() -> None:
 @pytest.mark.parametrize("name", sorted(NOT_SUPPORTED))
 def test_a_flag_of_vllm_that_we_lack_is_named(name: str) -> None:
     """Decision 14: never silently."""
-    assert refusal([f"--{name}", "1"]) == f"not supported: --{name}"
-    assert refusal([f"--no-{name.replace('-', '_')}"]) == f"not supported: --no-{name}"
+    hint = f" ({why_not(name)})" if why_not(name) else ""
+    assert refusal([f"--{name}", "1"]) == f"not supported: --{name}{hint}"
+    assert refusal([f"--no-{name.replace('-', '_')}"]) == f"not supported: --no-{name}{hint}"
 
 
 def test_short_and_dotted_flags_of_vllm_are_named_too(tmp_path: Path) -> None:

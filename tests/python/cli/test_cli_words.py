@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -12,8 +13,9 @@ import pytest
 from hybrid_serve.cli import completion, options
 from hybrid_serve.cli.main import COMMANDS, main
 from hybrid_serve.cli.settings import settings
-from hybrid_serve.cli.translate import _VLLM_NOTES, translated
+from hybrid_serve.cli.translate import translated
 from hybrid_serve.cli.usage import UsageError
+from hybrid_serve.cli.vllm_flags import INSTEAD, NOT_SUPPORTED, NOTES, SECRET_VARIABLES, VARIABLES
 
 
 def test_config_explain_says_who_set_each_option(
@@ -78,6 +80,19 @@ def test_config_refuses_what_serve_would(capsys: pytest.CaptureFixture[str], arg
             [],
         ),
         (
+            "vllm serve m --enable-log-outputs --enable-log-requests --no-enable-log-requests --uvicorn-log-level info",
+            "m --log-requests full",
+            [
+                "--no-enable-log-requests: not needed: the default",
+                "--uvicorn-log-level info: there is one --log-level for everything",
+            ],
+        ),
+        (
+            "vllm serve m --h11-max-header-count 256 --h11-max-incomplete-event-size 4194304",
+            "m --max-headers 256 --max-header-bytes 4194304",
+            [],
+        ),
+        (
             "llama-server --port 1 -m x.gguf -c 8192 -np 4 -ngl 99 --api-key k",
             "x.gguf --port 1 --max-model-len 8192 --max-num-seqs 4 --api-key k",
             ["-ngl 99: no counterpart"],
@@ -95,12 +110,27 @@ def test_translate_prints_a_command_that_a_shell_takes(capsys: pytest.CaptureFix
     shown = capsys.readouterr()
     assert shown.out == "hybrid-serve serve 'my model' --port 1\n"
     assert shown.err == "left out: --trust-remote-code: never: no code of a model folder is run\n"
+    assert main(["translate", "X='a b' Y= vllm serve m"]) == 0
+    assert capsys.readouterr().out == "X='a b' Y='' hybrid-serve serve m\n"
     assert main(["translate", "--", "vllm", "serve", "m", "--port", "x"]) == 2
     assert "--port: 'x' is not a whole number" in capsys.readouterr().err
 
 
-def test_no_note_is_about_an_option_that_we_have() -> None:
-    assert {setting.flag[2:] for setting in settings()} & set(_VLLM_NOTES) == set()
+def test_variables_before_the_command_become_ours_or_stay_or_are_named() -> None:
+    """S19, S23: a key stays out of the list of processes."""
+    command = "CUDA_VISIBLE_DEVICES=1 VLLM_API_KEY=k VLLM_HTTP_TIMEOUT_KEEP_ALIVE=5 VLLM_USE_V1=1 vllm serve m"
+    found = translated(command.split())
+    assert found.variables == ["CUDA_VISIBLE_DEVICES=1", "HYBRID_SERVE_API_KEY=k"]
+    assert found.words == ["m", "--keep-alive-timeout", "5"]
+    assert found.left_out == ["VLLM_USE_V1=1: no counterpart"]
+
+
+def test_notes_are_about_flags_that_we_lack_and_name_what_we_have() -> None:
+    known = {setting.flag for setting in settings()}
+    assert set(NOTES) | set(INSTEAD) <= NOT_SUPPORTED
+    assert {*VARIABLES.values(), *(words[0] for words in INSTEAD.values())} <= known
+    assert set(SECRET_VARIABLES.values()) <= {setting.variable for setting in settings()}
+    assert {flag for note in NOTES.values() for flag in re.findall(r"--[a-z-]+", note)} <= known
 
 
 @pytest.mark.parametrize("command", ["ollama run x", "vllm chat", "x"])
