@@ -129,9 +129,9 @@ _STARTS = (
     _start(
         43,
         2,
-        "A middleware cannot be used",
-        "--middleware names something that cannot be imported, or that is no class.",
-        "--middleware PACKAGE.MODULE.CLASS, of a package that is installed beside the server.",
+        "What is plugged in cannot be used",
+        "--middleware or --log-redactor names something that cannot be imported, or that is no class, no function.",
+        "PACKAGE.MODULE.NAME, of a package that is installed beside the server.",
     ),
     _start(
         44,

@@ -242,6 +242,9 @@ class ServerConfig:
     log_requests: Annotated[
         LogRequests, Option("log each generation; meta: numbers only, prompt: and its prompt, full: and its text")
     ] = "off"
+    log_redactor: Annotated[
+        str, Option("your function of a text; what it gives is logged instead", "PACKAGE.MODULE.FUNCTION")
+    ] = ""
     otlp_traces_endpoint: Annotated[
         str, Option("collector of OpenTelemetry traces, http://HOST:4318/v1/traces; needs the extra otel", "URL")
     ] = ""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any, Generic, TypeVar
 
 import msgspec
@@ -16,9 +15,8 @@ from starlette.responses import Response
 from starlette.routing import Route, request_response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from ..errors import StartupError
 from ..problems import is_loopback
-from . import answers, protocol
+from . import answers, plugins, protocol
 from .access import Access, Authentication, Guarded
 from .accounting import Accounting
 from .body import read_json_body
@@ -132,7 +130,7 @@ def _middleware(context: ServerContext) -> list[Middleware]:
         )
         found.append(cors)
     found.append(Middleware(Errors))
-    found += [Middleware(load_middleware(name)) for name in server.middleware]
+    found += [Middleware(plugins.middleware(name)) for name in server.middleware]
     if context.keys is not None:
         found.append(Middleware(Authentication, context.keys, context.metrics))
     elif is_loopback(server.host) and not server.uds:
@@ -218,20 +216,6 @@ def _routes(context: ServerContext) -> list[Route]:
         post("/v1/models/{id:path}/load", Access.ADMIN, load_model),
         post("/v1/models/{id:path}/unload", Access.ADMIN, unload_model),
     ]
-
-
-def load_middleware(name: str) -> Any:
-    """The class ``package.module.Class``. Raises StartupError."""
-    module, _, attribute = name.rpartition(".")
-    try:
-        found = getattr(import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        why = f"{type(error).__name__}: {error}"
-        raise StartupError("HS-E043", f"middleware {name} cannot be imported", why, "package.module.Class") from error
-    if not isinstance(found, type):
-        fix = "a class whose objects are ASGI applications: __init__(app), __call__(scope, receive, send)"
-        raise StartupError("HS-E043", f"middleware {name} is no class", f"it is a {type(found).__name__}", fix)
-    return found
 
 
 def _json(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:

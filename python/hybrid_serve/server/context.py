@@ -30,6 +30,7 @@ from .key_use import KeyUse
 from .keys import KeyRing, key_ring
 from .lifecycle import Lifecycle
 from .metrics import Metrics
+from .plugins import redactor
 from .timeline import Timelines
 from .turns import Turns
 
@@ -75,6 +76,7 @@ class ServerContext:
         self.live: LiveOptions = LiveOptions(memory)
         self.keys: KeyRing | None = front.keys if front else key_ring(server, KeyUse(memory, self.api_index))
         self.metrics: Metrics = front.metrics if front else Metrics()
+        self.redact: Callable[[str], str] | None = front.redact if front else redactor(server.log_redactor)
         self.turns = Turns()  # of this model's engines
         self.tracing: Tracing | None = front.tracing if front else None
         self.timelines: Timelines = front.timelines if front else Timelines(server.api_server_count)

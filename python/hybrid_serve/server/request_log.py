@@ -14,7 +14,9 @@ log = logging.getLogger(__name__)
 
 
 class RequestLog:
-    """What is written down of one request when it has ended, in whichever way; and what its key has used."""
+    """What is written down of one request when it has ended, in whichever way; and what its key has used.
+
+    Where there is a redactor it sees whole texts, before they are cut: half of a secret is none that it would know."""
 
     def __init__(self, generation: Generation, exchange: Exchange) -> None:
         self._generation, self._exchange = generation, exchange
@@ -26,8 +28,8 @@ class RequestLog:
         if self._server.log_requests == "full":
             for delta in deltas:
                 text = self._texts[delta.choice.index]
-                if len(text) < self._server.max_log_len:
-                    self._texts[delta.choice.index] = (text + delta.text)[: self._server.max_log_len]
+                if self._generation.context.redact is not None or len(text) < self._server.max_log_len:
+                    self._texts[delta.choice.index] = text + delta.text
 
     def ended(self) -> None:
         generation = self._generation
@@ -69,12 +71,17 @@ class RequestLog:
             fields["prompt"] = self._prompts()
             words.append(f"prompt={fields['prompt']!r}")
         if self._server.log_requests == "full":
-            fields["text"] = self._texts
-            words.append(f"text={self._texts!r}")
+            fields["text"] = [self._shown(text) for text in self._texts]
+            words.append(f"text={fields['text']!r}")
         log.info("request %s", " ".join(words), extra={"fields": fields})
 
     def _prompts(self) -> list[str]:
         """What the model was given, template included."""
-        tokenizer, most = self._generation.context.text.tokenizer, self._server.max_log_len
-        prompts = self._generation.prompts
-        return [tokenizer.decode(prompt.token_ids[:most], skip_special_tokens=False)[:most] for prompt in prompts]
+        context = self._generation.context
+        most = self._server.max_log_len if context.redact is None else None
+        ids = [prompt.token_ids[:most] for prompt in self._generation.prompts]
+        return [self._shown(context.text.tokenizer.decode(each, skip_special_tokens=False)) for each in ids]
+
+    def _shown(self, text: str) -> str:
+        redact = self._generation.context.redact
+        return (text if redact is None else redact(text))[: self._server.max_log_len]

@@ -7,6 +7,8 @@ import io
 import json
 import logging
 import re
+import sys
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,6 +17,8 @@ import pytest
 from api_harness import CHAT, COMPLETIONS, MESSAGES, Api, routes, says
 from fake_engine import FakeEngine
 from hybrid_serve import logging as log_lines
+from hybrid_serve.errors import StartupError
+from hybrid_serve.server.plugins import FAILED
 from hybrid_serve.server.process import http_server
 from hybrid_serve.shared_memory import SharedMemory, make
 
@@ -35,6 +39,19 @@ def lines() -> Iterator[Lines]:
     root.handlers[:] = handlers
     root.setLevel(levels[0])
     ours.setLevel(levels[1])
+
+
+@pytest.fixture
+def plugged_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user's module."""
+    module = types.ModuleType("plugged_in")
+    module.__dict__.update(
+        redact=lambda text: re.sub("card [0-9]{8}", "card ***", text),
+        fail=lambda text: 1 / len(text[:0]),
+        forget=lambda text: None,
+        word="no function",
+    )
+    monkeypatch.setitem(sys.modules, "plugged_in", module)
 
 
 def test_nothing_is_written_of_a_request_by_default(api: Api, lines: Lines) -> None:
@@ -124,6 +141,36 @@ def test_the_request_log_tells_numbers_and_words_only_where_asked_for(
         assert line["prompt"] == ["canary-prom"]
     elif level == "meta":
         assert "canary" not in json.dumps(line)
+
+
+@pytest.mark.parametrize(
+    ("name", "prompt", "text"),
+    [
+        ("redact", "my card ***", "the card **"),
+        ("fail", FAILED[:11], FAILED[:11]),
+        ("forget", FAILED[:11], FAILED[:11]),
+    ],
+)
+def test_a_function_of_the_user_says_what_of_a_text_may_be_logged(
+    make_api: MakeApi, lines: Lines, plugged_in: None, name: str, prompt: str, text: str
+) -> None:
+    """S39: it sees whole texts, before they are cut; and nothing is logged of what it fails at."""
+    log = {"log_requests": "full", "max_log_len": 11, "log_redactor": f"plugged_in.{name}"}
+    api = make_api(FakeEngine(says("the card 87654321 of yours")), **log)
+    assert api.post(COMPLETIONS, {"prompt": "my card 12345678 is", "max_tokens": 50}).status_code == 200
+    *before, line = lines()
+    assert (line["prompt"], line["text"]) == ([prompt], [text])
+    assert not re.search("[0-9]{3}", line["message"].partition("prompt=")[2])
+    failed = "--log-redactor failed with ZeroDivisionError"
+    assert [each["message"] for each in before] == ([failed, failed] if name == "fail" else [])
+
+
+@pytest.mark.parametrize(("name", "why"), [("word", "cannot be called"), ("none", "cannot be imported")])
+def test_what_is_no_function_ends_the_start(make_api: MakeApi, plugged_in: None, name: str, why: str) -> None:
+    """S39"""
+    with pytest.raises(StartupError, match=why) as caught:
+        make_api(log_redactor=f"plugged_in.{name}")
+    assert caught.value.failure.code == "HS-E043"
 
 
 def test_words_are_logged_and_a_stream_still_begins_before_its_last_token_is_made(
