@@ -138,6 +138,7 @@ class Ready(Struct):
     progress: float
     message: str
     seconds: float
+    eta_s: float | None  # of the phase, at its pace so far; None: not known
     engines: dict[str, str]  # rank -> phase
 
 

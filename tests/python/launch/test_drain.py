@@ -95,6 +95,30 @@ def test_a_request_that_comes_while_the_model_loads_may_wait_for_it(tmp_path: Pa
         server.wait_ready(60)
 
 
+def test_who_asks_whether_it_is_ready_is_never_refused_a_connection(tmp_path: Path) -> None:
+    """P20: from the moment on when the port is bound, before there is an API server."""
+    states: list[str] = []
+    with ServerProcess(
+        tmp_path,
+        "fake?load=1.5",
+        api_entry="hybrid_serve.server.process:main",
+        model_options={"tokenizer": str(demo_file())},
+    ) as server:
+        server.wait(lambda: "is bound" in server.output, 60)
+        status = 503
+        while status == 503:
+            connection = HTTPConnection("127.0.0.1", server.address[1], timeout=60)
+            connection.request("GET", "/ready")
+            answer = connection.getresponse()
+            status, body = answer.status, json.loads(answer.read())
+            assert {"state", "progress", "eta_s"} <= set(body)
+            states += [body["state"]] if body["state"] not in states[-1:] else []
+            connection.close()
+        assert (status, states.pop()) == (200, "ready")
+        assert states
+        assert set(states) <= {"starting", "loading_weights", "allocating"}
+
+
 @pytest.mark.parametrize("number", range(ROUNDS))
 def test_sigterm_under_load_cuts_no_stream_and_the_exit_code_is_0(tmp_path: Path, number: int) -> None:
     dice = random.Random(number)

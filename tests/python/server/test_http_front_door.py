@@ -115,7 +115,7 @@ def test_routes_work_behind_a_prefix(make_api: MakeApi) -> None:
 
 
 def test_while_the_model_loads_it_is_alive_but_not_ready(make_api: MakeApi) -> None:
-    """S28"""
+    """S28, P20: a quarter took 1.5 s."""
     engine = FakeEngine(says("x"), status=Status("loading_weights", 0.25, "shard 1 of 4", 1.5), facts=None)
     api = make_api(engine)
     assert api.get("/live").status_code == 200
@@ -125,8 +125,9 @@ def test_while_the_model_loads_it_is_alive_but_not_ready(make_api: MakeApi) -> N
         assert response.headers["retry-after"]
         assert response.json() == {
             "state": "loading_weights", "progress": 0.25, "message": "shard 1 of 4", "seconds": 1.5,
-            "engines": {"0": "loading_weights"},
+            "eta_s": 4.5, "engines": {"0": "loading_weights"},
         }  # fmt: skip
+    assert engine.calls == [], "P2: a probe is no request"
     response = api.post(CHAT, {"messages": MESSAGES})
     assert response.status_code == 503
     assert response.headers["retry-after"]
@@ -134,7 +135,7 @@ def test_while_the_model_loads_it_is_alive_but_not_ready(make_api: MakeApi) -> N
     assert api.get("/v1/models").json()["data"][0]["max_model_len"] is None
     engine.status, engine.facts = Status("ready", 1.0), FACTS
     api.context.lifecycle.text_is_loaded = False
-    assert api.get("/ready").json()["state"] == "starting"
+    assert (api.get("/ready").json()["state"], api.get("/ready").json()["eta_s"]) == ("starting", None)
     api.context.lifecycle.text_is_loaded = True
     api.chat()
     engine.status = Status("dead")

@@ -17,7 +17,10 @@ def ready(context: ServerContext) -> tuple[int, Ready]:
     phase = context.lifecycle.phase()
     status = context.lifecycle.status
     engines = {str(engine.index): engine.status.phase for engine in context.engines}
-    ready = Ready(phase, status.progress, status.message, status.seconds, engines)
+    share, seconds = status.progress, status.seconds
+    is_known = phase == status.phase and 0 < share < 1 and seconds > 0
+    eta = round(seconds * (1 - share) / share, 1) if is_known else None
+    ready = Ready(phase, share, status.message, seconds, eta, engines)
     return (200 if phase == "ready" else 503), ready
 
 
