@@ -86,7 +86,7 @@ class _Post(Generic[T]):
     async def _answer(self, request: T, exchange: Exchange) -> None:
         context = self._context
         if context.models is not None:
-            async with context.models.serving(request.model) as model:
+            async with context.models.serving(request.model, exchange.key) as model:
                 if self._route.generates:
                     model.check_room()
                 await self._route.handler(model, request, exchange)
@@ -152,11 +152,11 @@ def _routes(context: ServerContext) -> list[Route]:
     async def metrics(_: Request) -> Response:
         return Response(context.exposition.render(), headers={"content-type": CONTENT_TYPE})
 
-    async def list_models(_: Request) -> Response:
-        return _json(models.list_models(context))
+    async def list_models(request: Request) -> Response:
+        return _json(models.list_models(context, request.scope["state"].get("key")))
 
     async def get_model(request: Request) -> Response:
-        return _json(models.get_model(context, request.path_params["id"]))
+        return _json(models.get_model(context, request.path_params["id"], request.scope["state"].get("key")))
 
     async def load_model(request: Request) -> Response:
         return _json(await models.load_model(context, request.path_params["id"], request.scope["state"]["key"].name))

@@ -27,7 +27,7 @@ from .errors import ApiError
 from .exposition import Exposition, OfModel
 from .headers import RANK_HEADER
 from .key_use import KeyUse
-from .keys import KeyRing, key_ring
+from .keys import Key, KeyRing, key_ring
 from .lifecycle import Lifecycle
 from .metrics import Metrics
 from .plugins import redactor
@@ -141,14 +141,22 @@ class ServerContext:
             raise ApiError("model_loading", "The model is still loading.")
         return facts
 
-    def check_model(self, name: str | None) -> str:
-        """The name to answer with. Raises ``ApiError`` (404) that lists the names."""
-        if name is None or name == "":
-            return self.model_names[0]
-        if name in self.model_names:
+    def names_for(self, key: Key | None) -> list[str]:
+        """Of the served names those that a key may use."""
+        return [name for name in self.model_names if key is None or not key.models or name in key.models]
+
+    def check_model(self, name: str | None, key: Key | None = None) -> str:
+        """The name to answer with. Raises ``ApiError`` (404) that lists the names; what a key may not use does not
+        exist for it."""
+        names = self.names_for(key)
+        if names and not name:
+            return names[0]
+        if name and name in names:
             return name
-        served = ", ".join(self.model_names)
-        raise ApiError("model_not_found", f"The model '{name[:256]}' does not exist. Served here: {served}.", "model")
+        served = ", ".join(names) or "none that this key may use"
+        raise ApiError(
+            "model_not_found", f"The model '{(name or '')[:256]}' does not exist. Served here: {served}.", "model"
+        )
 
     def check_room(self) -> None:
         """Raises the ``ApiError`` that the engines would answer with if all are full. They answer between two steps;

@@ -40,6 +40,9 @@ class Key:
     requests_per_minute: int = 0  # 0: no limit
     tokens_per_minute: int = 0  # of prompts and replies; 0: no limit
     max_concurrent: int = 0  # requests at once; 0: no limit
+    models: frozenset[str] = frozenset()  # that it may name; none: all
+    priority: int = 0  # is added to what its requests say: lower comes first
+    weight: float = 1.0  # its share where keys take turns
 
     @property
     def per_minute(self) -> tuple[int, int]:
@@ -60,6 +63,9 @@ class Entry(msgspec.Struct, forbid_unknown_fields=True):
     requests_per_minute: Annotated[int, Meta(ge=0, le=10**9)] = 0
     tokens_per_minute: Annotated[int, Meta(ge=0, le=10**12)] = 0
     max_concurrent: Annotated[int, Meta(ge=0, le=10**9)] = 0
+    models: tuple[str, ...] = ()
+    priority: Annotated[int, Meta(ge=-1000, le=1000)] = 0
+    weight: Annotated[float, Meta(ge=0.01, le=100)] = 1.0
 
     def to_key(self) -> Key:
         if bool(self.key) == bool(self.sha256):
@@ -68,7 +74,10 @@ class Entry(msgspec.Struct, forbid_unknown_fields=True):
             raise ValueError(f"{self.name} has a key with a space or a non-ASCII character, which no header can carry")
         digest = bytes.fromhex(self.sha256) if self.sha256 else digest_of(self.key.encode())
         per_minute = self.requests_per_minute, self.tokens_per_minute
-        return Key(self.name, digest, frozenset(self.scopes), *per_minute, self.max_concurrent)
+        limits = (*per_minute, self.max_concurrent)
+        return Key(
+            self.name, digest, frozenset(self.scopes), *limits, frozenset(self.models), self.priority, self.weight
+        )
 
 
 def digest_of(key: bytes) -> bytes:

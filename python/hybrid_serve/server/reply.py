@@ -10,6 +10,7 @@ import msgspec
 from .generation import Delta, Generation
 from .request_log import RequestLog
 from .sse import Exchange
+from .turns import PACE
 
 
 class Answer(Protocol):
@@ -33,8 +34,11 @@ async def reply(exchange: Exchange, generation: Generation, answer: Answer, *, s
     if stream:
         exchange.begin_stream()
     log = RequestLog(generation, exchange)
-    turns = generation.context.turns
-    with turns.taken(exchange.key_name, generation.priority, generation.pace()) as generation.priority:
+    turns, pace = generation.context.turns, generation.pace() or PACE
+    if exchange.key is not None:
+        pace /= exchange.key.weight
+        generation.priority = min(max(generation.priority + exchange.key.priority, -(2**31)), 2**31 - 1)
+    with turns.taken(exchange.key_name, generation.priority, pace) as generation.priority:
         try:
             async with aclosing(generation.steps()) as steps:
                 async for deltas in steps:

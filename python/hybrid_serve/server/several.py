@@ -19,6 +19,7 @@ from ..wire import ModelState, Order, Status, Use
 from .context import ServerContext, TextModel
 from .errors import ApiError
 from .exposition import OfModel
+from .keys import Key
 from .lifecycle import Lifecycle
 
 log = logging.getLogger(__name__)
@@ -204,19 +205,19 @@ class Models:
         client.on_model = lambda state: self.gates[state.name].take_state(state)
 
     @asynccontextmanager
-    async def serving(self, name: str | None) -> AsyncIterator[ServerContext]:
-        """The context of the model that a request names, which stays in memory as long as the block runs. Raises
-        ``ApiError``."""
-        gate = self.gate(name)
+    async def serving(self, name: str | None, key: Key | None) -> AsyncIterator[ServerContext]:
+        """The context of the model that a request of that key names, which stays in memory as long as the block runs.
+        Raises ``ApiError``."""
+        gate = self.gate(name, key)
         await gate.enter()
         try:
             yield gate.context
         finally:
             gate.leave()
 
-    def gate(self, name: str | None) -> Gate:
+    def gate(self, name: str | None, key: Key | None = None) -> Gate:
         """Raises ``ApiError`` (404)."""
-        return self.gates[self._front.check_model(name)]
+        return self.gates[self._front.check_model(name, key)]
 
     @property
     def engines(self) -> Sequence[Engine]:

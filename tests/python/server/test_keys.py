@@ -217,6 +217,34 @@ def test_a_key_opens_what_its_scopes_say_and_nothing_else(make_api: MakeApi, tmp
     assert (error["code"], error["message"]) == ("insufficient_scope", "This route needs a key with the scope 'admin'.")
 
 
+def test_a_key_may_be_for_some_of_the_models(make_api: MakeApi, tmp_path: Path) -> None:
+    """P12: the others do not exist for it, and are not listed."""
+    some = {"name": "some", "key": "some-key", "models": ["large", "not-here"]}
+    file = key_file(tmp_path, some, {"name": "none", "key": "none-key", "models": ["not-here"]}, ENTRIES[0])
+    api = make_api(api_key_file=file)
+    api.context.model_names = ("small", "large")
+
+    def ask(path: str, key: str, **fields: Any) -> tuple[int, str]:
+        response = api.post(path, fields, x_api_key=key)
+        return response.status_code, response.json().get("error", {}).get("message", "")
+
+    for path, fields in (
+        (CHAT, {"messages": MESSAGES}),
+        (COMPLETIONS, {"prompt": "hi"}),
+        ("/tokenize", {"prompt": ""}),
+    ):
+        assert ask(path, "some-key", model="large", **fields) == (200, "")
+        assert ask(path, "app-key", model="small", **fields) == (200, "")
+        refused = (404, "The model 'small' does not exist. Served here: large.")
+        assert ask(path, "some-key", model="small", **fields) == refused
+        assert ask(path, "none-key", **fields)[0] == 404
+    assert api.post(CHAT, {"messages": MESSAGES}, x_api_key="some-key").json()["model"] == "large", "if none is named"
+    for key, names in (("some-key", ["large"]), ("none-key", []), ("app-key", ["small", "large"])):
+        listed = api.get("/v1/models", x_api_key=key).json()["data"]
+        assert [each["id"] for each in listed] == names
+    assert api.get("/v1/models/small", x_api_key="some-key").status_code == 404
+
+
 def test_admin_routes_stay_shut_where_nobody_has_an_admin_key(make_api: MakeApi) -> None:
     assert send(make_api(), "GET", "/admin/config").status_code == 403
     assert send(make_api(api_key=("k",)), "GET", "/admin/config", key="k").status_code == 403

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -72,6 +73,34 @@ def test_with_keys_an_engine_is_told_whose_turn_it_is() -> None:
 
     assert set(api.run(main())) == {200}
     assert engine.calls[-1].priority < engine.calls[-2].priority
+    api.close()
+
+
+def test_the_key_file_says_how_much_a_key_counts(tmp_path: Path) -> None:
+    """P12: a weight of 4 is a place four times as often, and a priority comes before all of that."""
+    file = tmp_path / "keys.yaml"
+    entries = [{"name": "a", "key": "a"}, {"name": "b", "key": "b", "weight": 4}]
+    file.write_text(json.dumps([*entries, {"name": "c", "key": "c", "priority": -1}]))
+    file.chmod(0o600)
+    engine = FakeEngine(says("one"))
+    api = Api(engine, api_key_file=str(file))
+
+    async def flood(key: str) -> list[int]:
+        engine.gates[0] = asyncio.Event()
+        before = len(engine.calls)
+        headers = {"x-api-key": key}
+        asked = [api.client.post(CHAT, json={"messages": MESSAGES}, headers=headers) for _ in range(41)]
+        running = asyncio.gather(*asked)
+        await until(lambda: len(engine.calls) == before + 41)
+        engine.gates[0].set()
+        assert {response.status_code for response in await running} == {200}
+        return sorted(call.priority for call in engine.calls[before:])
+
+    first, second, third = (api.run(flood(key)) for key in "abc")
+    steps = first[-1] - first[0], second[-1] - second[0]
+    assert 3 < steps[0] / steps[1] < 5
+    assert third[-1] < min(first[0], second[0])
+    assert third[0] >> 32 == -1
     api.close()
 
 

@@ -26,7 +26,7 @@ async def create_chat_completion(context: ServerContext, request: ChatCompletion
     """The next message of a conversation, whole or as a stream.
 
     Answers on ``exchange``. Raises ``ApiError`` for a request that cannot be served."""
-    model = context.check_model(request.model)
+    model = context.check_model(request.model, exchange.key)
     check_stream_options(request)
     generation, unused = await _prepare(context, request, exchange)
     exchange.name_ignored(unused)

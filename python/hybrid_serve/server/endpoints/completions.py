@@ -27,7 +27,7 @@ async def create_completion(context: ServerContext, request: CompletionRequest, 
     """The continuation of one or more texts, whole or as a stream.
 
     Answers on ``exchange``. Raises ``ApiError`` for a request that cannot be served."""
-    model = context.check_model(request.model)
+    model = context.check_model(request.model, exchange.key)
     check_stream_options(request)
     refuse_best_of(request.best_of, request.n or 1)
     if request.echo and request.logprobs is not None:

@@ -9,18 +9,19 @@ from msgspec import UNSET
 from ..answers import ModelCard, ModelList
 from ..context import ServerContext
 from ..errors import ApiError
+from ..keys import Key
 from ..several import Gate
 
 log = logging.getLogger(__name__)
 
 
-def list_models(context: ServerContext) -> ModelList:
-    return ModelList([_card(context, name) for name in context.model_names])
+def list_models(context: ServerContext, key: Key | None) -> ModelList:
+    return ModelList([_card(context, name) for name in context.names_for(key)])
 
 
-def get_model(context: ServerContext, name: str) -> ModelCard:
+def get_model(context: ServerContext, name: str, key: Key | None) -> ModelCard:
     """Raises ``ApiError`` (404) that lists the names."""
-    return _card(context, context.check_model(name))
+    return _card(context, context.check_model(name, key))
 
 
 async def load_model(context: ServerContext, name: str, who: str) -> ModelCard:

@@ -15,7 +15,7 @@ from ..sse import Exchange
 
 async def tokenize(context: ServerContext, request: TokenizeRequest, exchange: Exchange) -> None:
     """Ids of a text, or of a conversation exactly as chat completions would feed it."""
-    context.check_model(request.model)
+    context.check_model(request.model, exchange.key)
     if (request.prompt is None) == (request.messages is None):
         raise ApiError("missing_required_parameter", "either 'prompt' or 'messages' is required", "prompt")
     if request.messages is not None:
@@ -39,7 +39,7 @@ async def tokenize(context: ServerContext, request: TokenizeRequest, exchange: E
 
 async def detokenize(context: ServerContext, request: DetokenizeRequest, exchange: Exchange) -> None:
     """The text of ids, special tokens included."""
-    context.check_model(request.model)
+    context.check_model(request.model, exchange.key)
     check_ids("tokens", request.tokens, max(context.text.tokenizer.vocab_size, context.facts.vocab_size))
     tokenizer = context.text.tokenizer
     text = await context.off_loop(
