@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
+from ..client import ChoiceEvent
 from ..config import ServerConfig
 from ..errors import StartupError
 from .generation import Generation
@@ -16,9 +18,9 @@ if TYPE_CHECKING:
 
 
 class Tracing:
-    """One span a generation, with what steps did to it as events (chunks of the prompt, preemptions), and one for each
-    of its phases, made when it has ended from times that are kept anyway: a token costs nothing. Knows no socket: a
-    thread of the library's sends them in batches."""
+    """One span a generation; below it one for each of its phases, each chunk of a prompt and each time between a
+    preemption and the next admission; all made when it has ended, from times that are kept anyway: a token costs
+    nothing. Knows no socket: a thread of the library's sends them in batches."""
 
     def __init__(self, endpoint: str) -> None:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
@@ -45,12 +47,18 @@ class Tracing:
         )
         if any(choice.finish_reason is None for choice in generation.choices):
             span.set_status(Status(StatusCode.ERROR, "unfinished"))
-        for event in generation.events():
+        below = set_span_in_context(span)
+        for event, until in _with_ends(generation.events()):
+            at = clock + round(event.at * 1e9)
             seen = {"choice": event.choice, "step.num_tokens": event.num_tokens, "step.num_seqs": event.num_seqs}
             if event.what not in ("first_token", "finished"):
                 seen["tokens"] = event.value
-            span.add_event(event.what, seen, clock + round(event.at * 1e9))
-        self._phases(generation, set_span_in_context(span), begun)
+            if event.what in _LASTING:
+                lasting = self._tracer.start_span(event.what, below, attributes=seen, start_time=at)
+                lasting.end(end if until is None else clock + round(until * 1e9))
+            else:
+                span.add_event(event.what, seen, at)
+        self._phases(generation, below, begun)
         span.end(end)
 
     def _phases(self, generation: Generation, parent: Context, begun: int) -> None:
@@ -63,6 +71,19 @@ class Tracing:
     def close(self) -> None:
         """Sends what is left."""
         self._provider.shutdown()
+
+
+_LASTING = frozenset(("chunk", "preempted"))  # until the next event of the same choice
+
+
+def _with_ends(events: Sequence[ChoiceEvent]) -> list[tuple[ChoiceEvent, float | None]]:
+    """Each with the time of its choice's next one."""
+    found: list[tuple[ChoiceEvent, float | None]] = []
+    later: dict[int, float] = {}
+    for event in reversed(events):
+        found.append((event, later.get(event.choice)))
+        later[event.choice] = event.at
+    return found[::-1]
 
 
 def _attributes(generation: Generation, exchange: Exchange) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -56,12 +57,16 @@ def _plain(body: bytes, encoding: str | None) -> bytes:
 def test_a_request_is_a_span_below_its_callers_with_its_phases_below_it(
     make_api: MakeApi, collector: tuple[str, list[Any]]
 ) -> None:
+    """S42"""
     address, spans = collector
     begun = time.monotonic()
     steps = [
         ChoiceEvent(0, begun, "admitted", 4, "sequences", 12, 3),
         ChoiceEvent(0, begun, "chunk", 8, num_tokens=12, num_seqs=3),
-        ChoiceEvent(0, begun, "preempted", 9, num_tokens=2, num_seqs=2),
+        ChoiceEvent(0, begun + 0.001, "preempted", 9, num_tokens=2, num_seqs=2),
+        ChoiceEvent(0, begun + 0.002, "admitted", 4),
+        ChoiceEvent(0, begun + 0.002, "chunk", 5, num_tokens=5, num_seqs=1),
+        ChoiceEvent(0, begun + 0.003, "first_token"),
     ]
     engine = FakeEngine(says("one two three"), prefill_seconds=1e-4, num_preemptions=1, events=lambda: steps)
     api = make_api(engine)
@@ -73,8 +78,8 @@ def test_a_request_is_a_span_below_its_callers_with_its_phases_below_it(
     assert api.context.tracing is not None
     api.context.tracing.close()
     api.context.tracing = None
+    assert sorted({span.name for span in spans}) == ["chunk", "decode", "llm_request", "preempted", "prefill", "queue"]
     by_name = {span.name: span for span in spans}
-    assert sorted(by_name) == ["decode", "llm_request", "prefill", "queue"]
     root = by_name["llm_request"]
     assert (root.trace_id.hex(), root.parent_span_id.hex()) == (TRACE, PARENT)
     assert before - 10**7 < root.start_time_unix_nano < root.end_time_unix_nano < after + 10**7
@@ -85,10 +90,17 @@ def test_a_request_is_a_span_below_its_callers_with_its_phases_below_it(
         assert phase.start_time_unix_nano == at
         at = phase.end_time_unix_nano
     assert at <= root.end_time_unix_nano + 1000
-    assert [event.name for event in root.events] == ["admitted", "chunk", "preempted"]
-    assert {each.key: each.value.int_value for each in root.events[1].attributes} == {
+    assert [event.name for event in root.events] == ["admitted", "admitted", "first_token"]
+    first, again = sorted((span for span in spans if span.name == "chunk"), key=lambda span: span.start_time_unix_nano)
+    assert {each.key: each.value.int_value for each in first.attributes} == {
         "choice": 0, "tokens": 8, "step.num_tokens": 12, "step.num_seqs": 3,
     }  # fmt: skip
+    preempted = by_name["preempted"]
+    in_order = [first, preempted, again]
+    assert {(span.trace_id, span.parent_span_id) for span in in_order} == {(root.trace_id, root.span_id)}
+    for span, later in pairwise(in_order):
+        assert span.end_time_unix_nano - span.start_time_unix_nano == 10**6
+        assert span.end_time_unix_nano == later.start_time_unix_nano
     assert abs(root.events[0].time_unix_nano - before) < 10**9
     attributes = {each.key: each.value for each in root.attributes}
     assert attributes["gen_ai.request.id"].string_value == "r1"
