@@ -100,6 +100,19 @@ def test_arrivals_keep_the_rate_whatever_their_shape(burstiness: float) -> None:
     assert variation == pytest.approx(1 / math.sqrt(burstiness), rel=0.35)
 
 
+@pytest.mark.parametrize(("is_exponential", "half"), [(False, 9), (True, 4)])
+def test_a_ramp_goes_from_one_rate_to_the_other(is_exponential: bool, half: int) -> None:
+    """S5: the sixth of eleven requests has the mean of both rates, the arithmetic or the geometric one."""
+    ramp = load.Ramp(1.0, 17.0 if not is_exponential else 16.0, is_exponential)
+    rates = ramp.rates(11)
+    assert (rates[0], rates[5], rates[10]) == pytest.approx((1.0, half, ramp.end))
+    times = load.arrivals(1000, ramp, 100.0, 1)
+    assert times == sorted(times)
+    early, late = times[50] - times[0], times[-1] - times[-51]
+    assert early / late > 5
+    assert times[-1] == pytest.approx(sum(1 / rate for rate in ramp.rates(1000)), rel=0.02)
+
+
 def test_an_infinite_rate_is_all_at_once() -> None:
     assert load.arrivals(3, math.inf, 1.0, 0) == [0.0] * 3
 
@@ -296,6 +309,19 @@ def test_a_sweep_is_a_line_a_load_and_a_plot(
         sweep.plot(found, str(tmp_path / "no" / "such.svg"))
 
 
+RAMP = ["--ramp-up-strategy", "exponential", "--ramp-up-start-rps", "20", "--ramp-up-end-rps", "80"]
+
+
+def test_a_ramp_is_in_the_result(server: str, tmp_path: Path) -> None:
+    """S5"""
+    saved = ["--save-result", "--result-dir", str(tmp_path), "--result-filename", "r.json"]
+    assert main(["bench", "serve", "--base-url", server, *QUICK, *RAMP, *saved]) == 0
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert (found["completed"], found["request_rate"], found["ramp_up_strategy"]) == (6, "inf", "exponential")
+    assert (found["ramp_up_start_rps"], found["ramp_up_end_rps"]) == (20.0, 80.0)
+    assert found["duration"] > 0.1
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -307,6 +333,12 @@ def test_a_sweep_is_a_line_a_load_and_a_plot(
         (["serve", "--metric-percentiles", "101"], "is not a list of percentages"),
         (["serve", "--base-url", "localhost"], "must be like http://127.0.0.1:8000"),
         (["serve", "--port", "9", "--ready-check-timeout-sec", "0"], "is not ready: cannot connect"),
+        (
+            ["serve", "--ramp-up-strategy", "linear", "--ramp-up-start-rps", "1"],
+            "needs --ramp-up-start-rps and --ramp-up-end",
+        ),
+        (["serve", "--ramp-up-end-rps", "1"], "--ramp-up-strategy needs"),
+        (["serve", *RAMP, "--request-rate", "3"], "--request-rate and --ramp-up-strategy both set the pace"),
         (["throughput", "--port", "9"], "--port: there is no server in this measurement"),
         (["startup", "--port", "9"], "--port: a free one is taken"),
     ],
@@ -337,7 +369,7 @@ def test_offline_measurements_count_what_was_asked_for(
     found = json.loads(out.read_text())
     assert (found["num_requests"], found["total_num_tokens"]) == (5, 100)
     assert found["tokens_per_second"] == pytest.approx(100 / found["elapsed_time"])
-    assert main(["bench", "latency", model, "--batch-size", "2", "--num-iters", "3", *lengths]) == 0
+    assert main(["bench", "latency", model, "--batch-size", "2", "--n", "2", "--num-iters", "3", *lengths]) == 0
     found = json.loads(out.read_text())
     assert len(found["latencies"]) == 3
     assert found["avg_latency"] == pytest.approx(statistics.mean(found["latencies"]))

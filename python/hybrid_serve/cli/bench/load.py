@@ -136,14 +136,30 @@ def _take(outcome: Outcome, event: bytes, now: float) -> None:
         outcome.output_tokens = decoded.usage.completion_tokens
 
 
-def arrivals(count: int, rate: float, burstiness: float, seed: int) -> list[float]:
+@dataclass(frozen=True)
+class Ramp:
+    """Requests a second that grow (or shrink) from the first request to the last."""
+
+    start: float
+    end: float
+    is_exponential: bool
+
+    def rates(self, count: int) -> list[float]:
+        shares = [i / max(1, count - 1) for i in range(count)]
+        if self.is_exponential:
+            return [self.start * (self.end / self.start) ** share for share in shares]
+        return [self.start + (self.end - self.start) * share for share in shares]
+
+
+def arrivals(count: int, rate: float | Ramp, burstiness: float, seed: int) -> list[float]:
     """Seconds after the start at which each request is sent: gamma-distributed gaps (``burstiness`` 1: Poisson),
     stretched so that the mean rate is exactly ``rate``; all at 0 if it is infinite."""
-    if math.isinf(rate):
+    rates = rate.rates(count) if isinstance(rate, Ramp) else [rate] * count
+    if math.isinf(rates[0]):
         return [0.0] * count
     chooser = random.Random(seed)
-    gaps = [chooser.gammavariate(burstiness, 1.0 / (rate * burstiness)) for _ in range(count)]
-    stretch = count / rate / sum(gaps)
+    gaps = [chooser.gammavariate(burstiness, 1.0 / (each * burstiness)) for each in rates]
+    stretch = sum(1.0 / each for each in rates) / sum(gaps)
     times, now = [], 0.0
     for gap in gaps:
         times.append(now)

@@ -36,6 +36,7 @@ def latency(argv: list[str]) -> int:
     """One batch, several times; seconds a batch."""
     parser = _parser("latency", "Runs one batch several times, and reports the seconds that it takes.")
     parser.add_argument("--batch-size", type=count, default=8, metavar="N", help="default: %(default)s")
+    parser.add_argument("--n", type=count, default=1, metavar="N", help="replies a prompt (default: %(default)s)")
     parser.add_argument("--num-iters-warmup", type=int, default=2, metavar="N", help="default: %(default)s")
     parser.add_argument("--num-iters", type=count, default=10, metavar="N", help="default: %(default)s")
     return _run(parser, argv, _latency)
@@ -124,7 +125,7 @@ def _latency(arguments: Namespace, llm: LLM) -> dict[str, Any]:
         for _ in range(rounds):
             prompts = _prompts(llm, arguments.batch_size, arguments.input_len, chooser)
             start = time.perf_counter()
-            llm.generate(prompts, params)
+            llm.generate(prompts, params, n=arguments.n)
             seconds.append(time.perf_counter() - start)
             progress.add(1)
     measured = seconds[arguments.num_iters_warmup :]

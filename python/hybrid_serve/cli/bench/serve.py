@@ -29,6 +29,11 @@ def serve(argv: list[str]) -> int:
     )
     add_load_flags(parser)
     parser.add_argument("--request-rate", type=rate, default=math.inf, metavar="X", help="requests a second (inf)")
+    parser.add_argument(
+        "--ramp-up-strategy", choices=("linear", "exponential"), help="instead: a rate that changes during the run"
+    )
+    parser.add_argument("--ramp-up-start-rps", type=rate, metavar="X", help="of its first request")
+    parser.add_argument("--ramp-up-end-rps", type=rate, metavar="X", help="of its last")
     parser.add_argument("--max-concurrency", type=count, metavar="N", help="most requests at once (no limit)")
     parser.add_argument(
         "--quick", action="store_true", help="a short look: 16 prompts of 128 tokens, 64 out, 4 at once"
@@ -92,6 +97,7 @@ def add_load_flags(parser: Parser) -> None:
 
 async def measure(arguments: Namespace) -> dict[str, Any]:
     """Waits for the server, makes prompts, sends them. Raises UsageError if the server cannot be used."""
+    pace = _pace(arguments)
     url = arguments.base_url or f"http://{arguments.host}:{arguments.port}"
     key = arguments.api_key or os.environ.get("HYBRID_SERVE_API_KEY", "").split(",")[0]
     client = HttpClient(url, key)
@@ -108,7 +114,7 @@ async def measure(arguments: Namespace) -> dict[str, Any]:
             # Another text of the same kind: the measured one must not be in a prefix cache already.
             if error := (await load.send(target, load.Prompt("Hello", 1, prompt.output_len))).error:
                 raise UsageError(f"the first request failed: {error}")
-        times = load.arrivals(len(prompts), arguments.request_rate, arguments.burstiness, arguments.seed)
+        times = load.arrivals(len(prompts), pace, arguments.burstiness, arguments.seed)
         with Progress("bench", len(prompts)) as progress:
             outcomes, seconds = await load.run(
                 target, prompts, times, arguments.max_concurrency, lambda _: progress.add(1)
@@ -116,6 +122,19 @@ async def measure(arguments: Namespace) -> dict[str, Any]:
     finally:
         client.close()
     return _described(arguments, url, model) | _measured(arguments, outcomes, seconds)
+
+
+def _pace(arguments: Namespace) -> float | load.Ramp:
+    """What ``--request-rate`` or ``--ramp-up-...`` say."""
+    given = vars(arguments)  # of a sweep without a ramp: it changes the rate itself
+    strategy, start, end = (given.get(f"ramp_up_{name}") for name in ("strategy", "start_rps", "end_rps"))
+    if strategy is None and start is None and end is None:
+        return float(arguments.request_rate)
+    if strategy is None or start is None or end is None or math.isinf(start) or math.isinf(end):
+        raise UsageError("--ramp-up-strategy needs --ramp-up-start-rps and --ramp-up-end-rps, two numbers, and they it")
+    if math.isfinite(arguments.request_rate):
+        raise UsageError("--request-rate and --ramp-up-strategy both set the pace: give one")
+    return load.Ramp(start, end, is_exponential=strategy == "exponential")
 
 
 def _measured(arguments: Namespace, outcomes: Sequence[load.Outcome], seconds: float) -> dict[str, Any]:
@@ -126,6 +145,7 @@ def _measured(arguments: Namespace, outcomes: Sequence[load.Outcome], seconds: f
 
 
 def _described(arguments: Namespace, url: str, model: str) -> dict[str, Any]:
+    ramp = {name: value for name, value in vars(arguments).items() if name.startswith("ramp_up") and value is not None}
     return {
         "date": time.strftime("%Y%m%d-%H%M%S"),
         "backend": arguments.backend,
@@ -138,6 +158,7 @@ def _described(arguments: Namespace, url: str, model: str) -> dict[str, Any]:
         "request_rate": arguments.request_rate if math.isfinite(arguments.request_rate) else "inf",
         "burstiness": arguments.burstiness,
         "max_concurrency": arguments.max_concurrency,
+        **ramp,
     }
 
 
