@@ -29,7 +29,7 @@ query, with the same meaning and the same buckets; `--metrics-prefix` gives them
 histogram's name gets `_bucket`, `_sum` and `_count`, a summary's the last two. Everything is of all API servers
 together, except `process_...` and `python_...`: memory, file descriptors, CPU seconds and the garbage collector of the
 one that answers. A handler is a route's path, or `none` for what is no route; as of vLLM's server, requests of probes
-and scrapers (`/live`, `/ready`, `/health`, `/ping`, `/metrics`, `/version`) are not in `http_...`.
+and scrapers (`/live`, `/ready`, `/health`, `/ping`, `/load`, `/metrics`, `/version`) are not in `http_...`.
 
 `deploy/grafana-dashboard.json` and `deploy/prometheus-alerts.yaml` query nothing that is not here. With API keys,
 scraping needs one: `authorization: {credentials: KEY}` in Prometheus' scrape configuration, where KEY may have the

@@ -43,6 +43,7 @@ NOTES = {
     "enable-offline-docs": "not needed: /docs loads nothing from elsewhere",
     "enable-per-request-metrics": "not needed: the header Server-Timing, GET /v1/requests/ID/timeline",
     "enable-prompt-tokens-details": "not needed: always in usage",
+    "enable-server-load-tracking": "not needed: GET /load always has it",
     "kv-cache-memory": "there is --kv-cache-memory-bytes SIZE; hybrid-serve fit MODEL says which",
     "log-config-file": "there are --log-level and --log-format",
     "log-error-stack": "not needed: the log always has it",

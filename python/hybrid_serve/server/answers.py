@@ -142,6 +142,16 @@ class Ready(Struct):
     engines: dict[str, str]  # rank -> phase
 
 
+class Load(Struct):
+    """What a balancer wants to know, of all API servers and engines together."""
+
+    server_load: int  # requests that are open
+    running: int  # choices in the engines' batches
+    waiting: int  # choices that wait for a place
+    kv_cache_usage: float  # of the fullest engine, 0 to 1
+    estimated_wait_s: float  # until a request that comes now has a place, as far as it is known
+
+
 class Alive(Struct):
     status: str = "alive"
 

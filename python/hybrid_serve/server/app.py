@@ -149,6 +149,9 @@ def _routes(context: ServerContext) -> list[Route]:
     async def version(_: Request) -> Response:
         return _json(health.version())
 
+    async def load(_: Request) -> Response:
+        return _json(health.load(context))
+
     async def metrics(_: Request) -> Response:
         return Response(context.exposition.render(), headers={"content-type": CONTENT_TYPE})
 
@@ -208,6 +211,7 @@ def _routes(context: ServerContext) -> list[Route]:
         get("/admin/config", Access.ADMIN, get_config),
         route("/admin/config", Access.ADMIN, patch_config, "PATCH"),
         get("/version", Access.INFER, version),
+        get("/load", Access.METRICS, load),
         get("/metrics", Access.METRICS, metrics),
         *(() if server.disable_docs else described),
         get("/v1/requests/{id}/timeline", Access.INFER, get_timeline),

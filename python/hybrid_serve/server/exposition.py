@@ -62,7 +62,7 @@ class Exposition(Collector):
         self, metrics: Metrics, models: Sequence[OfModel], num_open: Callable[[], Counter[str]], prefix: str
     ) -> None:
         """``num_open``: requests of this moment, by model."""
-        self._own, self.models, self._num_open, self._prefix = metrics, models, num_open, prefix
+        self._own, self.models, self._own_open, self._prefix = metrics, models, num_open, prefix
         self.others: Callable[[], list[Flat]] = list  # the counts of other API servers
         self._registry = CollectorRegistry()
         self._registry.register(self)
@@ -72,6 +72,10 @@ class Exposition(Collector):
     def render(self) -> bytes:
         """The exposition text."""
         return generate_latest(self._registry)
+
+    def num_open(self) -> int:
+        """Requests that all API servers work on."""
+        return sum(self._all().num_open.values())
 
     def collect(self) -> Iterator[Metric]:
         metrics = self._all()
@@ -96,7 +100,7 @@ class Exposition(Collector):
 
     def _all(self) -> Metrics:
         """The counts of every API server together."""
-        self._own.num_open = self._num_open()
+        self._own.num_open = self._own_open()
         self._own.lines_dropped(Lines.num_dropped)
         metrics = Metrics()
         for flat in (self._own.flat(), *self.others()):

@@ -27,7 +27,7 @@ _HTTP = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 2.5, 5.0, 7.5, 10.0, 3
 _HTTP_FINE = (0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0, 7.5, 10.0)
 _HTTP_FINE_SECONDS = (*_HTTP_FINE, 30.0, 60.0)
 # Who asks these is a machine, every few seconds: it would hide the clients, and a 503 of /ready is no failed request.
-NOT_COUNTED = frozenset(("/live", "/ready", "/health", "/ping", "/metrics", "/version"))
+NOT_COUNTED = frozenset(("/live", "/ready", "/health", "/ping", "/load", "/metrics", "/version"))
 
 # Histogram of requests -> bounds of its buckets, what it counts. The buckets are those that vLLM's dashboards expect.
 REQUEST_HISTOGRAMS: dict[str, tuple[tuple[float, ...], str]] = {

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import msgspec
 
 from .. import __version__
-from .answers import Alive, ErrorBody, ModelCard, ModelList, Ready, Version
+from .answers import Alive, ErrorBody, Load, ModelCard, ModelList, Ready, Version
 from .endpoints.admin import ConfigChanges, LiveConfig
 from .errors import CATALOGUE
 from .timeline import Timeline
@@ -21,6 +21,7 @@ _GET_ROUTES: tuple[tuple[str, str, type[msgspec.Struct] | None], ...] = (
     ("/live", "The process answers", Alive),
     ("/ready", "200 if a request would be taken now, else 503", Ready),
     ("/health", "The same as /ready", Ready),
+    ("/load", "How much there is to do, for balancers", Load),
     ("/version", "The server's version", Version),
     ("/metrics", "Prometheus text", None),
     ("/admin/config", "What of the configuration can be changed now", LiveConfig),

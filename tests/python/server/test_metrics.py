@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -261,6 +262,26 @@ def test_the_engines_own_numbers_come_from_its_last_word(used: tuple[Api, Any]) 
     assert (info["block_size"], info["num_gpu_blocks"], info["enable_prefix_caching"]) == ("16", "100", "True")
 
 
+def test_the_load_is_that_of_all_engines(make_api: MakeApi) -> None:
+    """4.2; two engines that say the same, and a request that is open."""
+    engine = FakeEngine(says("one two"), stats=STATS, ranks=(0, 1), wait_seconds=1.25)
+    api = make_api(engine)
+    expected = {"running": 4, "waiting": 6, "kv_cache_usage": 0.25, "estimated_wait_s": 1.25}
+    assert api.get("/load").json() == {"server_load": 0, **expected}
+    gate = engine.gates[0] = asyncio.Event()
+
+    async def while_one_is_open() -> Any:
+        asked = asyncio.ensure_future(api.client.post(CHAT, json={"messages": MESSAGES}))
+        while not engine.calls:
+            await asyncio.sleep(0)
+        loaded = (await api.client.get("/load")).json()
+        gate.set()
+        assert (await asked).status_code == 200
+        return loaded
+
+    assert api.run(while_one_is_open()) == {"server_load": 1, **expected}
+
+
 def test_what_an_engine_said_gets_older_while_it_says_nothing_more(make_api: MakeApi) -> None:
     engine = FakeEngine(says("one"), stats=STATS, stats_age=10.0)
     found = scrape(make_api(engine))
@@ -299,7 +320,7 @@ def test_http_requests_are_counted_by_route_and_never_by_a_clients_text(used: tu
 def test_probes_and_scrapes_are_no_requests_of_clients(make_api: MakeApi) -> None:
     """S40: an alert on failed requests must not fire because a server that loads its model says so when asked."""
     api = make_api(FakeEngine(says("one"), status=Status("loading_weights"), facts=None))
-    for path in ("/live", "/ready", "/health", "/ping", "/metrics", "/version"):
+    for path in ("/live", "/ready", "/health", "/ping", "/load", "/metrics", "/version"):
         api.get(path)
     api.get("/v1/models")
     http = {

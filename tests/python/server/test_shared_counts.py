@@ -50,6 +50,7 @@ def test_four_servers_say_what_one_would_say_of_the_same_load(make_api: MakeApi,
     assert len(exposition(one)) > 150
     for api in four:
         assert exposition(api) == exposition(one)
+        assert api.get("/load", x_api_key="k").json() == one.get("/load", x_api_key="k").json()
 
 
 def test_a_server_that_comes_back_goes_on_counting(make_api: MakeApi, memory: memoryview) -> None:

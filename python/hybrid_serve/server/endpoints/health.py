@@ -1,10 +1,11 @@
-"""GET /live, /ready, /health, /version, /metrics and /."""
+"""GET /live, /ready, /health, /load, /version and /."""
 
 from __future__ import annotations
 
 from ... import __version__
-from ..answers import Alive, Ready, Version
+from ..answers import Alive, Load, Ready, Version
 from ..context import ServerContext
+from ..exposition import usage
 
 
 def live() -> Alive:
@@ -22,6 +23,19 @@ def ready(context: ServerContext) -> tuple[int, Ready]:
     eta = round(seconds * (1 - share) / share, 1) if is_known else None
     ready = Ready(phase, share, status.message, seconds, eta, engines)
     return (200 if phase == "ready" else 503), ready
+
+
+def load(context: ServerContext) -> Load:
+    """An engine that cannot serve now counts neither for the wait nor for the cache."""
+    engines = context.engines
+    ready = [engine for engine in engines if engine.status.phase == "ready"]
+    return Load(
+        context.exposition.num_open(),
+        sum(engine.stats.num_running for engine in engines),
+        sum(engine.stats.num_waiting for engine in engines),
+        round(max((usage(engine.stats) for engine in ready), default=0.0), 4),
+        round(min((engine.wait_seconds for engine in ready), default=0.0), 3),
+    )
 
 
 def version() -> Version:
