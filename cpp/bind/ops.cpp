@@ -23,6 +23,7 @@ void without_gil(void (*op)(const Args&), const Args& args) {
 
 void bind_settings(py::module_& m) {
   m.def("has_cuda", &cuda::is_built);
+  m.def("cuda_architectures", [] { return HYBRID_CUDA_ARCHITECTURES; });
   m.def("isa", [] { return cpu::kernels().name; });
   m.def("set_num_threads", &cpu::set_num_threads, py::arg("n"));
   m.def("num_threads", &cpu::num_threads);

@@ -4,6 +4,7 @@
 from typing import Any
 
 def has_cuda() -> bool: ...  # whether the CUDA kernels were compiled
+def cuda_architectures() -> str: ...  # that they were compiled for, as CMake has them: "80-real 90a-real"; or nothing
 def isa() -> str: ...  # of the CPU kernels: baseline, avx2, avx512, avx512_bf16, amx
 def set_num_threads(n: int) -> None: ...  # 0: one per usable core
 def num_threads() -> int: ...

@@ -24,7 +24,7 @@ _ASK_KERNELS = """
 import sys
 sys.path.insert(0, sys.argv[1])
 from hybrid_serve import _core, _kernels
-print(_kernels.isa(), _kernels.num_threads())
+print(_kernels.isa(), _kernels.num_threads(), _kernels.cuda_architectures())
 """
 
 
@@ -73,15 +73,8 @@ def _build() -> dict[str, Any]:
         return {"kernels": f"not usable: importing them ends the process with signal {-asked.returncode}"}
     if asked.returncode:
         return {"kernels": f"not usable: {(asked.stderr.strip() or 'no message').splitlines()[-1]}"}
-    isa, threads = asked.stdout.split()
-    return {"kernels": "usable", "cpu_kernels": isa, "cpu_threads": int(threads), "cuda_kernels": _has_cuda()}
-
-
-def _has_cuda() -> bool | None:
-    """Whether the kernels were compiled with CUDA: a fat binary's section is in the library exactly then."""
-    for file in Path(__file__).parents[1].glob("_kernels*.so"):
-        return b".nv_fatbin" in file.read_bytes()
-    return None
+    isa, threads, *architectures = asked.stdout.split()
+    return {"kernels": "usable", "cpu_kernels": isa, "cpu_threads": int(threads), "cuda_kernels": architectures}
 
 
 def _os_name() -> str:

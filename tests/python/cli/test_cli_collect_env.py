@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from hybrid_serve import __version__
+from hybrid_serve import __version__, _kernels
 from hybrid_serve.cli import collect_env as module
 from hybrid_serve.cli.main import main
 
@@ -30,6 +30,7 @@ def collected(capsys: pytest.CaptureFixture[str]) -> dict[str, dict[str, object]
 def test_json_tells_the_machine_and_the_build(capsys: pytest.CaptureFixture[str]) -> None:
     found = collected(capsys)
     assert found["hybrid-serve"]["version"] == __version__
+    assert bool(found["hybrid-serve"]["cuda_kernels"]) is _kernels.has_cuda()
     assert found["cpu"]["cores"] == os.cpu_count()
     assert isinstance(found["memory"]["total_bytes"], int)
     assert found["memory"]["total_bytes"] > 2**20
@@ -72,9 +73,11 @@ def test_kernels_that_hang_are_said_so(monkeypatch: pytest.MonkeyPatch, capsys: 
 def test_usable_kernels_tell_their_instruction_set(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(module, "_ASK_KERNELS", "print('avx2', 4)")
+    """S6: and what they were compiled for."""
+    monkeypatch.setattr(module, "_ASK_KERNELS", "print('avx2', 4, '80-real 90a-real')")
     build = collected(capsys)["hybrid-serve"]
     assert (build["kernels"], build["cpu_kernels"], build["cpu_threads"]) == ("usable", "avx2", 4)
+    assert build["cuda_kernels"] == ["80-real", "90a-real"]
 
 
 def test_a_gpu_is_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
