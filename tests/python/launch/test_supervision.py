@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import re
+import select
 import signal
 import socket
 import threading
@@ -35,12 +36,15 @@ def test_streams_outlive_kill_9_of_the_engine_to_the_last_token(
             requests = [mixed(dice, index) for index in range(32)]
             connections = [ask(server, one.prompt, one.n, **one.params) for one in requests]
             engine = server.child("engine")
-            time.sleep(dice.random() * 0.15)  # the point of the kill is what the round is about
+            # The point of the kill is what the round is about; on a busy machine many would be before the first token.
+            if number % 2:
+                select.select(connections, [], [], 30)
+            time.sleep(dice.random() * 0.15)
             os.kill(engine.pid, signal.SIGKILL)
             for request, connection in zip(requests, connections, strict=True):
                 request.check(reply(connection))
             server.wait(lambda number=number: is_serving(server, number))  # type: ignore[misc]
-        assert num_replayed(server, num_api_servers) > 10 * 16 / num_api_servers  # the rounds did cut streams
+        assert num_replayed(server, num_api_servers) > 40  # the rounds did cut streams
         server.signal(signal.SIGTERM)
         assert server.wait_exit() == 0
         server.check_nothing_is_left()
