@@ -47,8 +47,7 @@ _STARTS = (
         21,
         10,
         "The model is not found",
-        "There is no such folder or file, the hub has no such repository, access to it is refused, or the hub cannot "
-        "be reached and nothing is in the local cache.",
+        "There is no such folder or file, no such repository or no access to it, or the hub cannot be reached.",
         "Check the spelling (the message names what is near), give a local folder by its path, set HF_TOKEN for a "
         "gated model, check the network and the free disk space.",
     ),
@@ -63,8 +62,7 @@ _STARTS = (
         23,
         11,
         "The model is not supported",
-        "Its architecture, activation, rotary scaling or quantisation has no implementation here, or its weights are "
-        "only there as pickles, which can run any code and are never opened.",
+        "Its architecture or quantisation has no implementation, or its weights are only pickles, which can run code.",
         "Use a model of a supported architecture, unquantised safetensors, or a GGUF file.",
     ),
     _start(
@@ -94,8 +92,7 @@ _STARTS = (
         27,
         2,
         "The capacities do not work together",
-        "Options that size the scheduler (such as --max-num-seqs, --max-num-batched-tokens, the number of KV blocks) "
-        "contradict each other.",
+        "Options that size the scheduler (--max-num-seqs, --max-num-batched-tokens, KV blocks) contradict each other.",
         "Change the option that the message names, or leave it out.",
     ),
     _start(
@@ -111,6 +108,14 @@ _STARTS = (
         "The address cannot be bound",
         "The host name is not known, the address is not this machine's, or the port (below 1024) needs privileges.",
         "--host 127.0.0.1, or a --port from 1024 on.",
+    ),
+    _start(
+        33,
+        13,
+        "The system withholds what processes talk over",
+        "Of XDG_RUNTIME_DIR, TMPDIR and /tmp none is writable, with room, and with a path short enough for sockets; or "
+        "memfd_create is refused, which makes the memory that they share (nothing is in /dev/shm).",
+        "TMPDIR=FOLDER, or docker run --tmpfs /tmp where the file system is read-only; or allow that system call.",
     ),
     _start(
         41,
@@ -167,8 +172,7 @@ _STARTS = (
         48,
         2,
         "The executor cannot be used",
-        "--distributed-executor-backend names something that cannot be imported, that is no class, or that has not the "
-        "methods of an executor.",
+        "--distributed-executor-backend names what cannot be imported, is no class, or lacks an executor's methods.",
         "uni, mp, ray, or PACKAGE.MODULE.CLASS of a package beside the server; the message names what is missing.",
     ),
     _start(
@@ -288,8 +292,7 @@ _ANSWERS = (
         111,
         403,
         "host_not_allowed",
-        "The server has no key and is bound to loopback; the Host header names another machine. Otherwise any web page "
-        "could drive it.",
+        "The server has no key, and the Host header names another machine: else any web page could drive it.",
         "Use http://127.0.0.1:PORT or http://localhost:PORT, or set --api-key.",
     ),
     _http(112, 404, "not_found", "There is no such route.", "GET /openapi.json lists the routes."),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import mmap
 import os
 import signal
-import tempfile
 import time
 from array import array
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from typing import NamedTuple
 
 from . import flight
 from .config import MAX_NUM_SEQS, Config
+from .shared_memory import anonymous_file
 
 PULSE_SECONDS = 0.25
 STACKS_SIGNAL = signal.SIGUSR1  # asks an engine for its stacks
@@ -134,11 +134,7 @@ def max_watched_ids(config: Config) -> int:
 
 def make(max_ids: int) -> int:
     """A file descriptor of memory for a Heartbeat of so many ids, that goes when the last process closes it."""
-    if hasattr(os, "memfd_create"):
-        fd = os.memfd_create("hybrid-serve-heartbeat")
-    else:
-        with tempfile.TemporaryFile() as file:
-            fd = os.dup(file.fileno())
+    fd = anonymous_file("hybrid-serve-heartbeat")
     os.ftruncate(fd, _num_bytes(max_ids) + flight.NUM_BYTES)
     return fd
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+from .errors import StartupError
 
 LIVE_BYTES = 2**16
 COUNTS_SLOT_BYTES = 2**20  # for each API server; pages that nobody writes cost nothing
@@ -21,9 +24,22 @@ def num_bytes(num_api_servers: int) -> int:
     return LIVE_BYTES + num_api_servers * COUNTS_SLOT_BYTES + uses
 
 
+def anonymous_file(name: str) -> int:
+    """A file descriptor of memory, in no folder, that goes when the last process closes it. Raises StartupError."""
+    if not hasattr(os, "memfd_create"):  # not Linux
+        with tempfile.TemporaryFile() as file:
+            return os.dup(file.fileno())
+    try:
+        return os.memfd_create(name)
+    except OSError as error:
+        what, why = "the system gives no memory for processes to share", f"memfd_create: {error.strerror}"
+        fix = "allow the system call memfd_create, in a container by its seccomp profile"
+        raise StartupError("HS-E033", what, why, fix) from error
+
+
 def make(num_api_servers: int) -> int:
     """A file descriptor of memory for so many API servers, all zero, that goes when the last process closes it."""
-    fd = os.memfd_create("hybrid-serve-shared")
+    fd = anonymous_file("hybrid-serve-shared")
     os.ftruncate(fd, num_bytes(num_api_servers))
     return fd
 

@@ -20,6 +20,7 @@ PACKAGE = ROOT / "python" / "hybrid_serve"
 MAX_LINES = 420
 
 BOTTOM = {"wire", "config", "problems", "served", "catalogue", "errors", "logging"}
+MEMORY = {"shared_memory", "heartbeat", "flight"}  # of several processes
 # Layer (a module or folder of hybrid_serve) -> layers it may import, besides itself. A new layer needs a line here.
 MAY_IMPORT: dict[str, set[str]] = {
     "ranges": set(),
@@ -41,15 +42,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "curve": BOTTOM,
     "sockets": {"curve", *BOTTOM},
     "flight": set(),
-    "heartbeat": {"config", "flight"},
+    "heartbeat": {"config", "flight", "shared_memory"},
     "parallel": {"sockets", "config"},
-    "shared_memory": set(),
+    "shared_memory": {"errors"},
     "live": {"config", "problems", "shared_memory"},
-    "engine": {"_core", "runner", "parallel", "sockets", "curve", "heartbeat", "flight", "checkpoint", *BOTTOM},
+    "engine": {"_core", "runner", "parallel", "sockets", "curve", *MEMORY, "checkpoint", *BOTTOM},
     "client": {"sockets", "curve", *BOTTOM},
     "text": {"checkpoint", *BOTTOM},
     "server": {"client", "text", "checkpoint", "live", "shared_memory", *BOTTOM},
-    "launch": {"checkpoint", "sockets", "curve", "heartbeat", "flight", "live", "shared_memory", *BOTTOM},
+    "launch": {"checkpoint", "sockets", "curve", *MEMORY, "live", *BOTTOM},
     # Of runner and models the parts without torch: `fit` counts with the engine's own arithmetic.
     # And `replay` runs the scheduler itself.
     "cli": {"launch", "client", "text", "checkpoint", "runner", "models", "curve", "flight", "_core", *BOTTOM},

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from ..checkpoint.demo import demo_model
 from ..config import Config
+from ..errors import StartupError
 from ..launch import listener, run_directory
 from ..runner import memory
 from . import collect_env, options
@@ -211,8 +212,8 @@ def _run_directory() -> Check:
     try:
         with run_directory.RunDirectory() as path:
             return Check("sockets", "ok", f"in {path.parent}")
-    except OSError as error:
-        return Check("sockets", "fail", str(error), "set TMPDIR to a writable folder with a short path")
+    except StartupError as error:
+        return Check("sockets", "fail", error.failure.why, error.failure.fix)
 
 
 def _disk() -> Check:
@@ -246,4 +247,8 @@ def _variables() -> Check:
     except UsageError as error:
         return Check("variables", "fail", "; ".join(error.lines), "correct or unset them")
     set_ones = sum(name.startswith(ENV_PREFIX) for name in os.environ)
-    return Check("variables", "ok", f"{set_ones} of ours set, temporary files in {tempfile.gettempdir()}")
+    try:
+        folder = tempfile.gettempdir()
+    except FileNotFoundError as error:
+        return Check("variables", "warn", str(error), "TMPDIR=FOLDER, a writable one")
+    return Check("variables", "ok", f"{set_ones} of ours set, temporary files in {folder}")

@@ -10,11 +10,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, get_type_hints
+from typing import Any
 
 from ..config import Config
 from ..problems import problems
-from .settings import ENV_PREFIX, Given, Setting, elements, refusal, settings
+from .settings import ENV_PREFIX, Given, Setting, elements, groups, refusal, settings
 from .usage import Parser, UsageError, dashed, did_you_mean
 
 
@@ -83,7 +83,7 @@ def stray_variables(environ: Mapping[str, str]) -> list[str]:
 
 def parser(shown: Callable[[Setting], bool] = lambda setting: True) -> Parser:
     """The parser of ``serve``; every flag leaves a list of texts. ``shown`` picks what its help lists."""
-    titles = {group: (group_type.__doc__ or "").rstrip(".") for group, group_type in get_type_hints(Config).items()}
+    titles = {group: (group_type.__doc__ or "").rstrip(".") for group, group_type in groups().items()}
     made = Parser(
         "hybrid-serve serve",
         "Starts the OpenAI-compatible server. MODEL: a local folder, a GGUF file or a hub id; none: the demo model.",
@@ -101,15 +101,15 @@ def parser(shown: Callable[[Setting], bool] = lambda setting: True) -> Parser:
         help=f"the common options; --help=all: every option; --help=GROUP: those of {', '.join(titles)}",
     )
     made.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS, help="YAML file with options")
-    groups = {group: made.add_argument_group(f"{group}: {title}") for group, title in titles.items()}
+    shown_groups = {group: made.add_argument_group(f"{group}: {title}") for group, title in titles.items()}
     for setting in settings():
-        _add_flag(groups[setting.group], setting, shown(setting))
+        _add_flag(shown_groups[setting.group], setting, shown(setting))
     return made
 
 
 def help_text(what: str | None) -> str:
     """``what``: None for the common options, "all", or the name of a group."""
-    names = get_type_hints(Config)
+    names = groups()
     if what is None:
         return parser(lambda setting: setting.option.common).format_help()
     if what == "all":
@@ -163,7 +163,7 @@ def convert(setting: Setting, origin: str, texts: list[str]) -> Any:
 
 
 def _build(known: Mapping[str, Setting], values: Mapping[str, Any]) -> Config:
-    groups = {}
-    for group, group_type in get_type_hints(Config).items():
-        groups[group] = group_type(**{name: value for name, value in values.items() if known[name].group == group})
-    return Config(**groups)
+    made = {}
+    for group, group_type in groups().items():
+        made[group] = group_type(**{name: value for name, value in values.items() if known[name].group == group})
+    return Config(**made)

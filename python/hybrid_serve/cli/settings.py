@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields
+from functools import cache
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from ..config import Config, Option
@@ -91,10 +92,17 @@ class Given(NamedTuple):
         return f"{self.origin}: {name}" if ":" in self.origin else self.origin
 
 
+@cache
+def groups() -> Mapping[str, type[Any]]:
+    """What config.py groups options in; evaluated once, so that a reload while the server runs evaluates nothing."""
+    return get_type_hints(Config)
+
+
+@cache
 def settings() -> tuple[Setting, ...]:
     """Every option, in the order of config.py."""
     found = []
-    for group, group_type in get_type_hints(Config).items():
+    for group, group_type in groups().items():
         hints = get_type_hints(group_type, include_extras=True)
         for field in fields(group_type):
             bare, option = get_args(hints[field.name])

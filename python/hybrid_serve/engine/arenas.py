@@ -5,6 +5,8 @@ from __future__ import annotations
 import mmap
 import os
 
+from ..shared_memory import anonymous_file
+
 
 class SharedArena(mmap.mmap):
     """Zeroed memory with a file descriptor, ``fd``, that lives as long as the process. Knows nothing of its columns.
@@ -14,7 +16,7 @@ class SharedArena(mmap.mmap):
 
     @staticmethod
     def of_size(num_bytes: int) -> SharedArena:
-        fd = os.memfd_create("hybrid-serve-arena")
+        fd = anonymous_file("hybrid-serve-arena")
         os.ftruncate(fd, num_bytes)
         return SharedArena.of_file(fd)
 

@@ -11,6 +11,7 @@ import sys
 from collections import deque
 from collections.abc import Callable
 from importlib import import_module
+from typing import NoReturn
 
 from setproctitle import setproctitle
 
@@ -75,9 +76,7 @@ def _work(channel: Channel) -> None:
         start.config, lambda phase, share: channel.send(Progress(phase, share))
     )
     channel.send(Loaded(executor.depth))
-    worker = Worker(channel, executor)
-    while True:
-        worker.obey(channel.receive())
+    Worker(channel, executor).run()
 
 
 class Worker:
@@ -87,6 +86,11 @@ class Worker:
         self._channel, self._executor = channel, executor
         self._under_way: deque[Pending] = deque()
         self._preparation: Callable[[], None] | None = None
+
+    def run(self) -> NoReturn:
+        """Until the channel ends, which raises."""
+        while True:
+            self.obey(self._channel.receive())
 
     def obey(self, request: Request) -> None:
         match request:

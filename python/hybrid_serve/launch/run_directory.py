@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
+import socket
 import tempfile
 from pathlib import Path
 from types import TracebackType
+
+from ..errors import StartupError
 
 PREFIX = "hybrid-serve-"
 LOCK = "lock"
@@ -17,17 +21,21 @@ LONGEST_NAME = len("/lockstep-000")
 
 
 class RunDirectory:
-    """Mode 0700, made on entering, removed on leaving; one that a killed run left behind is removed by the next run."""
+    """Mode 0700, made on entering, removed on leaving; one that a killed run left behind is removed by the next run.
+    It is where the first of the candidates has room for it."""
 
     def __enter__(self) -> Path:
-        base = _base()
-        _remove_stale(base)
-        self.path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=base))
-        # Held as long as this process lives, however it ends. Renamed, so that no other run finds it unlocked.
-        self._lock = os.open(self.path / f"{LOCK}.new", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-        fcntl.flock(self._lock, fcntl.LOCK_EX)
-        (self.path / f"{LOCK}.new").rename(self.path / LOCK)
-        return self.path
+        """Raises StartupError."""
+        refused = {}
+        for base in filter(None, _candidates()):
+            try:
+                self.path, self._lock = _make(base)
+                return self.path
+            except OSError as error:
+                refused[base] = os.strerror(error.errno or 0)
+        why = ", ".join(f"{base}: {reason}" for base, reason in refused.items())
+        fix = "TMPDIR=FOLDER, writable and with a short path; docker run --tmpfs /tmp"
+        raise StartupError("HS-E033", "there is no folder for the server's sockets", why, fix)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
@@ -52,17 +60,31 @@ def alive() -> list[Path]:
 
 
 def _candidates() -> list[str]:
-    return [os.environ.get("XDG_RUNTIME_DIR", ""), tempfile.gettempdir(), "/tmp"]
+    """The user's run-time directory, then temporary ones."""
+    temporary = os.environ.get("TMPDIR", "")
+    with contextlib.suppress(FileNotFoundError):  # none is writable
+        temporary = tempfile.gettempdir()
+    return [os.environ.get("XDG_RUNTIME_DIR", ""), temporary, "/tmp"]
 
 
-def _base() -> Path:
-    """The user's run-time directory, or the first temporary one where a socket's path is short enough."""
-    candidates = _candidates()
-    for candidate in candidates:
-        length = len(os.fsencode(candidate)) + len(f"/{PREFIX}12345678") + LONGEST_NAME
-        if candidate and length <= LONGEST_SOCKET_PATH and os.access(candidate, os.W_OK | os.X_OK):
-            return Path(candidate)
-    raise FileNotFoundError(f"none of {candidates} is a writable directory with a short enough path for a socket")
+def _make(base: str) -> tuple[Path, int]:
+    """The directory and its lock. Raises OSError, with nothing left, where it cannot be, or can have no sockets."""
+    if len(os.fsencode(base)) + len(f"/{PREFIX}12345678") + LONGEST_NAME > LONGEST_SOCKET_PATH:
+        raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+    _remove_stale(Path(base))
+    path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=base))
+    try:
+        # Held as long as this process lives, however it ends. Renamed, so that no other run finds it unlocked.
+        lock = os.open(path / f"{LOCK}.new", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        (path / f"{LOCK}.new").rename(path / LOCK)
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.bind(str(path / "probe"))
+        (path / "probe").unlink()
+    except OSError:
+        shutil.rmtree(path, ignore_errors=True)
+        raise
+    return path, lock
 
 
 def _remove_stale(base: Path) -> None:

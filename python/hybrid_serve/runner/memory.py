@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from pathlib import Path
 
 import psutil
@@ -9,8 +11,12 @@ import psutil
 
 def free_bytes() -> int:
     """Memory that can be taken without swapping, within the limit of the control group if there is one."""
-    available = psutil.virtual_memory().available
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and used.exists() and (text := limit.read_text().strip()).isdigit():
-        available = min(available, max(int(text) - int(used.read_text()), 0))
+    try:
+        available: int = psutil.virtual_memory().available
+    except (OSError, KeyError):  # no /proc/meminfo, or not all of it; this leaves out what files are cached in
+        available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with contextlib.suppress(OSError):  # no limit, or not to be seen
+        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text().strip() for name in ("max", "current"))
+        if limit.isdigit():
+            available = min(available, max(int(limit) - int(used), 0))
     return available

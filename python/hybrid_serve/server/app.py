@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Generic, TypeVar
 
 import msgspec
@@ -30,7 +31,7 @@ from .endpoints.tokenize import detokenize, tokenize
 from .exposition import CONTENT_TYPE
 from .middleware import Errors, HostCheck, RequestId
 from .openapi import openapi
-from .protocol import decode_request
+from .protocol import decode_request, decoder_of
 from .sse import Exchange
 
 T = TypeVar("T", bound=protocol.ModelRequest)
@@ -67,6 +68,7 @@ class _Post(Generic[T]):
 
     def __init__(self, context: ServerContext, route: PostRoute[T]) -> None:
         self._context, self._route = context, route
+        decoder_of(route.request)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         context, server = self._context, self._context.config.server
@@ -173,10 +175,10 @@ def _routes(context: ServerContext) -> list[Route]:
         return Response(page, media_type="application/json")
 
     async def describe(_: Request) -> Response:
-        return _json(openapi(POST_ROUTES))
+        return Response(description()[0], media_type="application/json")
 
     async def docs(_: Request) -> Response:
-        return Response(page(openapi(POST_ROUTES)), headers=DOCS_HEADERS, media_type="text/html")
+        return Response(description()[1], headers=DOCS_HEADERS, media_type="text/html")
 
     async def links(_: Request) -> Response:
         return _json(health.links())
@@ -199,8 +201,11 @@ def _routes(context: ServerContext) -> list[Route]:
     def route(path: str, access: Access, endpoint: ASGIApp, *methods: str) -> Route:
         return Route(path, Guarded(path, access, context.keys is not None, endpoint), methods=list(methods))
 
-    server = context.config.server
-    described = [get("/openapi.json", Access.INFER, describe), get("/docs", Access.INFER, docs)]
+    decoder_of(admin.ConfigChanges)
+    described = []
+    if not context.config.server.disable_docs:
+        description()
+        described = [get("/openapi.json", Access.INFER, describe), get("/docs", Access.INFER, docs)]
     return [
         *(route(each.path, Access.INFER, _Post(context, each), "POST") for each in POST_ROUTES),
         get("/", Access.PUBLIC, links),
@@ -213,13 +218,20 @@ def _routes(context: ServerContext) -> list[Route]:
         get("/version", Access.INFER, version),
         get("/load", Access.METRICS, load),
         get("/metrics", Access.METRICS, metrics),
-        *(() if server.disable_docs else described),
+        *described,
         get("/v1/requests/{id}/timeline", Access.INFER, get_timeline),
         get("/v1/models", Access.INFER, list_models),
         get("/v1/models/{id:path}", Access.INFER, get_model),
         post("/v1/models/{id:path}/load", Access.ADMIN, load_model),
         post("/v1/models/{id:path}/unload", Access.ADMIN, unload_model),
     ]
+
+
+@cache
+def description() -> tuple[bytes, str]:
+    """What GET /openapi.json and GET /docs answer: made once, at the start, as all other requests wait meanwhile."""
+    document = openapi(POST_ROUTES)
+    return msgspec.json.encode(document), page(document)
 
 
 def _json(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:

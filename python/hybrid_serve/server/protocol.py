@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 from typing import Annotated, Any, Protocol, TypeVar
 
 import msgspec
@@ -175,21 +176,25 @@ REFUSED: dict[str, tuple[Any, ...]] = {
 }
 
 R = TypeVar("R", bound=Struct)
-_decoders: dict[type, msgspec.json.Decoder[Any]] = {}
 _fields = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _FIELD_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 
+@cache
+def decoder_of(as_type: type[R]) -> msgspec.json.Decoder[R]:
+    """Asked for together with the route: msgspec evaluates the annotations of all fields, for which its first request
+    would have to wait."""
+    return msgspec.json.Decoder(as_type)
+
+
 def decode_request(body: bytes, as_type: type[R], strict: bool = False) -> tuple[R, list[str]]:
     """The request, and the names of its fields that have no effect. Raises ``ApiError``."""
-    decoder = _decoders.get(as_type)
-    if decoder is None:
-        decoder = _decoders[as_type] = msgspec.json.Decoder(as_type)
+    decoder = decoder_of(as_type)
     try:
         if not body.isascii():
             body.decode()  # also where no field is read
         fields = _fields.decode(body)  # first: what is not JSON is told as that, not as a wrong field
-        request: R = decoder.decode(body)
+        request = decoder.decode(body)
     except msgspec.ValidationError as error:
         raise from_validation(error) from None
     except msgspec.DecodeError as error:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ..config import ServerConfig
 from ..errors import StartupError
+from ..shared_memory import anonymous_file
 
 
 class Certificate:
@@ -60,7 +61,7 @@ def _copies(*paths: str) -> Iterator[list[str]]:
     try:
         for path in paths:
             data = Path(path).read_bytes()
-            opened.append(os.memfd_create("certificate"))
+            opened.append(anonymous_file("certificate"))
             os.write(opened[-1], data)
         yield [f"/proc/self/fd/{fd}" for fd in opened]
     finally:
