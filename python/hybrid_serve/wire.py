@@ -1,7 +1,8 @@
 """What crosses between processes: typed frames, nothing else; no pickle, no knowledge of sockets' owners.
 
 A message is a list of ZMQ frames: ``[kind, header, array, ...]``. ``kind`` is one byte, ``header`` a msgpack-encoded
-Struct, arrays are raw little-endian bytes (so token ids never become Python objects on the way).
+Struct, arrays are raw little-endian bytes (so token ids never become Python objects on the way). Between API server and
+engine the kind's frame says which message it is, too (``session.Stamp``).
 
 Topology: the supervisor binds one ROUTER (control: HELLO, STATUS), each engine binds one ROUTER (data); engines and API
 servers connect DEALERs. A head of headless engines binds one ROUTER more, for their nodes. Request ids are unique in a
@@ -15,7 +16,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-PROTOCOL_VERSION = 9
+PROTOCOL_VERSION = 10
 MAX_FRAME_BYTES = 64 * 2**20
 API_INDEX_SHIFT = 48
 LAUNCH_SHIFT = 36
@@ -36,11 +37,13 @@ class Kind:
     ADD = b"\x01"  # AddRequest, token ids i32
     ABORT = b"\x02"  # Empty, request ids u64
     LIMIT = b"\x04"  # Limit: how many may wait and run from now on
-    JOIN = b"\x03"  # Join: an API server makes itself known
+    JOIN = b"\x03"  # Join: an API server makes itself known; a session begins
+    CHECK = b"\x05"  # Empty: STATS is the answer; each side sees by the other's number whether something was lost
     # engine -> API server
     STEP = b"\x11"  # StepHeader, columns (see StepHeader)
     REJECT = b"\x12"  # Reject
     STATS = b"\x13"  # EngineStats
+    RESET = b"\x14"  # Reset: the session is not the one that runs here; it has no number of its own
     # control: engine or API server <-> supervisor
     HELLO = b"\x21"  # Hello
     STATUS = b"\x22"  # Status
@@ -139,6 +142,10 @@ class Join(msgspec.Struct, array_like=True, frozen=True):
     api_index: int
 
 
+class Reset(msgspec.Struct, array_like=True, frozen=True):
+    latest: int  # id of the latest session with this API server: the next one is above
+
+
 class StepHeader(msgspec.Struct, array_like=True, frozen=True):
     """What one step gave the requests of one API server, as columns of ``rows`` entries in this order, then:
     ids u64, tokens i32, finish u8, cached_tokens i32 (-1: said before), num_preemptions i32 (so far),
@@ -187,7 +194,7 @@ class EngineStats(msgspec.Struct, array_like=True, frozen=True):
     host_blocks_total: int = 0
     blocks_swapped_out: int = 0
     blocks_swapped_in: int = 0
-    num_dropped: int = 0  # messages that no API server of this engine sends
+    num_dropped: int = 0  # messages that no API server of this engine sends, or that came twice, late or cut
     num_refused: int = 0  # connections without our key, where the engine listens to a network
     may_run: int = 0  # requests at once; 0: not said
     admission_seconds: float = 0.0  # from one request that is let in to the next, where others wait; 0: not known

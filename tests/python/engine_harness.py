@@ -18,6 +18,7 @@ from fake_executor import FakeExecutor
 from hybrid_serve.client import ChoiceOutput
 from hybrid_serve.client.engine_client import ZmqEngineClient
 from hybrid_serve.config import CacheConfig, Config, SchedulerConfig
+from hybrid_serve.engine.gaps import Gaps
 from hybrid_serve.engine.inbox import Inbox
 from hybrid_serve.engine.loop import EngineLoop
 from hybrid_serve.engine.outbox import Around, Outbox
@@ -31,6 +32,53 @@ from hybrid_serve.sockets import bind_router, connect_dealer
 from hybrid_serve.wire import Empty, Kind, SamplingParams, Status, api_identity, engine_identity, pack
 
 PATIENCE = 10.0  # seconds until a test gives up
+
+
+class EngineParts:
+    """All of an engine process but the process: what ``engine.process.main`` puts together, around a fake model."""
+
+    def __init__(
+        self,
+        context: zmq.Context[Any],
+        config: Config,
+        executor: FakeExecutor,
+        data_address: str,
+        control_address: str,
+        num_clients: int,
+        *,
+        clock: Any = time,
+        poller: zmq.Poller | None = None,
+        index: int = 0,
+    ) -> None:
+        """``clock``: as the module ``time``."""
+        facts = executor.allocate()
+        self.facts = engine_facts(config, facts)
+        self.core = make_core(config, executor, facts, num_clients)
+        self.peers = Peers(bind_router(context, data_address), num_clients)
+        num_ids = max_watched_ids(config)
+        heartbeat_fd = make(num_ids)
+        self.heartbeat = Heartbeat(heartbeat_fd, num_ids, clock.monotonic_ns)
+        os.close(heartbeat_fd)
+        self.probation = Probation(self.heartbeat.try_out)
+        self.inbox = Inbox(
+            self.peers,
+            connect_dealer(context, control_address, engine_identity(index)),
+            self.heartbeat,
+            self.probation,
+            longest_prompt=facts.max_model_len - 1,
+            max_num_seqs=config.scheduler.max_num_seqs or facts.max_num_seqs,
+            max_num_queued_reqs=config.scheduler.max_num_queued_reqs,
+            poller=poller,
+        )
+
+        def around() -> Around:
+            return Around(self.inbox.may_run, self.inbox.num_dropped, 0)
+
+        watched = WatchedExecutor(executor, self.core, self.heartbeat)
+        watched.gaps = Gaps(clock.perf_counter_ns)
+        phases = Phases(clock.perf_counter_ns)
+        outbox = Outbox(self.peers, self.probation, watched.gaps, phases, around, clock.monotonic)
+        self.loop = EngineLoop(self.core, watched, self.inbox, outbox, phases)
 
 
 class EngineThread:
@@ -49,32 +97,11 @@ class EngineThread:
         self.control_address, self.data_address = f"ipc://{directory}/control", f"ipc://{directory}/engine-0"
         self.context = zmq.Context()
         self.control = bind_router(self.context, self.control_address)
-        facts = self.executor.allocate()
-        self.facts = engine_facts(self.config, facts)
-        self.core = make_core(self.config, self.executor, facts, num_clients)
-        self.peers = Peers(bind_router(self.context, self.data_address), num_clients)
-        num_ids = max_watched_ids(self.config)
-        heartbeat_fd = make(num_ids)
-        self.heartbeat = Heartbeat(heartbeat_fd, num_ids)
-        os.close(heartbeat_fd)
-        probation = Probation(self.heartbeat.try_out)
-        self.inbox = Inbox(
-            self.peers,
-            connect_dealer(self.context, self.control_address, engine_identity(0)),
-            self.heartbeat,
-            probation,
-            longest_prompt=facts.max_model_len - 1,
-            max_num_seqs=self.config.scheduler.max_num_seqs or facts.max_num_seqs,
-            max_num_queued_reqs=self.config.scheduler.max_num_queued_reqs,
+        parts = EngineParts(
+            self.context, self.config, self.executor, self.data_address, self.control_address, num_clients
         )
-
-        def around() -> Around:
-            return Around(self.inbox.may_run, self.inbox.num_dropped, 0)
-
-        watched = WatchedExecutor(self.executor, self.core, self.heartbeat)
-        phases = Phases()
-        outbox = Outbox(self.peers, probation, watched.gaps, phases, around)
-        self.loop = EngineLoop(self.core, watched, self.inbox, outbox, phases)
+        self.facts, self.core, self.peers = parts.facts, parts.core, parts.peers
+        self.heartbeat, self.inbox, self.loop = parts.heartbeat, parts.inbox, parts.loop
         self.error: BaseException | None = None
         self.thread = threading.Thread(target=self._run, daemon=True)
 
@@ -115,7 +142,7 @@ class EngineThread:
         client = ZmqEngineClient(self.config, index, self.control_address, [(0, self.data_address)])
         client.start()
         try:
-            await until(lambda: self.peers.index_of(api_identity(index)) is not None)
+            await until(lambda: self.peers._sessions[index] is not None)
             self.send_control(api_identity(index), pack(Kind.STATUS, Status("ready", facts=self.facts)))
             await until(lambda: client.facts is not None)
             yield client

@@ -67,7 +67,8 @@ class FakePending(NamedTuple):
     ready_at: float
 
     def result(self) -> FakeResult:
-        time.sleep(max(0.0, self.ready_at - time.monotonic()))
+        if self.ready_at:
+            time.sleep(max(0.0, self.ready_at - time.monotonic()))
         return self.value
 
 

@@ -13,6 +13,7 @@ import zmq
 from engine_harness import until
 from hybrid_serve.client.engine_client import ZmqEngineClient
 from hybrid_serve.config import Config
+from hybrid_serve.session import Session, Stamp
 from hybrid_serve.sockets import bind_router
 from hybrid_serve.wire import FinishReason, Hello, Kind, StepHeader, api_identity, pack, unpack
 
@@ -29,14 +30,27 @@ class FakeServer:
         self.data_addresses = [f"ipc://{directory}/engine-{index}" for index in range(num_engines)]
         self.control = bind_router(self.context, self.control_address)
         self.engines = [bind_router(self.context, address) for address in self.data_addresses]
+        self.sessions: dict[zmq.Socket[bytes], Session] = {}  # as of the last JOIN
         self.client = ZmqEngineClient(Config(), 3, self.control_address, list(enumerate(self.data_addresses)))
 
     async def receive(self, socket: zmq.Socket[bytes]) -> list[bytes]:
+        """Identity, kind, header and arrays; an engine's stamp is checked and cut off."""
         await until(lambda: bool(socket.poll(0)), "the client sent nothing")
-        return socket.recv_multipart()
+        identity, first, *rest = socket.recv_multipart()
+        if socket is self.control:
+            return [identity, first, *rest]
+        stamp = Stamp.of(first)
+        if stamp.kind == Kind.JOIN:
+            self.sessions[socket] = Session(stamp.session)
+        self.sessions[socket].take(stamp, rest)
+        return [identity, stamp.kind, *rest]
 
     def send(self, message: list[Any], engine: int = 0) -> None:
-        self.engines[engine].send_multipart([API, *message])
+        socket = self.engines[engine]
+        self.send_raw(self.sessions[socket].stamped(message), engine)
+
+    def send_raw(self, frames: list[Any], engine: int = 0) -> None:
+        self.engines[engine].send_multipart([API, *frames])
 
     def tell(self, message: list[Any]) -> None:
         self.control.send_multipart([API, *message])

@@ -21,6 +21,7 @@ MAX_LINES = 420
 
 BOTTOM = {"wire", "config", "problems", "served", "catalogue", "errors", "logging"}
 MEMORY = {"shared_memory", "heartbeat", "flight"}  # of several processes
+JOINS = {"sockets", "session", "curve"}  # API servers and engines
 # Layer (a module or folder of hybrid_serve) -> layers it may import, besides itself. A new layer needs a line here.
 MAY_IMPORT: dict[str, set[str]] = {
     "ranges": set(),
@@ -41,13 +42,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "runner": {"models", "layers", "ops", "_kernels", "checkpoint", "config", "errors", "logging"},
     "curve": BOTTOM,
     "sockets": {"curve", *BOTTOM},
+    "session": set(),
     "flight": set(),
     "heartbeat": {"config", "flight", "shared_memory"},
     "parallel": {"sockets", "config"},
     "shared_memory": {"errors"},
     "live": {"config", "problems", "shared_memory"},
-    "engine": {"_core", "runner", "parallel", "sockets", "curve", *MEMORY, "checkpoint", *BOTTOM},
-    "client": {"sockets", "curve", *BOTTOM},
+    "engine": {"_core", "runner", "parallel", *JOINS, *MEMORY, "checkpoint", *BOTTOM},
+    "client": {*JOINS, *BOTTOM},
     "text": {"checkpoint", *BOTTOM},
     "server": {"client", "text", "checkpoint", "live", "shared_memory", *BOTTOM},
     "launch": {"checkpoint", "sockets", "curve", *MEMORY, "live", *BOTTOM},
@@ -262,9 +264,11 @@ def test_every_file_has_a_noun_for_a_name() -> None:
     assert [str(file) for file in SOURCES if nameless.match(file.stem)] == []
 
 
-WALL_CLOCK = {  # what people read, or the start of a process as the system has it; no deadline
+# What people read, the start of a process as the system has it, or a number above earlier processes'; no deadline.
+WALL_CLOCK = {
     "server/timeline.py", "server/context.py", "server/endpoints/completions.py", "server/endpoints/chat.py",
     "server/tracing.py", "text/chat_template.py", "cli/ps.py", "launch/evidence.py", "launch/listener.py",
+    "session.py",
 }  # fmt: skip
 
 

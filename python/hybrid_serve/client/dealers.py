@@ -32,6 +32,17 @@ class Dealers:
         """Call it inside the event loop."""
         self._loop = asyncio.get_running_loop()
         self._context = zmq.Context()
+        self._is_closed = False
+
+    def every(self, seconds: float, call: Callable[[], None]) -> None:
+        """Calls it again and again, until ``close``."""
+
+        def again() -> None:
+            if not self._is_closed:
+                call()
+                self._loop.call_later(seconds, again)
+
+        self._loop.call_later(seconds, again)
 
     def open(self, address: str, take: Take, on_break: Callable[[], None] | None = None) -> zmq.Socket[bytes]:
         """The other end may still be to come. ``on_break``: called when a connection over a network ended: it would be
@@ -77,6 +88,7 @@ class Dealers:
         socket.close(linger=0)
 
     def close(self) -> None:
+        self._is_closed = True
         for socket in self._takers:
             self._loop.remove_reader(socket)
         self._context.destroy(linger=200)  # what was sent a moment ago still goes out

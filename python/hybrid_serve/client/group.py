@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 
+from ..session import Gap, NotNext, Session, Stamp, later_id
 from ..wire import (
     ALL_ENGINES,
     MAX_FRAME_BYTES,
@@ -21,6 +22,7 @@ from ..wire import (
     Kind,
     Limit,
     Reject,
+    Reset,
     Status,
     StepHeader,
     pack,
@@ -35,6 +37,8 @@ from .streams import ZmqStream
 
 log = logging.getLogger(__name__)
 _QUARANTINED = "The engine died twice while it worked on this request; it is not tried again."
+CHECK_SECONDS = 2.0  # between two questions to an engine that works for us; an answer costs it 100 us
+MOST_RESETS = 10  # in a row, of a request of which nothing came meanwhile
 _NOWHERE = ("away", "unloaded", "failed")  # phases of an engine at whose address nobody listens
 _GONE = ("dead", *_NOWHERE)  # of one that does not come back by itself
 
@@ -69,6 +73,7 @@ class EngineGroup:
     def start(self) -> None:
         for link in self.links:
             self._connect(link)
+        self._dealers.every(CHECK_SECONDS, self._check)
 
     def limit(self, limit: Limit) -> None:
         self._limit = limit
@@ -181,24 +186,43 @@ class EngineGroup:
         log.warning("the connection to engine %d ended", link.index)
         self._replay(link, b"", b"")
 
+    def _check(self) -> None:
+        """What is lost at the end of a conversation is noticed by the next message, so there must be one."""
+        for link in self.links:
+            if link.streams or link.is_unsure:
+                link.is_unsure = False
+                self._send(link, pack(Kind.CHECK, Empty()))
+
+    def _reset(self, link: Link, why: str) -> None:
+        """Something between us and an engine was lost. We join again, which ends there what we had, and ask again."""
+        if link.socket is None:
+            return  # that is under way: these are the last messages of the old socket
+        log.warning("engine %d: %s: we join again, and ask again for %d choices", link.index, why, len(link.streams))
+        for stream in dict.fromkeys(link.streams.values()):
+            stream.num_resets += 1
+        self._replay(link, b"", b"")
+
     def _replay(self, link: Link, suspects: bytes, culprits: bytes) -> None:
         """What the engine had is lost. Who was to blame fails; the others are asked for again, from where they are.
 
         What has arrived counts; what has not goes with the old socket, lest it comes a second time."""
         running, to_blame = set(array("Q", suspects)), set(array("Q", culprits))
         before = self.num_replayed, self.num_quarantined
-        if link.socket is not None:
-            self._dealers.drop(link.socket)
-            link.socket = None
+        socket, link.socket = link.socket, None
+        if socket is not None:
+            self._dealers.drop(socket)
         streams = link.take_all()
         self._connect(link)
         for stream in streams:
-            if to_blame.isdisjoint(stream.live_ids):
-                self.num_replayed += 1
-                self._ask(stream, stream.replay(running), link)
-            else:
+            if not to_blame.isdisjoint(stream.live_ids):
                 self.num_quarantined += 1
                 self._give_up(stream, EngineRejected(500, _QUARANTINED, "request_quarantined"))
+            elif stream.num_resets > MOST_RESETS:
+                text = f"Messages to or from engine {link.index} were lost {stream.num_resets} times in a row."
+                self._give_up(stream, EngineRejected(503, text, "engine_dead"))
+            else:
+                self.num_replayed += 1
+                self._ask(stream, stream.replay(running), link)
         if self.on_replay is not None:
             self.on_replay(link.index, self.num_replayed - before[0], self.num_quarantined - before[1])
 
@@ -206,6 +230,7 @@ class EngineGroup:
         if not link.address or link.status.phase in _NOWHERE:
             return
         take, on_break = (lambda frames: self._take(link, frames)), (lambda: self._broken(link))
+        link.session = Session(later_id(link.session.id))
         link.socket = self._dealers.open(link.address, take, on_break)
         self._send(link, pack(Kind.JOIN, Join(self._api_index)))
         self._send_limit(link)
@@ -217,33 +242,57 @@ class EngineGroup:
 
     def _send(self, link: Link, message: list[Any]) -> None:
         if link.socket is not None:
-            self._dealers.send(link.socket, message)
+            self._dealers.send(link.socket, link.session.stamped(message))
 
     # What an engine says
 
     def _take(self, link: Link, frames: list[bytes]) -> None:
-        kind = frames[0]
+        """Raises NotNext for a message that does not count."""
+        stamp, rest = Stamp.of(frames[0]), frames[1:]
+        if stamp.kind == Kind.RESET and stamp.session == link.session.id:
+            self._refused(link, unpack(rest[0], Reset))
+            return
+        try:
+            link.session.take(stamp, rest)
+        except Gap as error:
+            self._reset(link, str(error))
+            return
+        except NotNext:
+            if stamp.session != link.session.id:  # did it not hear our JOIN? Else it works on for nobody
+                self._send(link, pack(Kind.CHECK, Empty()))
+            raise
+        try:
+            self._take_next(link, stamp.kind, rest)
+        except (ValueError, IndexError, TypeError, msgspec.DecodeError) as error:
+            self._reset(link, f"message {stamp.number} makes no sense: {error}")
+
+    def _refused(self, link: Link, reset: Reset) -> None:
+        link.session = Session(max(link.session.id, reset.latest))  # the next one will be above
+        self._reset(link, "it does not know our session, or has missed a message")
+
+    def _take_next(self, link: Link, kind: bytes, frames: list[bytes]) -> None:
         if kind == Kind.STEP:
             self._take_step(link, frames)
         elif kind == Kind.STATS:
-            link.take_stats(unpack(frames[1], EngineStats))
+            link.take_stats(unpack(frames[0], EngineStats))
         elif kind == Kind.REJECT:
-            self._take_reject(link, unpack(frames[1], Reject))
+            self._take_reject(link, unpack(frames[0], Reject))
         else:
             raise ValueError(f"unknown kind {kind!r}")
 
     def _take_step(self, link: Link, frames: list[bytes]) -> None:
         streams, touched = link.streams, dict[ZmqStream, None]()
-        header, now = unpack(frames[1], StepHeader), monotonic()
-        outputs = outputs_of_step(header, frames[2:])
-        for id, event in events_of_step(header, frames[2:], now):
+        header, now = unpack(frames[0], StepHeader), monotonic()
+        outputs = outputs_of_step(header, frames[1:])
+        for id, event in events_of_step(header, frames[1:], now):
             stream = streams.get(id)
             if stream is not None:
                 stream.happened(event._replace(choice=id - stream.first_id))
         for id, output in outputs:
             stream = streams.get(id)
-            if stream is None:
-                continue  # aborted while this was on its way
+            if stream is None:  # aborted while this was on its way
+                link.is_unsure = True
+                continue
             output.choice = id - stream.first_id
             stream.put(output)
             if output.prefill_seconds >= 0:

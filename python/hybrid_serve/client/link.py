@@ -7,6 +7,7 @@ from time import monotonic
 
 import zmq
 
+from ..session import Session
 from ..wire import EngineStats, Status
 from .streams import ZmqStream
 
@@ -22,6 +23,8 @@ class Link:
         self.index, self.address, self._num_api_servers = index, address, num_api_servers
         self._clock = clock
         self.socket: zmq.Socket[bytes] | None = None
+        self.session = Session(0)  # over that socket
+        self.is_unsure = False  # the engine may have missed an ABORT
         self.streams: dict[int, ZmqStream] = {}  # by choice id; only choices that run
         self.status = Status("starting", engine=index)
         self._forget()

@@ -56,6 +56,8 @@ class ModelsClient:
         """Call it inside the event loop."""
         self._dealers.start()
         self._control.start()
+        for client in self.models.values():
+            client.group.start()
 
     def close(self) -> None:
         """Streams that are still open fail."""

@@ -33,6 +33,7 @@ class ZmqStream:
         "_waiter",
         "engine",
         "events",
+        "num_resets",
     )
 
     def __init__(
@@ -50,6 +51,7 @@ class ZmqStream:
         self._received = [array("i") for _ in range(request.n)]
         self._outputs: list[ChoiceOutput] = []
         self.events: list[ChoiceEvent] = []
+        self.num_resets = 0  # of its session with the engine, since something came
         self._error: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
 
@@ -134,6 +136,7 @@ class ZmqStream:
         if received:
             output.cached_tokens, output.prefill_seconds = -1, -1.0  # said before; a replay is prefilled once more
         received.extend(output.token_ids)
+        self.num_resets = 0
         self._outputs.append(output)
         if output.finish:
             self._live.discard(output.choice)

@@ -11,6 +11,7 @@ import msgspec
 import zmq
 
 from ..heartbeat import EnginePhase, Heartbeat
+from ..session import NotNext, Stamp
 from ..sockets import readable
 from ..wire import API_INDEX_SHIFT, AddRequest, Join, Kind, Limit, Reject, pack, unpack
 from .peers import Peers
@@ -43,15 +44,17 @@ class Inbox:
         longest_prompt: int,
         max_num_seqs: int,
         max_num_queued_reqs: int,
+        poller: zmq.Poller | None = None,
     ) -> None:
         self.peers, self.control = peers, control
         self._heartbeat, self._probation = heartbeat, probation
         self.stopping = False
         self.num_dropped = 0
+        self._ending: set[int] = set()  # choices that have ended, while a step under way may still have them
         self._longest_prompt = longest_prompt
         self._most_running = max_num_seqs  # there is no room for more
         self._limit_open(max_num_queued_reqs, max_num_seqs)
-        self._poller = zmq.Poller()
+        self._poller = poller or zmq.Poller()
         self._poller.register(peers.socket, zmq.POLLIN)
         self._poller.register(control, zmq.POLLIN)
 
@@ -73,12 +76,12 @@ class Inbox:
         while readable(self.control):
             self._take_control(self.control.recv_multipart())
         for _ in range(MESSAGES_A_STEP):
-            if not readable(self.peers.socket):
+            if self._is_ending(core) or not readable(self.peers.socket):
                 break
             frames = self.peers.socket.recv_multipart()
             try:
                 self._take(core, frames)
-            except (BadMessage, msgspec.DecodeError) as error:
+            except (BadMessage, NotNext, msgspec.DecodeError) as error:
                 self._drop(frames, error)
         self._abort_lost(core)
         while self._probation.has_next:
@@ -93,16 +96,21 @@ class Inbox:
     def _take(self, core: Scheduler, frames: list[bytes]) -> None:
         if len(frames) < 3:
             raise BadMessage(f"{len(frames)} frames")
-        identity, kind, header, *arrays = frames
+        identity, first, *rest = frames
+        stamp, (header, *arrays) = Stamp.of(first), rest
+        kind = stamp.kind
         if kind == Kind.JOIN:
             index = unpack(header, Join).api_index
-            if arrays or not self.peers.join(identity, index):
+            if arrays or not self.peers.join(identity, index, stamp, rest):
                 raise BadMessage(f"JOIN as API server {index}")
             self._abort_lost(core)  # of the one before; at once, lest the new one's requests are taken for them
+            in_flight = memoryview(core.ids_in_flight()).cast("Q")
+            self._ending.update(id for id in in_flight if id >> API_INDEX_SHIFT == index)
             return
-        client = self.peers.index_of(identity)
-        if client is None:
-            raise BadMessage("the sender has not joined")
+        client = self.peers.take(identity, stamp, rest)
+        if kind == Kind.CHECK:
+            self.peers.num_checks += 1  # the next statistics answer
+            return
         if kind == Kind.LIMIT:
             limit = unpack(header, Limit)
             if min(limit.max_num_queued_reqs, limit.max_num_seqs) < 0:
@@ -179,6 +187,12 @@ class Inbox:
         if lost := self.peers.take_lost():
             core.abort(array("Q", lost))
             self._probation.ended(lost)
+
+    def _is_ending(self, core: Scheduler) -> bool:
+        """A step under way still has what an API server that joined again may ask for once more, by the same ids."""
+        if self._ending:
+            self._ending.intersection_update(memoryview(core.ids_in_flight()).cast("Q"))
+        return bool(self._ending)
 
     def _drop(self, frames: list[bytes], error: Exception) -> None:
         self.num_dropped += 1

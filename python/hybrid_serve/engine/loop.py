@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Protocol
 
 from .executor import Executor, Pending, StepResult
@@ -40,6 +41,11 @@ class EngineLoop:
 
     def run(self) -> None:
         """Until the supervisor says stop."""
+        for _ in self.turns():
+            pass
+
+    def turns(self) -> Iterator[None]:
+        """The same turn by turn, for whoever has time in his own hands."""
         core, inbox, outbox, depth = self.core, self.inbox, self.outbox, self.executor.depth
         phases, passed = self.phases, self.phases.passed
         in_flight: deque[tuple[Batch, Pending]] = deque()
@@ -50,6 +56,7 @@ class EngineLoop:
             inbox.drain(core, wait=idle and preparation is None)
             if preparation is not None and core.idle and not inbox.stopping:
                 preparation()  # one piece: then whoever has come meanwhile is served
+                yield
                 continue
             if idle:
                 phases.rested()
@@ -69,3 +76,4 @@ class EngineLoop:
                 phases.sent()
             elif not core.idle:
                 raise RuntimeError("the scheduler has work, nothing is in flight, and it gives no batch")
+            yield

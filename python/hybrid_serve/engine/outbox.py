@@ -72,13 +72,14 @@ class Outbox:
                 self._probation.ended(finished)
 
     def send_stats(self, core: Scheduler, idle: bool) -> None:
-        """At most four times a second; on becoming idle at once, and then once for every API server that joins."""
+        """At most four times a second; on becoming idle at once, and then for every JOIN and CHECK."""
         now = self._clock()
         if not idle and now < self._next_stats:
             return
         stats = core.stats()
         around = self._around()
-        state = (stats.steps, self._peers.num_joins, around.num_dropped, around.num_refused)
+        to_hear = (self._peers.num_joins, self._peers.num_checks)
+        state = (stats.steps, *to_hear, around.num_dropped, around.num_refused)
         if idle and state == self._said:
             return
         self._said = state if idle else None

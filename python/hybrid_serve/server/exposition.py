@@ -234,7 +234,7 @@ class Exposition(Collector):
         swapped = [((*each.labels, "out"), each.stats.blocks_swapped_out) for each in engines]
         swapped += [((*each.labels, "in"), each.stats.blocks_swapped_in) for each in engines]
         yield counters(f"{OURS}swapped_blocks", text, (*_ENGINE, "direction"), swapped)
-        text = "Messages to the engine that no API server of its sends."
+        text = "Messages to the engine that no API server of its sends, or that came twice, late or cut."
         yield counters(
             f"{OURS}dropped_messages", text, _ENGINE, [(each.labels, each.stats.num_dropped) for each in engines]
         )

@@ -260,10 +260,9 @@ def test_broken_frames_from_the_engine_end_nothing(tmp_path: Path) -> None:
     async def test(server: FakeServer) -> None:
         async with server.client.generate(ids([1]), params()) as stream:
             await server.receive(server.engines[0])
-            server.send([b"\x77", b""])
-            server.send([Kind.STEP])
-            server.send([Kind.STEP, b"\xc1"])
-            server.send(pack(Kind.STEP, StepHeader(1, 2, 0), b"12345678", b"1234", b"0", b"1234"))
+            server.send_raw([b"\x77", b""])
+            server.send_raw([Kind.STEP])
+            server.send_raw([Kind.STEP, b"\xc1"])
             server.step([(0, 5, FinishReason.STOP)])
             assert [turn async for turn in stream] == [[ChoiceOutput(0, [5], FinishReason.STOP)]]
 

@@ -16,21 +16,44 @@ import zmq
 
 from engine_harness import EngineThread, collect, ids, params, tokens_of, until, wait_until
 from fake_executor import FakeExecutor, expected
+from hybrid_serve.session import Session, Stamp, stamped
 from hybrid_serve.sockets import connect_dealer
-from hybrid_serve.wire import AddRequest, Empty, EngineStats, Join, Kind, Limit, Reject, api_identity, pack, unpack
+from hybrid_serve.wire import (
+    AddRequest,
+    Empty,
+    EngineStats,
+    Join,
+    Kind,
+    Limit,
+    Reject,
+    Reset,
+    api_identity,
+    pack,
+    unpack,
+)
 
 Send = Callable[..., None]
 
 
 class RawPeer:
-    """A socket that sends what it is told to."""
+    """A socket that sends what it is told to; ``send`` stamps it as the next message."""
 
-    def __init__(self, engine: EngineThread, identity: bytes) -> None:
+    def __init__(self, engine: EngineThread, identity: bytes, session: int = 1) -> None:
         self.context = zmq.Context()
         self.socket = connect_dealer(self.context, engine.data_address, identity)
+        self.session = Session(session)
 
     def send(self, *frames: bytes) -> None:
+        self.send_raw(*self.session.stamped(list(frames)))
+
+    def send_raw(self, *frames: bytes) -> None:
         self.socket.send_multipart(list(frames))
+
+    def receive(self) -> tuple[bytes, list[bytes]]:
+        """Kind and frames behind it."""
+        assert self.socket.poll(5000)
+        first, *frames = self.socket.recv_multipart()
+        return Stamp.of(first).kind, frames
 
     def close(self) -> None:
         self.context.destroy(linger=1000)
@@ -40,7 +63,7 @@ ADD = AddRequest(0, 1, 0, params())
 BAD_MESSAGES: dict[str, list[bytes]] = {
     "nothing": [b""],
     "a stranger's kind": [b"\x99", b"\x90", b""],
-    "two frames": [Kind.ADD, b"\x90"],
+    "a header alone": [Kind.ADD, b"\x90"],
     "no array": [Kind.ADD, msgspec.msgpack.encode(ADD)],
     "two arrays": [Kind.ADD, msgspec.msgpack.encode(ADD), b"", b""],
     "a header of garbage": [Kind.ADD, b"\xc1\xff\x00", ids([1])],
@@ -74,13 +97,18 @@ def test_every_bad_message_is_dropped_and_counted_while_a_stream_runs(tmp_path: 
             bad = RawPeer(engine, api_identity(0))
             bad.send(*pack(Kind.JOIN, Join(0)))
             for message in BAD_MESSAGES.values():
-                bad.send(*message)
+                if len(message[0]) == 1:
+                    bad.send(*message)
+                else:
+                    bad.send_raw(*message)
             stranger = RawPeer(engine, b"stranger")
             stranger.send(*pack(Kind.ADD, ADD, ids([1])))
             stranger.send(*pack(Kind.JOIN, Join(0)))
             generator = random.Random(3)
             for _ in range(200):
-                stranger.send(*(generator.randbytes(generator.randrange(40)) for _ in range(generator.randrange(1, 6))))
+                stranger.send_raw(
+                    *(generator.randbytes(generator.randrange(40)) for _ in range(generator.randrange(1, 6)))
+                )
             assert tokens_of(await going) == expected([1, 2, 3], 1, 200)
             wait_until(lambda: engine.inbox.num_dropped == len(BAD_MESSAGES) + 202)
             wait_until(lambda: engine.peers.live == [set(), set()])
@@ -121,8 +149,7 @@ def test_a_request_without_a_seed_or_with_an_id_in_use_is_refused_with_an_answer
         peer.send(*pack(Kind.ADD, AddRequest(9, 1, 0, params()), ids([1])))
         rejects: list[Reject] = []
         while len(rejects) < 2:
-            assert peer.socket.poll(5000)
-            kind, header, *_ = peer.socket.recv_multipart()
+            kind, (header, *_) = peer.receive()
             if kind == Kind.REJECT:
                 rejects.append(unpack(header, Reject))
         assert [(reject.id, reject.n, reject.status) for reject in rejects] == [(7, 2, 400), (9, 1, 400)]
@@ -140,32 +167,103 @@ def test_an_api_server_that_joins_again_starts_from_nothing(tmp_path: Path) -> N
         first.send(*pack(Kind.ADD, AddRequest(1, 1, 0, params(4000)), ids([1])))
         wait_until(lambda: engine.peers.live == [{1}])
         first.close()
-        second = RawPeer(engine, api_identity(0))
+        second = RawPeer(engine, api_identity(0), session=2)
         second.send(*pack(Kind.JOIN, Join(0)))
         wait_until(lambda: engine.peers.live == [set()])
         second.send(*pack(Kind.ADD, AddRequest(1, 1, 0, params(3)), ids([1])))
         kinds: list[bytes] = []
         while kinds.count(Kind.STEP) < 3:
-            assert second.socket.poll(5000)
-            kinds.append(second.socket.recv_multipart()[0])
+            kinds.append(second.receive()[0])
         second.close()
+
+
+def test_a_message_that_comes_twice_counts_once_and_one_that_is_missing_ends_the_session_with_an_answer(
+    tmp_path: Path,
+) -> None:
+    """F-50: what was open is aborted, for its sender asks for it again; neither is taken for something else."""
+    with EngineThread(tmp_path, FakeExecutor(delay=0.005)) as engine:
+        peer = RawPeer(engine, api_identity(0), session=7)
+        peer.send(*pack(Kind.JOIN, Join(0)))
+        add = peer.session.stamped(pack(Kind.ADD, AddRequest(1, 1, 0, params(4000)), ids([1])))
+        earlier = stamped(pack(Kind.JOIN, Join(0)), 6, 0)
+        for message in (add, add, stamped(pack(Kind.JOIN, Join(0)), 7, 0), earlier):
+            peer.send_raw(*message)
+        wait_until(lambda: engine.inbox.num_dropped == 3)
+        assert (engine.peers.live, engine.peers.num_joins) == ([{1}], 1)
+        resets = [(6, 7)]  # the earlier one is told which session runs
+        peer.session.stamped(pack(Kind.ABORT, Empty(), ids([])))  # lost
+        for _ in range(2):
+            peer.send(*pack(Kind.CHECK, Empty()))
+            resets.append((7, 7))
+        wait_until(lambda: engine.peers.live == [set()])
+        while resets:
+            assert peer.socket.poll(5000)
+            first, *frames = peer.socket.recv_multipart()
+            if Stamp.of(first).kind == Kind.RESET:
+                assert (Stamp.of(first).session, unpack(frames[0], Reset).latest) == resets.pop(0)
+        peer.session = Session(8)
+        peer.send(*pack(Kind.JOIN, Join(0)))
+        peer.send(*pack(Kind.ADD, AddRequest(1, 1, 0, params(3)), ids([1])))
+        kinds = [peer.receive()[0] for _ in range(4)]
+        assert kinds.count(Kind.STEP) >= 2
+        peer.close()
+
+
+def test_a_prompt_that_was_cut_is_not_run(tmp_path: Path) -> None:
+    """F-50: four bytes less are a prompt, too."""
+    with EngineThread(tmp_path) as engine:
+        peer = RawPeer(engine, api_identity(0))
+        peer.send(*pack(Kind.JOIN, Join(0)))
+        *frames, tokens = peer.session.stamped(pack(Kind.ADD, AddRequest(1, 1, 0, params(3)), ids([1, 2])))
+        peer.send_raw(*frames, tokens[:4])
+        kind = Kind.STATS
+        while kind == Kind.STATS:
+            kind, _ = peer.receive()
+        assert kind == Kind.RESET
+        peer.close()
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_what_is_asked_for_again_at_once_is_not_in_the_way_of_itself(depth: int, tmp_path: Path) -> None:
+    """F-50: by the same ids, while a step under way still has them, of a choice that has finished, too."""
+    with EngineThread(tmp_path, FakeExecutor(delay=0.002, depth=depth)) as engine:
+        peer = RawPeer(engine, api_identity(0))
+        for session in range(1, 30):
+            peer.session = Session(session)
+            peer.send(*pack(Kind.JOIN, Join(0)))
+            peer.send(*pack(Kind.ADD, AddRequest(1, 1, 0, params(3)), ids([1])))
+            num_steps = 0
+            while num_steps < session % 4:
+                kind, _ = peer.receive()
+                assert kind != Kind.REJECT
+                num_steps += kind == Kind.STEP
+        assert engine.inbox.num_dropped == 0
+        peer.close()
+
+
+def test_a_check_is_answered_with_statistics(tmp_path: Path) -> None:
+    with EngineThread(tmp_path) as engine:
+        peer = RawPeer(engine, api_identity(0))
+        peer.send(*pack(Kind.JOIN, Join(0)))
+        for _ in range(3):
+            assert peer.receive()[0] == Kind.STATS
+            peer.send(*pack(Kind.CHECK, Empty()))
+        peer.close()
 
 
 def test_statistics_come_on_joining_and_on_becoming_idle_and_not_in_every_step(tmp_path: Path) -> None:
     with EngineThread(tmp_path) as engine:
         peer = RawPeer(engine, api_identity(0))
         peer.send(*pack(Kind.JOIN, Join(0)))
-        assert peer.socket.poll(5000)
-        kind, header = peer.socket.recv_multipart()
+        kind, (header,) = peer.receive()
         assert (kind, unpack(header, EngineStats).kv_blocks_total) == (Kind.STATS, 256)
         peer.send(*pack(Kind.ADD, AddRequest(1, 1, 0, params(300)), ids([1])))
-        messages: list[list[bytes]] = []
-        while not messages or messages[-1][0] != Kind.STATS or unpack(messages[-1][1], EngineStats).num_running:
-            assert peer.socket.poll(5000)
-            messages.append(peer.socket.recv_multipart())
+        messages: list[tuple[bytes, list[bytes]]] = []
+        while not messages or messages[-1][0] != Kind.STATS or unpack(messages[-1][1][0], EngineStats).num_running:
+            messages.append(peer.receive())
         kinds = [message[0] for message in messages]
         assert kinds.count(Kind.STEP) == 300
-        last = unpack(messages[-1][1], EngineStats)
+        last = unpack(messages[-1][1][0], EngineStats)
         assert (last.steps, last.step_tokens, last.kv_blocks_used) == (300, 300, 0)
         assert sum(last.step_gap_counts) == 299, "gaps between the steps"
         assert last.step_gap_us > 0
