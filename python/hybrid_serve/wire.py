@@ -226,6 +226,7 @@ class EngineFacts(msgspec.Struct, array_like=True, frozen=True):
     num_blocks: int
     dtype: str
     device: str
+    cache_bytes: int = 0  # of the host's memory that the KV blocks may take
 
 
 class Status(msgspec.Struct, array_like=True, frozen=True):

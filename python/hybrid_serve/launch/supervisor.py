@@ -289,9 +289,11 @@ class Supervisor:
         drained = self.phase is Phase.DRAINING and child.spec.role == "api"
         if not (drained and code == 0):
             self._wait_for(lambda: identity in self._last_words, LAST_WORDS if code > 0 else 0)
-            cause = self._last_words.pop(identity, None) or death(child, code, ENGINE_FAILED)
-            if identity in self.engines:
-                cause = self.engines[identity].with_recording(cause)
+            engine = self.engines.get(identity)
+            facts = engine.status.facts if engine else None
+            cause = self._last_words.pop(identity, None) or death(child, code, ENGINE_FAILED, facts)
+            if engine is not None:
+                cause = engine.with_recording(cause)
             if self.phase is Phase.STARTING:
                 self._fail(cause)
             elif drained:  # its streams are lost, the others' go on
@@ -326,7 +328,7 @@ class Supervisor:
             self._publish(engine.died("dead", cause.what, restarts.total))
             return
         when = f"in {pause:g} s" if pause else "now"
-        log.error("%s: %s; it is started again %s", cause.what, cause.why, when)
+        log.error("%s: %s; it is started again %s; fix: %s", cause.what, cause.why, when, cause.fix)
         self._due.append((now + pause, again(spec)))
         if engine is not None:
             self._publish(engine.died("restarting", cause.what, restarts.total))

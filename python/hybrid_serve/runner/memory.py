@@ -6,11 +6,11 @@ from pathlib import Path
 
 import psutil
 
+from .. import control_group
 
-def free_bytes() -> int:
-    """Memory that can be taken without swapping, within the limit of the control group if there is one."""
-    available = psutil.virtual_memory().available
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and used.exists() and (text := limit.read_text().strip()).isdigit():
-        available = min(available, max(int(text) - int(used.read_text()), 0))
-    return available
+
+def free_bytes(root: Path = control_group.ROOT) -> int:
+    """Memory that can be taken without swapping, within the limits of the control group and of the process, if there
+    are any."""
+    available, left = int(psutil.virtual_memory().available), control_group.memory_left(root)
+    return available if left is None else min(available, left)
