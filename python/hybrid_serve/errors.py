@@ -28,6 +28,12 @@ class StartupError(Exception):
         exit_code = FAULTS[code].exit_code if exit_code is None else exit_code
         self.failure = StartupFailure(code, what, why, fix, exit_code)
 
+    @classmethod
+    def of(cls, failure: StartupFailure, exit_code: int | None = None) -> StartupError:
+        """What another process said. ``exit_code``: None for the failure's own."""
+        exit_code = failure.exit_code if exit_code is None else exit_code
+        return cls(failure.code, failure.what, failure.why, failure.fix, exit_code)
+
 
 def box(failure: StartupFailure) -> str:
     """The failure as the last lines that a failed start prints."""
@@ -41,7 +47,8 @@ def lack_of_memory(who: str, error: BaseException, cache_bytes: int = 0) -> Star
     """For an allocation that failed although the plan had room, as under ``ulimit -v``; None: the error is another one.
     ``cache_bytes``: what the KV cache may take."""
     is_refused = isinstance(error, OSError) and error.errno == errno.ENOMEM
-    if not (isinstance(error, MemoryError) or is_refused or _NO_MEMORY.search(str(error))):
+    is_told = isinstance(error, StartupError)
+    if is_told or not (isinstance(error, MemoryError) or is_refused or _NO_MEMORY.search(str(error))):
         return None
     left, limit = address_space_left(), memory_limit()
     wanted = re.search(r"(\d{5,}) bytes", str(error))

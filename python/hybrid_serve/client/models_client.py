@@ -56,6 +56,7 @@ class ModelsClient:
         """Call it inside the event loop."""
         self._dealers.start()
         self._control.start()
+        self._control.say_ready()  # requests wait for their model
 
     def close(self) -> None:
         """Streams that are still open fail."""
