@@ -83,8 +83,8 @@ _STARTS = (
         26,
         12,
         "It does not fit in memory",
-        "The weights, or the KV cache that was asked for, are larger than what is free; a limit of the control group "
-        "(a container's) counts too.",
+        "The weights, or the KV cache that was asked for, are larger than what is free; limits of the control group (a "
+        "container's) and of the process (ulimit -v) count too. Or the system gave no memory to a process that ran.",
         "hybrid-serve fit MODEL shows the arithmetic. A shorter --max-model-len, a smaller --kv-cache-memory-bytes, "
         "--dtype bfloat16, a smaller model, or more memory.",
     ),
@@ -221,8 +221,8 @@ _STARTS = (
         202,
         20,
         "A process died",
-        "It ended without a word, or was killed. By SIGKILL nearly always means: by the system, for lack of memory.",
-        "A smaller --kv-cache-memory-bytes or --max-num-seqs if it was memory; else the log above has its stack.",
+        "It ended without a word, or was killed; the message says whether by the system, for lack of memory.",
+        "The --kv-cache-memory-bytes that the message names if it was memory; else the log above has its stack.",
     ),
     _start(
         203,

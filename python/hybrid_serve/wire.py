@@ -49,6 +49,7 @@ class Kind:
     STATUS = b"\x22"  # Status
     FAILED = b"\x23"  # StartupFailure
     SHUTDOWN = b"\x24"  # Empty; to an API server: finish what runs, and when it comes a second time: end now
+    READY = b"\x29"  # Empty: an API server takes requests from now on
     REFUSED = b"\x28"  # Refused: at the port for headless engines, to API servers
     # node of headless engines <-> its head
     WELCOME = b"\x25"  # Welcome: the answer to a node's HELLO; FAILED: it is refused
@@ -233,6 +234,7 @@ class EngineFacts(msgspec.Struct, array_like=True, frozen=True):
     num_blocks: int
     dtype: str
     device: str
+    cache_bytes: int = 0  # of the host's memory that the KV blocks may take
 
 
 class Status(msgspec.Struct, array_like=True, frozen=True):

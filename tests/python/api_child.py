@@ -61,6 +61,7 @@ async def serve(config: Config, fd: int, client: ZmqEngineClient) -> None:
     client.on_shutdown = on_shutdown
     client.on_refused = refused_at_head.append
     client.start()
+    client.say_ready()
 
     async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()

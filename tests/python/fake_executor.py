@@ -7,6 +7,7 @@ a wrong block, slot, copy, position or seed gives a wrong token, and ``expected`
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -27,6 +28,7 @@ from hybrid_serve.errors import StartupError
 VOCAB_SIZE = 1000
 MAX_MODEL_LEN = 4096
 POISON = 999
+MOST_HOARDED = 512  # times 16 MiB
 _WEIGHTS = np.random.default_rng(7).integers(1, 1 << 40, MAX_MODEL_LEN + 1, np.int64)
 
 
@@ -74,6 +76,7 @@ class FakePending(NamedTuple):
 
 class FakeExecutor:
     """``delay``: seconds a step. ``crash_at``: the step that raises. ``slow_at``: the step that takes ``slow`` seconds.
+    ``hoard_at``: the step that takes memory, and writes to it, until there is no more.
     ``on_step``: called with every batch. A sequence that begins with POISON kills the process when it has
     ``poison_length`` tokens."""
 
@@ -89,7 +92,9 @@ class FakeExecutor:
         slow: float = 0.0,
         poison_length: int = MAX_MODEL_LEN + 1,
         num_host_blocks: int = 0,
+        hoard_at: int = -1,
     ) -> None:
+        self._hoard_at = hoard_at
         self._slow_at, self._slow, self._poison_length = slow_at, slow, poison_length
         self.depth, self._delay, self._crash_at, self.on_step = depth, delay, crash_at, on_step
         self._num_blocks, self._block_size = num_blocks, block_size
@@ -102,7 +107,10 @@ class FakeExecutor:
     def allocate(self) -> ExecutorFacts:
         length = min(MAX_MODEL_LEN, self._num_blocks * self._block_size)
         host = len(self._host)
-        return ExecutorFacts(VOCAB_SIZE, length, self._num_blocks, 512, "int64", "fake", num_host_blocks=host)
+        cache_bytes = 2**20 * self._num_blocks  # so that there is something to advise
+        return ExecutorFacts(
+            VOCAB_SIZE, length, self._num_blocks, 512, "int64", "fake", num_host_blocks=host, cache_bytes=cache_bytes
+        )
 
     def bind(self, arenas: Sequence[Buffer], layout: Layout) -> None:
         self._columns = [
@@ -116,6 +124,10 @@ class FakeExecutor:
     def submit(self, batch: Batch) -> FakePending:
         if batch.step == self._crash_at:
             raise RuntimeError(f"the fake model fails at step {batch.step}")
+        if batch.step == self._hoard_at:
+            hoard: list[NDArray[np.uint8]] = []
+            while len(hoard) < MOST_HOARDED:
+                hoard.append(np.ones(2**24, np.uint8))
         if self.on_step is not None:
             self.on_step(batch)
         if batch.step == self._slow_at:
@@ -199,8 +211,12 @@ def load_joint(config: Config, report: Callable[[str, float], None]) -> Stepping
 def load(config: Config, report: Callable[[str, float], None], kind: type[FakeExecutor] = FakeExecutor) -> FakeExecutor:
     """An ``engine.executor.Load``; the model's name holds its options: ``fake?delay=0.01&depth=2&refuse=1``. With
     ``refuse_after`` or ``slow_load_after``, the path of a file, only the first of several loads goes well; with
-    ``slow_load_if`` those before the file is made."""
+    ``slow_load_if`` those before the file is made. ``address_space``: bytes that it may take besides what it has."""
     options = dict(parse_qsl(config.model.model.partition("?")[2]))
+    if "address_space" in options:  # beyond what the process has by now
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        limit = pages * resource.getpagesize() + int(options["address_space"])
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     report("loading_weights", 0.0)
     time.sleep(float(options.get("load", 0)))
     marker = Path(options.get("refuse_after", options.get("slow_load_after", os.devnull)))
@@ -221,6 +237,7 @@ def load(config: Config, report: Callable[[str, float], None], kind: type[FakeEx
         slow_at=int(options.get("slow_at", -1)),
         slow=float(options.get("slow", 0)),
         poison_length=int(options.get("poison_length", MAX_MODEL_LEN + 1)),
+        hoard_at=int(options.get("hoard_at", -1)),
     )
 
 

@@ -50,14 +50,17 @@ class ServerProcess:
         scheduler: dict[str, Any] | None = None,
         parallel: dict[str, Any] | None = None,
         plan_options: dict[str, Any] | None = None,
+        group: Path | None = None,
         **server: Any,
     ) -> None:
+        """``group``: the folder of a control group for it to be in."""
         self._output_fd = output_fd
         server = {"port": 0, "shutdown_timeout": 5.0} | server
         self.recordings = directory / "recordings"
         self.recordings.mkdir(exist_ok=True)
         supervision = {"flight_recorder_dir": str(self.recordings)} | (supervision or {})
-        code = _MAIN.format(
+        join = f"open({str(group / 'cgroup.procs')!r}, 'w').write('0')" if group else ""
+        code = join + _MAIN.format(
             path=sys.path,
             model=model,
             model_options=model_options or {},

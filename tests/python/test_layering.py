@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "python" / "hybrid_serve"
 MAX_LINES = 420
 
-BOTTOM = {"wire", "config", "problems", "served", "catalogue", "errors", "logging"}
+BOTTOM = {"wire", "config", "problems", "served", "catalogue", "control_group", "errors", "logging"}
 MEMORY = {"shared_memory", "heartbeat", "flight"}  # of several processes
 JOINS = {"sockets", "session", "curve"}  # API servers and engines
 # Layer (a module or folder of hybrid_serve) -> layers it may import, besides itself. A new layer needs a line here.
@@ -31,7 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "wire": set(),
     "logging": set(),
     "catalogue": set(),
-    "errors": {"catalogue", "wire"},
+    "errors": {"catalogue", "control_group", "wire"},
     "_core": set(),
     "_kernels": set(),
     "checkpoint": {"config", "errors", "logging"},
@@ -39,7 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "layers": {"ops", "checkpoint"},  # the checkpoint's description of itself: rotary scaling, activation
     "models": {"layers", "ops", "checkpoint", "config", "errors"},
     # The sampler fills columns of its own, so there is nothing for ops.py to allocate.
-    "runner": {"models", "layers", "ops", "_kernels", "checkpoint", "config", "errors", "logging"},
+    "runner": {"models", "layers", "ops", "_kernels", "checkpoint", "control_group", "config", "errors", "logging"},
     "curve": BOTTOM,
     "sockets": {"curve", *BOTTOM},
     "session": set(),
@@ -47,6 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "heartbeat": {"config", "flight", "shared_memory"},
     "parallel": {"sockets", "config"},
     "shared_memory": {"errors"},
+    "control_group": set(),
     "live": {"config", "problems", "shared_memory"},
     "engine": {"_core", "runner", "parallel", *JOINS, *MEMORY, "checkpoint", *BOTTOM},
     "client": {*JOINS, *BOTTOM},

@@ -9,7 +9,7 @@ import msgspec
 
 from .. import __version__
 from ..config import Config
-from ..wire import PROTOCOL_VERSION, Hello, Kind, ModelState, Refused, Status, pack, unpack
+from ..wire import PROTOCOL_VERSION, Empty, Hello, Kind, ModelState, Refused, Status, pack, unpack
 from .dealers import Dealers
 
 
@@ -33,6 +33,9 @@ class Control:
 
     def say(self, kind: bytes, header: msgspec.Struct) -> None:
         self._dealers.send(self._socket, pack(kind, header))
+
+    def say_ready(self) -> None:
+        self.say(Kind.READY, Empty())
 
     def _take(self, frames: list[bytes]) -> None:
         kind = frames[0]

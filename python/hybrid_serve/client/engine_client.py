@@ -57,6 +57,10 @@ class ZmqEngineClient(GroupClient):
         self._control.start()
         self.group.start()
 
+    def say_ready(self) -> None:
+        """That this API server takes requests, to whoever waits for it."""
+        self._control.say_ready()
+
     def close(self) -> None:
         """Streams that are still open fail."""
         self.group.fail_all(EngineDead("the client was closed"))

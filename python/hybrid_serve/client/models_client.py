@@ -58,6 +58,7 @@ class ModelsClient:
         self._control.start()
         for client in self.models.values():
             client.group.start()
+        self._control.say_ready()  # requests wait for their model
 
     def close(self) -> None:
         """Streams that are still open fail."""

@@ -65,6 +65,7 @@ class ExecutorFacts(NamedTuple):
     max_num_seqs: int = MAX_NUM_SEQS
     num_host_blocks: int = 0
     swap_cost: int = 0  # see core/config.h
+    cache_bytes: int = 0  # of the host's memory that all blocks may take
 
 
 class Executor(Protocol):
@@ -102,6 +103,7 @@ class InlineExecutor:
         if plan.notes:
             log.warning("fitted to the memory: %s", "; ".join(plan.notes))
         self._runner.allocate(plan.num_blocks, plan.num_host_blocks)
+        on_host = plan.num_host_blocks + (plan.num_blocks if self._runner.device.machine.is_host else 0)
         return ExecutorFacts(
             vocab_size=facts.vocab_size,
             max_model_len=plan.max_model_len,
@@ -116,6 +118,7 @@ class InlineExecutor:
             max_num_seqs=plan.max_num_seqs,
             num_host_blocks=plan.num_host_blocks,
             swap_cost=plan.swap_cost,
+            cache_bytes=on_host * facts.block_bytes,
         )
 
     def bind(self, arenas: Sequence[Buffer], layout: Layout) -> None:

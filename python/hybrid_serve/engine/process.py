@@ -24,7 +24,7 @@ import zmq
 from .. import __version__, _core, flight
 from ..config import Config
 from ..curve import Gate, read_key_file
-from ..errors import StartupError
+from ..errors import StartupError, lack_of_memory
 from ..heartbeat import STACKS_SIGNAL, EnginePhase, Heartbeat, max_watched_ids
 from ..parallel.lockstep import Lockstep
 from ..sockets import bind_router, connect_dealer
@@ -71,6 +71,7 @@ def main(
     # scattered blocks pay for in fewer address misses (some 8 % of a decode step of 16 sequences).
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     context = zmq.Context()
+    cache_bytes = 0
     try:
         control = connect_dealer(context, control_address, engine_identity(index))
         control.send_multipart(
@@ -86,6 +87,7 @@ def main(
         executor: Executor = getattr(import_module(module), function)(config, progress)
         progress("allocating", 0.0)
         facts = executor.allocate()
+        cache_bytes = facts.cache_bytes
         for what, num_bytes in facts.memory:
             log.info("memory: %8.2f GiB  %s", num_bytes / 2**30, what)
         core = make_core(config, executor, facts, num_clients)
@@ -116,6 +118,10 @@ def main(
         phases = Phases()
         outbox = Outbox(peers, probation, watched.gaps, phases, around)
         EngineLoop(core, watched, source, outbox, phases).run()
+    except Exception as error:
+        if (lack := lack_of_memory(f"engine {index}", error, cache_bytes)) is not None:
+            raise lack from error
+        raise
     finally:
         context.destroy(linger=0)
 
@@ -164,6 +170,7 @@ def engine_facts(config: Config, facts: ExecutorFacts) -> EngineFacts:
         facts.num_blocks,
         facts.dtype,
         facts.device,
+        facts.cache_bytes,
     )
 
 

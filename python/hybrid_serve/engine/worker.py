@@ -15,7 +15,7 @@ from typing import NoReturn
 
 from setproctitle import setproctitle
 
-from ..errors import StartupError
+from ..errors import StartupError, lack_of_memory
 from ..logging import configure
 from .arenas import SharedArena
 from .executor import Executor, Pending
@@ -59,8 +59,10 @@ def main() -> None:
         except (EOFError, ConnectionError):
             raise
         except Exception as error:
-            log.exception("the worker failed")
-            channel.send(Failed(f"{type(error).__name__}: {error}"))
+            lack = lack_of_memory("the worker", error)
+            if lack is None:
+                log.exception("the worker failed")
+            channel.send(Failed(f"{type(error).__name__}: {error}", lack.failure if lack else None))
         channel.receive()  # waits for the end of the engine, which has the cause to report
     except (EOFError, ConnectionError):
         os._exit(0)  # as a child does: nobody is left for whom to tidy up

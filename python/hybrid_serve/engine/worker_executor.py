@@ -107,8 +107,13 @@ class WorkerExecutor:
 
     def _child_ended(self, *_: object) -> None:
         if self._process.poll() is not None:
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            self._expect_its_end()
             raise self._death()
+
+    def _expect_its_end(self) -> None:
+        """It is no news any more, and must not interrupt the report of why."""
+        if signal.getsignal(signal.SIGCHLD) == self._child_ended:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
     def _tell(self, request: Request) -> None:
         try:
@@ -122,9 +127,9 @@ class WorkerExecutor:
         except (EOFError, OSError) as error:
             raise self._death() from error
         if isinstance(answer, Failed):
+            self._expect_its_end()
             if answer.failure is not None:
-                failure = answer.failure
-                raise StartupError(failure.code, failure.what, failure.why, failure.fix, failure.exit_code)
+                raise StartupError.of(answer.failure)
             raise WorkerError(f"the worker (pid {self._process.pid}) failed: {answer.text}")
         return answer
 

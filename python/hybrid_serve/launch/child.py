@@ -15,7 +15,7 @@ from importlib import import_module
 import zmq
 from setproctitle import setproctitle
 
-from ..errors import StartupError
+from ..errors import StartupError, lack_of_memory
 from ..logging import configure
 from ..sockets import connect_dealer
 from ..wire import LAST_WORDS_OF, Kind, StartupFailure, pack
@@ -63,9 +63,18 @@ def _run(order: Order) -> int:
         failure = error.failure
         log.debug("%s could not start", spec.name, exc_info=True)
     except Exception as error:
-        log.exception("%s failed", spec.name)
-        what, why, fix = f"{spec.name} failed", f"{type(error).__name__}: {error}", "the log above has the traceback"
-        failure = StartupFailure("HS-E200", what, why, fix, ENGINE_FAILED)
+        lack = lack_of_memory(spec.name, error)
+        if lack is None:
+            log.exception("%s failed", spec.name)
+            what, why, fix = (
+                f"{spec.name} failed",
+                f"{type(error).__name__}: {error}",
+                "the log above has the traceback",
+            )
+            failure = StartupFailure("HS-E200", what, why, fix, ENGINE_FAILED)
+        else:
+            failure = lack.failure
+            log.debug("%s has too little memory", spec.name, exc_info=True)
     _report(order, failure)
     return failure.exit_code
 

@@ -118,8 +118,7 @@ class Head(Neighbours):
         self._heard = time.monotonic()
         kind, header = frames
         if kind == Kind.FAILED:
-            failure = unpack(header, StartupFailure)
-            raise StartupError(failure.code, failure.what, failure.why, failure.fix, failure.exit_code)
+            raise StartupError.of(unpack(header, StartupFailure))
         return Joined(self._own_host(), unpack(header, Welcome).num_api_servers)
 
     def _own_host(self) -> str:

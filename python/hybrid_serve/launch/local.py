@@ -8,11 +8,14 @@ import signal
 import socket
 import subprocess
 import sys
+from typing import ClassVar
 
 import msgspec
 
 from ..config import Config
-from ..wire import StartupFailure
+from ..control_group import memory_limit, oom_kills
+from ..errors import mib, smaller_cache
+from ..wire import EngineFacts, StartupFailure
 from .plan import ProcessSpec
 
 # The child looks for modules where its parent does, wherever it is run; -c and not -m, which would put the current
@@ -31,13 +34,29 @@ class Order(msgspec.Struct, frozen=True):
 class Child:
     """A running process. ``life`` becomes readable when it ends, by whatever cause; and the other way round."""
 
+    num_explained: ClassVar = 0  # deaths of children for which one of the system's kills was found
+
     def __init__(self, spec: ProcessSpec, process: subprocess.Popen[bytes], life: socket.socket) -> None:
         self.spec, self.process, self.life = spec, process, life
+        self.peak_bytes = 0  # of memory that it had; known when it has ended
+        self._kills_before = (oom_kills() or 0) - Child.num_explained
 
     def reap(self) -> int:
         """Waits for the end that ``life`` has announced. The exit code; -N: killed by signal N."""
         self.life.close()
+        with contextlib.suppress(ChildProcessError):
+            _, status, used = os.wait4(self.process.pid, 0)
+            self.process.returncode = os.waitstatus_to_exitcode(status)
+            self.peak_bytes = used.ru_maxrss * 1024
         return self.process.wait()
+
+    def was_killed_for_memory(self) -> bool:
+        """Of one that SIGKILL ended, to be asked once: whether the system has killed for lack of memory since it was
+        started, and not another child."""
+        if (oom_kills() or 0) - Child.num_explained <= self._kills_before:
+            return False
+        Child.num_explained += 1
+        return True
 
     def kill(self) -> None:
         """The end is still to be awaited by ``reap``."""
@@ -78,15 +97,27 @@ def _read(life: socket.socket, size: int) -> bytes:
     return bytes(data)
 
 
-def death(child: Child, code: int, exit_code: int) -> StartupFailure:
-    """What to say of a child that ended without a word."""
+def death(child: Child, code: int, exit_code: int, facts: EngineFacts | None = None) -> StartupFailure:
+    """What to say of a child that ended without a word; ``facts``: of an engine, where they are known."""
     what = f"{child.spec.name} (pid {child.process.pid}) died"
     if code >= 0:
         why, fix = f"it ended with exit code {code}, although nobody asked it to", "look at the log above"
     else:
         name = signal.Signals(-code).name
         why, fix = f"it was killed by {name}", "the log above may have its stack"
-        if -code == signal.SIGKILL:
+        if -code == signal.SIGKILL and child.was_killed_for_memory():
+            limit = memory_limit()
+            there = f"the control group may take {mib(limit)}" if limit else f"the machine has {mib(_installed())}"
+            why = f"it was killed by the system for lack of memory (OOM): it had {mib(child.peak_bytes)}, {there}"
+            fix = f"{smaller_cache(facts.cache_bytes if facts else 0)}, or a larger limit"
+        elif -code == signal.SIGKILL and oom_kills() is not None:
+            why += " and not by the system for lack of memory, which it counts"
+            fix = "look for who may have: a service manager, a job scheduler, a guard against lack of memory"
+        elif -code == signal.SIGKILL:
             why += ", by somebody, or by the system for lack of memory"
-            fix = "if it was memory: a smaller --kv-cache-memory-bytes or --max-num-seqs"
+            fix = f"if it was memory: {smaller_cache(facts.cache_bytes if facts else 0)}"
     return StartupFailure("HS-E202", what, why, fix, exit_code)
+
+
+def _installed() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

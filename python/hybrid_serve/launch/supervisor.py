@@ -100,6 +100,7 @@ class Supervisor:
         self._due: list[tuple[float, ProcessSpec]] = []  # to be started again, and when
         self._last_words: dict[bytes, StartupFailure] = {}  # of a child that is about to end
         self._greeted: set[bytes] = set()
+        self._loading = {spec.identity for spec in specs if spec.role == "api"}  # those that take no requests yet
         self._digest = config.digest()
         self._deadline: float | None = None
         self._context = zmq.Context()
@@ -131,8 +132,7 @@ class Supervisor:
                 self._stop()
                 self._kill_all()
         if self.failure is not None:
-            failure = self.failure
-            raise StartupError(failure.code, failure.what, failure.why, failure.fix, self.exit_code)
+            raise StartupError.of(self.failure, self.exit_code)
         return self.exit_code
 
     def _start(self, spec: ProcessSpec) -> None:
@@ -178,6 +178,9 @@ class Supervisor:
                 self._last_words[identity.removeprefix(LAST_WORDS_OF)] = failure
         elif kind == Kind.HELLO:
             self._greet(identity, unpack(header, Hello))
+        elif kind == Kind.READY and identity in self._greeted:
+            self._loading.discard(identity)
+            self._check_ready()
         elif kind == Kind.STATUS and identity in self._greeted and identity in self.engines:
             self._take_status(self.engines[identity], unpack(header, Status))
         elif kind == Kind.STATUS and identity in self._greeted:
@@ -231,9 +234,8 @@ class Supervisor:
         self._neighbours.publish(status)
 
     def _check_ready(self) -> None:
-        everyone = {spec.identity for spec in self.specs}
-        is_ready = all(status.phase in SETTLED for status in self._statuses())
-        if self.phase is Phase.STARTING and is_ready and self._greeted == everyone:
+        is_ready = not self._loading and all(status.phase in SETTLED for status in self._statuses())
+        if self.phase is Phase.STARTING and is_ready:
             self.phase = Phase.SERVING
             self.reporter.ready()
 
@@ -289,9 +291,10 @@ class Supervisor:
         drained = self.phase is Phase.DRAINING and child.spec.role == "api"
         if not (drained and code == 0):
             self._wait_for(lambda: identity in self._last_words, LAST_WORDS if code > 0 else 0)
-            cause = self._last_words.pop(identity, None) or death(child, code, ENGINE_FAILED)
-            if identity in self.engines:
-                cause = self.engines[identity].with_recording(cause)
+            engine = self.engines.get(identity)
+            facts = engine.status.facts if engine else None
+            cause = self._last_words.pop(identity, None) or death(child, code, ENGINE_FAILED, facts)
+            cause = engine.with_recording(cause) if engine else cause
             if self.phase is Phase.STARTING:
                 self._fail(cause)
             elif drained:  # its streams are lost, the others' go on
@@ -326,7 +329,7 @@ class Supervisor:
             self._publish(engine.died("dead", cause.what, restarts.total))
             return
         when = f"in {pause:g} s" if pause else "now"
-        log.error("%s: %s; it is started again %s", cause.what, cause.why, when)
+        log.error("%s: %s; it is started again %s; fix: %s", cause.what, cause.why, when, cause.fix)
         self._due.append((now + pause, again(spec)))
         if engine is not None:
             self._publish(engine.died("restarting", cause.what, restarts.total))

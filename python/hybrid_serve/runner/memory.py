@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from pathlib import Path
 
 import psutil
 
+from .. import control_group
 
-def free_bytes() -> int:
-    """Memory that can be taken without swapping, within the limit of the control group if there is one."""
+
+def free_bytes(root: Path = control_group.ROOT) -> int:
+    """Memory that can be taken without swapping, within the limits of the control group and of the process, if there
+    are any."""
     try:
-        available: int = psutil.virtual_memory().available
+        available = int(psutil.virtual_memory().available)
     except (OSError, KeyError):  # no /proc/meminfo, or not all of it; this leaves out what files are cached in
         available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    with contextlib.suppress(OSError):  # no limit, or not to be seen
-        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text().strip() for name in ("max", "current"))
-        if limit.isdigit():
-            available = min(available, max(int(limit) - int(used), 0))
-    return available
+    left = control_group.memory_left(root)
+    return available if left is None else min(available, left)

@@ -131,10 +131,11 @@ class Generation:
         waits = [engine.wait_seconds for engine in engines if self.rank in (None, engine.index)]
         return min(waits, default=0.0)
 
-    def pace(self) -> float:
-        """Seconds from one request that engines let in to the next; 0: not known."""
-        rates = [1 / each for engine in self.context.client.engines if (each := engine.stats.admission_seconds)]
-        return 1 / sum(rates) if rates else 0.0
+    def longest_wait(self) -> float:
+        """Seconds that a request has waited for a place in an engine; 0: none waits."""
+        engines = self.context.client.engines
+        waits = [each.stats.waiting_seconds + each.stats_age for each in engines if each.stats.num_waiting]
+        return max(waits, default=0.0)
 
     def _progress(self) -> Progress:
         if any(choice.first_time for choice in self.choices):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 from ..client import EngineClient
 from ..wire import Status
@@ -21,6 +22,7 @@ class Lifecycle:
     def __init__(self, client: EngineClient) -> None:
         self._client = client
         self.text_is_loaded = False
+        self.on_ready: Callable[[], None] | None = None  # called once, when requests are taken for the first time
         self.draining = False
         self.num_open = 0
         self._num_waiting = 0
@@ -79,6 +81,9 @@ class Lifecycle:
 
     def changed(self) -> None:
         """Something that ``phase`` depends on has: whoever waits looks again."""
+        if self.on_ready is not None and self.phase() == "ready":
+            self.on_ready()
+            self.on_ready = None
         if self._changed is not None:
             self._changed.set_result(None)
             self._changed = None

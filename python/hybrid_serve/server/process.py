@@ -143,6 +143,7 @@ async def _serve_one(
     context.tracing = tracing(config.server)
     client.on_status, client.group.on_replay = context.status_changed, context.metrics.replayed
     client.on_refused = context.metrics.refused
+    context.lifecycle.on_ready = client.say_ready
     await _serve(context, client, listener, memory, lambda: _in_daemon_thread(lambda: load_text_model(config)))
 
 

@@ -10,7 +10,6 @@ import msgspec
 from .generation import Delta, Generation
 from .request_log import RequestLog
 from .sse import Exchange
-from .turns import PACE
 
 
 class Answer(Protocol):
@@ -34,14 +33,16 @@ async def reply(exchange: Exchange, generation: Generation, answer: Answer, *, s
     if stream:
         exchange.begin_stream()
     log = RequestLog(generation, exchange)
-    turns, pace = generation.context.turns, generation.pace() or PACE
+    turns, size = generation.context.turns, float(sum(len(prompt.token_ids) for prompt in generation.prompts))
     if exchange.key is not None:
-        pace /= exchange.key.weight
+        size /= exchange.key.weight
         generation.priority = min(max(generation.priority + exchange.key.priority, -(2**31)), 2**31 - 1)
-    with turns.taken(exchange.key_name, generation.priority, pace) as generation.priority:
+    with turns.taken(exchange.key_name, generation.priority, size, generation.longest_wait()) as turn:
+        generation.priority = turn.priority
         try:
             async with aclosing(generation.steps()) as steps:
                 async for deltas in steps:
+                    turn.came()
                     log.saw(deltas)
                     if not stream:
                         answer.collect(deltas)

@@ -20,7 +20,6 @@ from hybrid_serve.cli import options
 from hybrid_serve.cli.main import main
 from hybrid_serve.config import ModelConfig
 from hybrid_serve.errors import StartupError
-from hybrid_serve.runner import memory
 from hybrid_serve.runner.limits import plan_memory
 from hybrid_serve.runner.sizes import CUDA, ModelSizes
 from tiny_models import make_tiny_model
@@ -133,15 +132,6 @@ def test_wrong_arguments_are_told(
     words = [*argv, str(model)] if argv[0].startswith("--") else argv
     assert main(["fit", *words]) == code
     assert message in capsys.readouterr().err
-
-
-def test_free_memory_is_within_the_control_groups_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "memory.max").write_text("1000000\n")
-    (tmp_path / "memory.current").write_text("400000\n")
-    monkeypatch.setattr(memory, "Path", lambda path: tmp_path / Path(path).name)
-    assert memory.free_bytes() == 600000
-    (tmp_path / "memory.max").write_text("max\n")
-    assert memory.free_bytes() > 2**20
 
 
 def test_each_gpu_has_a_verdict(

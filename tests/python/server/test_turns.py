@@ -15,24 +15,59 @@ from fake_executor import FakeExecutor, expected
 from hybrid_serve.client import ChoiceOutput
 from hybrid_serve.client.engine_client import ZmqEngineClient
 from hybrid_serve.config import SchedulerConfig
-from hybrid_serve.server.turns import MOST_AHEAD, Turns
+from hybrid_serve.server.turns import CREDIT, Turn, Turns
 
 
-def test_many_of_one_key_are_spread_over_time_and_another_comes_between() -> None:
-    now = 100.0
+def test_of_one_key_the_order_stays_and_another_comes_between_by_the_length_of_prompts() -> None:
+    now = 1000.0
     turns = Turns(lambda: now)
     with ExitStack() as open_requests:
-        noisy = [open_requests.enter_context(turns.taken("noisy", 0, 0.5)) for _ in range(200)]
-        now = 103.2
-        quiet = open_requests.enter_context(turns.taken("quiet", 0, 0.5))
-        urgent = open_requests.enter_context(turns.taken("noisy", -1, 0.5))
-        late = open_requests.enter_context(turns.taken("noisy", 1, 0.5))
-        assert noisy == sorted(noisy), "the order of one key stays"
-        assert len([one for one in noisy if one < quiet]) == 7
-        assert noisy[-1] - noisy[0] == MOST_AHEAD * 50
-        assert urgent < min(noisy) < max(noisy) < late, "what a request says of itself comes first"
-    with turns.taken("noisy", 0, 0.5) as again:
-        assert again == 5_160, "whoever has nothing open owes nothing"
+
+        def take(key: str, num_tokens: int, priority: int = 0, longest_wait: float = 0.0) -> Turn:
+            return open_requests.enter_context(turns.taken(key, priority, num_tokens, longest_wait))
+
+        noisy = [take("noisy", 1000) for _ in range(3000)]
+        assert [one.priority for one in noisy] == sorted(one.priority for one in noisy)
+        urgent, late = take("noisy", 1000, -1), take("noisy", 1000, 1)
+        assert urgent.priority < noisy[0].priority < noisy[-1].priority < late.priority
+        for one in noisy[:300]:
+            one.came()
+        now = 1600.0  # two seconds a request: the clock says nothing of whose turn it is
+        quiet = [take("quiet", 250, 0, 600.0) for _ in range(9)]
+        ahead = [sum(one.priority < each.priority for one in noisy) for each in quiet]
+        assert ahead[0] < 300, "the next place, also before those that run"
+        assert all(299 <= one <= 303 for one in ahead[1:]), ahead
+        assert ahead[-1] - ahead[1] in (1, 2), "then one of the long prompts for four of the short ones"
+        other = take("other", 250, 0, 600.0)
+        assert other.priority == quiet[0].priority
+    with turns.taken("noisy", 0, 1000, 0.0) as again:
+        assert again.priority == (1600 - CREDIT) * 50, "whoever has nothing open owes nothing"
+
+
+def test_no_number_of_requests_goes_ahead_of_one_that_waits() -> None:
+    """Each that does brings it nearer."""
+    now = 1000.0
+    turns = Turns(lambda: now)
+    with ExitStack() as open_requests:
+        waiting = [open_requests.enter_context(turns.taken("noisy", 0, 1000, 0.0)) for _ in range(3)][-1]
+        for number in range(200):
+            now += 1.0
+            with turns.taken(f"key {number}", 0, 1000, now - 1000.0) as passing:
+                if passing.priority > waiting.priority:
+                    break
+                passing.came()
+        assert 50 < number < 150
+
+
+def test_an_api_server_that_has_seen_no_turn_come_gives_the_earliest_that_there_can_be() -> None:
+    """The flood came through another one."""
+    now = 1000.0
+    turns, elsewhere = Turns(lambda: now), Turns(lambda: now)
+    with ExitStack() as open_requests:
+        flood = [open_requests.enter_context(elsewhere.taken("noisy", 0, 1000, 0.0)) for _ in range(500)]
+        now = 1050.0
+        quiet = [open_requests.enter_context(turns.taken("quiet", 0, 100, 49.95)) for _ in range(3)]
+        assert sum(one.priority < quiet[-1].priority for one in flood) <= 2
 
 
 def test_any_priority_at_any_time_is_a_number_of_64_bits() -> None:
@@ -40,9 +75,9 @@ def test_any_priority_at_any_time_is_a_number_of_64_bits() -> None:
     turns = Turns(clock.__next__)
     for _ in range(3):
         for priority in (-(2**31), 0, 2**31 - 1):
-            with turns.taken("key", priority, 0.0) as turn:
-                assert -(2**63) <= turn < 2**63
-                assert turn >> 32 == priority
+            with turns.taken("key", priority, 10, 0.0) as turn:
+                assert -(2**63) <= turn.priority < 2**63
+                assert turn.priority >> 32 == priority
 
 
 def test_without_keys_requests_have_the_priority_that_they_say() -> None:
@@ -89,15 +124,16 @@ def test_the_key_file_says_how_much_a_key_counts(tmp_path: Path) -> None:
         engine.gates[0] = asyncio.Event()
         before = len(engine.calls)
         headers = {"x-api-key": key}
-        asked = [api.client.post(CHAT, json={"messages": MESSAGES}, headers=headers) for _ in range(41)]
+        long = [{"role": "user", "content": "hello " * 150}]
+        asked = [api.client.post(CHAT, json={"messages": long}, headers=headers) for _ in range(42)]
         running = asyncio.gather(*asked)
-        await until(lambda: len(engine.calls) == before + 41)
+        await until(lambda: len(engine.calls) == before + 42)
         engine.gates[0].set()
         assert {response.status_code for response in await running} == {200}
         return sorted(call.priority for call in engine.calls[before:])
 
     first, second, third = (api.run(flood(key)) for key in "abc")
-    steps = first[-1] - first[0], second[-1] - second[0]
+    steps = first[-1] - first[1], second[-1] - second[1]  # the first of a key goes ahead
     assert 3 < steps[0] / steps[1] < 5
     assert third[-1] < min(first[0], second[0])
     assert third[0] >> 32 == -1
@@ -109,10 +145,12 @@ def test_a_short_request_of_a_quiet_key_does_not_wait_behind_a_flood(tmp_path: P
     turns = Turns()
 
     async def run(client: ZmqEngineClient, key: str, prompt: list[int], max_tokens: int) -> list[ChoiceOutput]:
-        with turns.taken(key, 0, client.engines[0].stats.admission_seconds) as priority:
+        stats, age = client.engines[0].stats, client.engines[0].stats_age
+        with turns.taken(key, 0, len(prompt), stats.waiting_seconds + age if stats.num_waiting else 0.0) as turn:
             found = []
-            async with client.generate(ids(prompt), params(max_tokens), priority=priority) as stream:
+            async with client.generate(ids(prompt), params(max_tokens), priority=turn.priority) as stream:
                 async for outputs in stream:
+                    turn.came()
                     found += outputs
             return found
 
