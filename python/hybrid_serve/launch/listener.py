@@ -10,11 +10,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..config import ServerConfig
 from ..errors import StartupError
 from .run_directory import LONGEST_SOCKET_PATH
+
+if TYPE_CHECKING:
+    import psutil
 
 BACKLOG = 2048
 
@@ -124,12 +127,21 @@ def port_holder(port: int) -> str:
             return ""
         process = psutil.Process(pids[0])
         # Children inherit the socket: the eldest is the one to stop.
-        while (parent := process.parent()) and any(_listens(one, port) for one in parent.net_connections("tcp")):
+        while (parent := process.parent()) and _holds(parent, port):
             process = parent
         command = " ".join(os.path.basename(word) for word in process.cmdline()[:3]) or process.name()
         return f"pid {process.pid} ({command[:60]}, started {_ago(time.time() - process.create_time())} ago)"
     except psutil.Error:
         return ""
+
+
+def _holds(process: psutil.Process, port: int) -> bool:
+    import psutil
+
+    try:
+        return any(_listens(one, port) for one in process.net_connections("tcp"))
+    except psutil.Error:  # another user's: what he has is not ours to see
+        return False
 
 
 def _listens(connection: Any, port: int) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import msgspec
@@ -199,6 +201,27 @@ def test_a_port_in_use_names_the_process_and_another_port() -> None:
     assert (failure.code, failure.exit_code) == ("HS-E031", 13)
     assert f"pid {os.getpid()} (" in failure.why
     assert f"--port {port + 1}" in failure.fix
+
+
+ORPHAN = """
+import os, socket, sys, time
+if os.fork():
+    os._exit(0)
+with socket.socket() as s:
+    s.bind(("127.0.0.1", 0))
+    s.listen()
+    print(os.getpid(), s.getsockname()[1], flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_the_holder_of_a_port_is_named_where_what_its_parent_has_is_not_to_be_seen() -> None:
+    """F-56: an orphan's parent is the system's first process."""
+    child = subprocess.Popen([sys.executable, "-c", ORPHAN], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    with child:
+        assert child.stdout is not None
+        pid, port = map(int, child.stdout.readline().split())
+        assert listener.port_holder(port).startswith(f"pid {pid} (")
 
 
 @pytest.mark.parametrize("host", ["203.0.113.7", "no-such-host.invalid"])
