@@ -32,13 +32,19 @@ const Batch* Scheduler::schedule(int64_t now) {
   return plan_.empty() ? nullptr : write_batch();
 }
 
-// Every running request that lacks one token gets it; the others share what is left of the budget, in order.
+// Every running request that lacks one token gets it; the others, and those that wait and come before them, share what
+// is left of the budget, in order.
 void Scheduler::continue_running() {
   const auto decodes = std::ranges::count_if(running_, [](const Request* r) { return r->num_missing() == 1; });
   int64_t prefill_left = tokens_left_ - decodes;
   for (size_t i = 0; i < running_.size(); ++i) {  // shrinks from its end while we preempt
     Request& request = *running_[i];
     const int64_t missing = request.num_missing();
+    if (missing > 1) {
+      const size_t num_running = running_.size();
+      prefill_left = admit_before(request, prefill_left);
+      i += running_.size() - num_running;
+    }
     const int64_t num_new = missing == 1 ? 1 : std::min(missing, prefill_left);
     if (num_new == 0 || !request.ready()) continue;
     if (num_new == missing && request.adjustments.size() > adjustments_left_) continue;
@@ -75,24 +81,43 @@ void Scheduler::preempt(Request& request) {
   ++totals_.num_preemptions;
 }
 
+// Those that wait and are served before a running request do not wait for the end of its prompt. What is kept on the
+// host does: it must not be taken back in a step that may put others there. Returns the tokens that are left.
+int64_t Scheduler::admit_before(const Request& request, int64_t tokens_left) {
+  while (tokens_left > 0 && !waiting_.empty() && ServedBefore{}(&waiting_.head(), &request)) {
+    const Request& head = waiting_.head();
+    const bool may_run = !short_of_blocks_ && std::ssize(running_) < max_running_;
+    const int64_t before = tokens_left_;
+    if (!may_run || !head.ready() || head.num_on_host > 0 || admit_head(tokens_left)) break;
+    tokens_left -= before - tokens_left_;
+  }
+  return tokens_left;
+}
+
 // In order; a head that does not fit stops everyone behind it, so that nobody starves. Each running request could still
 // take a block afterwards, lest the newcomer is preempted at once.
 void Scheduler::admit_waiting() {
   while (!waiting_.empty() && tokens_left_ > 0 && std::ssize(running_) < max_running_) {
-    Request& head = waiting_.head();
-    if (!head.ready()) return;
-    if (head.adjustments.size() > adjustments_left_) return block(WaitedFor::adjustments);
-    if (!kv_.admit(head, std::ssize(running_), swap_ins_)) return block(WaitedFor::blocks);
-    waiting_.remove(head);
-    head.move_to(Request::State::running);
-    running_.insert(std::ranges::upper_bound(running_, &head, ServedBefore{}), &head);
-    start(head);
-    const int64_t num_new = std::min(head.num_missing(), tokens_left_);
-    invariant(kv_.grow(head, num_new, copies_), "an admitted request does not fit");
-    // Not even with one token missing: what it shares, this very step may fill.
-    plan(head, num_new, false);
+    if (!waiting_.head().ready()) return;
+    if (const auto reason = admit_head(tokens_left_)) return block(*reason);
   }
   block(tokens_left_ > 0 ? WaitedFor::sequences : WaitedFor::tokens);
+}
+
+// What the head waits for; nothing: it runs now, and computes at most so many tokens in this step.
+std::optional<WaitedFor> Scheduler::admit_head(int64_t most) {
+  Request& head = waiting_.head();
+  if (head.adjustments.size() > adjustments_left_) return WaitedFor::adjustments;
+  if (!kv_.admit(head, std::ssize(running_), swap_ins_)) return WaitedFor::blocks;
+  waiting_.remove(head);
+  head.move_to(Request::State::running);
+  running_.insert(std::ranges::upper_bound(running_, &head, ServedBefore{}), &head);
+  start(head);
+  const int64_t num_new = std::min(head.num_missing(), most);
+  invariant(kv_.grow(head, num_new, copies_), "an admitted request does not fit");
+  // Not even with one token missing: what it shares, this very step may fill.
+  plan(head, num_new, false);
+  return std::nullopt;
 }
 
 void Scheduler::block(WaitedFor what) {

@@ -8,6 +8,7 @@
 
 #include <cstddef>
 #include <memory>
+#include <optional>
 #include <span>
 #include <unordered_map>
 #include <vector>
@@ -99,7 +100,9 @@ class Scheduler {
   void continue_running();
   bool make_room(Request& request, int64_t num_new);
   void preempt(Request& request);
+  int64_t admit_before(const Request& request, int64_t tokens_left);
   void admit_waiting();
+  std::optional<WaitedFor> admit_head(int64_t most);
   void block(WaitedFor what);
   void note(StepEvent event, const Request& request, int64_t value, WaitedFor waited_for = WaitedFor::nothing);
   void plan(Request& request, int64_t num_new, bool is_decode);

@@ -50,6 +50,25 @@ TEST(Scheduler, a_prompt_of_high_priority_does_not_stop_those_that_decode_either
   for (int i = 0; i < 3; ++i) EXPECT_EQ(m.step().num_decodes, 1);
 }
 
+TEST(Scheduler, who_comes_before_a_prompt_that_is_under_way_does_not_wait_for_its_end) {  // F-45
+  Config config = small_config();
+  config.max_num_batched_tokens = 8;
+  Machine m(config);
+  const auto slow = counting(40), short_prompt = counting(3, 50);
+  m.add(1, slow, 1);
+  m.step();
+  m.add({.id = 2, .tokens = short_prompt, .priority = -1, .max_tokens = 2});
+  m.add({.id = 3, .tokens = short_prompt, .priority = 1, .max_tokens = 1});
+  const Batch batch = m.step();
+  EXPECT_EQ(m.column<int32_t>(batch, Col::seq_lens, 2), (std::vector<int32_t>{3, 13}))
+      << "it, then the prompt's next 5";
+  EXPECT_EQ(m.results[2].tokens.size(), 1U);
+  EXPECT_EQ(m.scheduler.stats().num_waiting, 1) << "number 3 comes after it";
+  m.run();
+  EXPECT_EQ(m.results[1].tokens.size(), 1U);
+  EXPECT_EQ(m.results[3].tokens.size(), 1U);
+}
+
 TEST(Scheduler, rows_are_ordered_decodes_first) {
   Machine m(small_config());
   const auto short_prompt = counting(1, 5), long_prompt = counting(20);

@@ -196,6 +196,10 @@ class ReferenceScheduler:
             request = self.running[i]
             i += 1
             missing = request.missing
+            if missing > 1 and has_room:
+                num_running = len(self.running)
+                for_prompts = self._admit_before(request, for_prompts)
+                i += len(self.running) - num_running
             num_new = 1 if missing == 1 else min(missing, for_prompts)
             if num_new == 0 or not request.is_ready:
                 continue
@@ -210,25 +214,38 @@ class ReferenceScheduler:
             self._planned(request, num_new, is_decode)
         return has_room
 
+    def _admit_before(self, request: Request, tokens: int) -> int:
+        """Those that wait and come before a running one whose prompt goes on; returns what is left of the tokens."""
+        while tokens > 0 and self.waiting and self.waiting[0].order < request.order:
+            before = self._left
+            if not self._admit_head(tokens):
+                break
+            tokens -= before - self._left
+        return tokens
+
     def _admit_waiting(self) -> None:
-        while self.waiting and self._left > 0 and len(self.running) < self.max_num_seqs:
-            head = self.waiting[0]
-            if not head.is_ready:
-                return
-            found = self._prefix(head)
-            revived = sum(self.pool.references[block] == 0 for block in found)
-            needed = self._blocks_for(head.length) - len(found) + revived
-            if needed + len(self.running) > len(self.pool.free):
-                return
-            for block in found:
-                self.pool.share(block)
-            head.blocks, head.computed, head.published = found, len(found) * self.block_size, len(found)
-            self.waiting.pop(0)
-            self.running.append(head)
-            self.running.sort(key=lambda request: request.order)
-            num_new = min(head.missing, self._left)
-            assert self._grow(head, num_new)
-            self._planned(head, num_new, False)
+        while self.waiting and self._left > 0 and self._admit_head(self._left):
+            pass
+
+    def _admit_head(self, most: int) -> bool:
+        head = self.waiting[0]
+        if len(self.running) == self.max_num_seqs or not head.is_ready:
+            return False
+        found = self._prefix(head)
+        revived = sum(self.pool.references[block] == 0 for block in found)
+        needed = self._blocks_for(head.length) - len(found) + revived
+        if needed + len(self.running) > len(self.pool.free):
+            return False
+        for block in found:
+            self.pool.share(block)
+        head.blocks, head.computed, head.published = found, len(found) * self.block_size, len(found)
+        self.waiting.pop(0)
+        self.running.append(head)
+        self.running.sort(key=lambda request: request.order)
+        num_new = min(head.missing, most)
+        assert self._grow(head, num_new)
+        self._planned(head, num_new, False)
+        return True
 
     def _planned(self, request: Request, num_new: int, is_decode: bool) -> None:
         self._left -= num_new
