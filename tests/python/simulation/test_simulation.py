@@ -7,7 +7,6 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,7 +20,6 @@ from hybrid_serve.engine.probation import Probation
 from hybrid_serve.session import NotNext, Session
 from simulation.world import SimulationFailed, run
 
-ROOT = Path(__file__).parents[3]
 NUM_SEEDS = 150  # `python -m simulation FIRST COUNT` runs more
 MOST_SEEDS = 300  # in which a fault of ours must be found
 
@@ -41,8 +39,7 @@ def test_every_request_ends_with_its_own_tokens_once_or_says_why_and_nothing_is_
 
 def test_a_seed_is_one_run_in_any_process() -> None:
     code = "from simulation.world import run; print(*(run(seed).digest for seed in range(40, 46)))"
-    path = os.pathsep.join([str(ROOT / "python"), str(ROOT / "tests" / "python")])
-    environment = {**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": "7"}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONHASHSEED": "7"}
     there = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     here = [run(seed).digest for seed in range(40, 46)]
     assert there.stdout.split() == here
