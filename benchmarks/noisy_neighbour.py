@@ -27,7 +27,7 @@ from statistics import median
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+from engine_loop import NullResult
 from typing_extensions import Buffer
 
 from hybrid_serve._core import Batch
@@ -54,18 +54,11 @@ raise SystemExit(supervisor.serve(config, load="noisy_neighbour:load_paced"))
 """
 
 
-class Tokens(NamedTuple):
-    tokens: NDArray[np.int32]
-    logprobs: None = None
-    logprob_ids: None = None
-    ranks: None = None
-
-
 class Sleep(NamedTuple):
     until: float
-    tokens: Tokens
+    tokens: NullResult
 
-    def result(self) -> Tokens:
+    def result(self) -> NullResult:
         time.sleep(max(0.0, self.until - time.monotonic()))
         return self.tokens
 
@@ -88,7 +81,7 @@ class PacedExecutor:
 
     def submit(self, batch: Batch) -> Sleep:
         until = time.monotonic() + self._step + self._token * batch.num_tokens
-        return Sleep(until, Tokens(np.full(batch.num_sampled, 1000, np.int32)))
+        return Sleep(until, NullResult(np.full(batch.num_sampled, 1000, np.int32)))
 
     def preparation(self) -> None:
         return None
