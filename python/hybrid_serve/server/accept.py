@@ -11,15 +11,15 @@ from ssl import SSLContext, SSLError
 from .shared_counts import SharedCounts
 
 log = logging.getLogger(__name__)
-PATIENCE = 0.005  # seconds that a connection is left to whoever has fewer; then anybody takes it, and some more
-MOST_AFTER_WAITING = 8
+PATIENCE = 0.005  # seconds that a connection is left to those that have fewer; then anybody takes it
+SHARE_AFTER_WAITING = 16  # and one more for so many that he has: a burst does not wait for one that is dead
 MOST_A_TURN = 64  # of the event loop: then requests come first
 RETRY = 0.1  # seconds, when there is no file left for a connection
 
 
 class FairAcceptor:
-    """Takes what waits, and leaves a connection for a moment to an API server that has fewer: otherwise whoever wakes
-    first takes all. Whoever has fewer may be dead or busy, so the moment is short.
+    """Takes what waits, but leaves it for a moment to the others while it has more than the mean of all: otherwise
+    whoever wakes first takes all. Whoever has fewer may be dead or busy, so the moment is short.
 
     Knows numbers of connections; not what comes over them."""
 
@@ -37,7 +37,7 @@ class FairAcceptor:
         self._ssl, self._handshake_seconds = ssl, handshake_seconds
         self._loop = asyncio.get_running_loop()
         self._opening: set[asyncio.Task[None]] = set()
-        self._num_granted = 0  # connections that we may take although another has fewer: he was waited for
+        self._num_granted = 0  # connections that we may take although others have fewer: they were waited for
         self._is_closed = False
         self._is_tcp = listener.family in (socket.AF_INET, socket.AF_INET6)
         listener.setblocking(False)
@@ -70,9 +70,9 @@ class FairAcceptor:
         """Whether to go on at once."""
         num_open = self._num_open() + len(self._opening)
         self._shared.num_connections = num_open
-        if num_open > self._shared.least_connections:
+        if num_open > self._shared.mean_connections:
             if self._num_granted == 0:
-                self._num_granted = MOST_AFTER_WAITING
+                self._num_granted = 1 + num_open // SHARE_AFTER_WAITING
                 self._wait(PATIENCE)
                 return False
             self._num_granted -= 1

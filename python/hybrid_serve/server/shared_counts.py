@@ -60,9 +60,9 @@ class SharedCounts:
         _CONNECTIONS.pack_into(self._memory, (self._index + 1) * COUNTS_SLOT_BYTES - _CONNECTIONS.size, count)
 
     @property
-    def least_connections(self) -> int:
-        """Of the API server that has the fewest."""
-        return min(self._num_connections(slot) for slot in range(self._num_slots))
+    def mean_connections(self) -> float:
+        """Of all API servers."""
+        return sum(self._num_connections(slot) for slot in range(self._num_slots)) / self._num_slots
 
     def _num_connections(self, slot: int) -> int:
         count: int = _CONNECTIONS.unpack_from(self._memory, (slot + 1) * COUNTS_SLOT_BYTES - _CONNECTIONS.size)[0]

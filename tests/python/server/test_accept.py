@@ -156,5 +156,5 @@ def test_counts_and_connections_share_a_slot_without_touching(memory: memoryview
         each.num_connections = 5 + index
         each.write({"a": [1.0] * 1000})
     assert [each.num_connections for each in shared] == [5, 6, 7]
-    assert shared[2].least_connections == 5
+    assert shared[2].mean_connections == 6
     assert shared[2].own() == {"a": [1.0] * 1000}
