@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import mmap
 import os
+import weakref
 
 from ..shared_memory import anonymous_file
 
 
 class SharedArena(mmap.mmap):
-    """Zeroed memory with a file descriptor, ``fd``, that lives as long as the process. Knows nothing of its columns.
+    """Zeroed memory with a file descriptor, ``fd``, that is closed with it. Knows nothing of its columns.
     Pages are taken when first written: capacity that no batch uses costs nothing."""
 
     fd: int
@@ -22,7 +23,8 @@ class SharedArena(mmap.mmap):
 
     @staticmethod
     def of_file(fd: int) -> SharedArena:
-        """The same memory in the process that was given ``fd``."""
+        """The same memory in the process that was given ``fd``, which is the arena's from then on."""
         arena = SharedArena(fd, os.fstat(fd).st_size)
         arena.fd = fd
+        weakref.finalize(arena, os.close, fd)
         return arena
