@@ -1,7 +1,7 @@
 """A burst: requests that come at their times whether or not earlier ones have an answer, most of them more than the
 server takes (F-44).
 
-    python benchmarks/http_burst.py [MODEL] [--requests 5000] [--seconds 1]
+    python benchmarks/http_burst.py [--model MODEL] [--requests 5000] [--seconds 1] [-- WORDS OF serve]
 
 Starts `hybrid-serve serve MODEL` (the demo model if none is named) with room for --waiting requests beside the
 --running ones. Each request has a connection of its own; its time begins when it should have been sent, so what this
@@ -143,7 +143,7 @@ def measure(port: int, chosen: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", default="")
+    parser.add_argument("--model", default="")
     parser.add_argument("--requests", type=int, default=5000)
     parser.add_argument("--seconds", type=float, default=1.0, help="over which they come")
     parser.add_argument("--waiting", type=int, default=512)

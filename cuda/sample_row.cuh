@@ -23,24 +23,28 @@ class RowSampler : public RowShare<Team> {
     if (threadIdx.x < lists) shared_.list_size[threadIdx.x] = 0;
     const Mine mine = load();
     Team::await_peers();
-    survey(mine, 0);
+    extent_ = survey(mine, 0);
   }
   __device__ bool only_greedy() const {
     return !(temperature_ >= greedy_below) && entries_begin_ == entries_end_ && num_logprobs_ < 0;
   }
   __device__ void finish_greedy() {
-    set_token(best_id_);
+    set_token(extent_.best_id);
     if (p_.logprobs != nullptr) clear_logprobs_of_row();
   }
   __device__ void finish() {
     const bool wanted = num_logprobs_ >= 0;
     double log_sum = 0;
     if (wanted) log_sum = write_top_logprobs();
-    if (entries_begin_ != entries_end_) survey(adjust(), 1);
-    if (temperature_ >= greedy_below && largest_ > low_infinity)
+    if (entries_begin_ != entries_end_) {
+      const Extent adjusted = survey(adjust(), 1);
+      if (threadIdx.x == 0) extent_ = adjusted;  // the block has one of these by now
+      __syncthreads();
+    }
+    if (temperature_ >= greedy_below && extent_.largest > low_infinity)
       draw();
     else
-      set_token(best_id_);
+      set_token(extent_.best_id);
     if (wanted)
       write_sampled_logprob(log_sum);
     else if (p_.logprobs != nullptr)
@@ -60,9 +64,7 @@ class RowSampler : public RowShare<Team> {
   using RowShare<Team>::entries_end_;
   using RowShare<Team>::num_logprobs_;
   using RowShare<Team>::temperature_;
-  using RowShare<Team>::largest_;
-  using RowShare<Team>::lowest_;
-  using RowShare<Team>::best_id_;
+  using RowShare<Team>::extent_;
   using RowShare<Team>::leads;
   using RowShare<Team>::raw_quad;
   using RowShare<Team>::load;
@@ -136,7 +138,9 @@ class RowSampler : public RowShare<Team> {
   // that share of all that it kept. The same filter if all together do not.
   __device__ __noinline__ Filter cut(Filter filter, bool by_weight, Weight weight, double target, float reach,
                                      int use) {
-    Bins b = largest_ > low_infinity ? Bins::linear(largest_, fminf(largest_ - lowest_, reach)) : Bins::all_places();
+    Bins b = extent_.largest > low_infinity
+                 ? Bins::linear(extent_.largest, fminf(extent_.largest - extent_.lowest, reach))
+                 : Bins::all_places();
     uint64_t left = static_cast<uint64_t>(target);  // to be reached among those not yet passed
     int bin = 0;
     for (bool first = true;; first = false) {
@@ -188,7 +192,7 @@ class RowSampler : public RowShare<Team> {
     if (threadIdx.x % warp_size == 0) shared_.warp_value[1][threadIdx.x / warp_size] = lowest;
     __syncthreads();
     lowest = warp_min(shared_.warp_value[1][threadIdx.x % sample_warps]);
-    const Bins b = Bins::linear(largest_, fminf(largest_ - lowest, reach));
+    const Bins b = Bins::linear(extent_.largest, fminf(extent_.largest - lowest, reach));
 #pragma unroll
     for (int other = 0; other < Team::size; ++other) {
       const int bin = b.of(largest[other], 0);
@@ -203,11 +207,12 @@ class RowSampler : public RowShare<Team> {
     if (last < bins)
       n = fill_list(use, b.of(mine, 0) <= last, [&](float x, int id) { return b.of(x, id) <= last; });
     else  // fewer threads than k have one
-      n = fill_list(use, largest_ - mine <= reach, [&](float x, int) { return largest_ - x <= reach; });
+      n = fill_list(use, extent_.largest - mine <= reach, [&](float x, int) { return extent_.largest - x <= reach; });
     const bool short_of = n < k && !(reach < FLT_MAX);  // -inf, where that counts
     if (n > list_capacity || short_of) {
       const Filter filter = cut({}, false, {}, k, reach, use + 1);
-      n = fill_list(use + 2, true, [&](float x, int id) { return filter.keeps(x, id) && !(largest_ - x > reach); });
+      n = fill_list(use + 2, true,
+                    [&](float x, int id) { return filter.keeps(x, id) && !(extent_.largest - x > reach); });
     }
     if (leads()) sort_list(n, shared_);
     return n;
@@ -218,8 +223,7 @@ class RowSampler : public RowShare<Team> {
   __device__ void draw() {
     const float temperature = temperature_, top_p = p_.top_p[row_];
     const int top_k = p_.top_k[row_];
-    inverse_ = 1.0f / temperature;
-    const Weight weight{largest_, inverse_ * log2_e};
+    const Weight weight{extent_.largest, inverse_ * log2_e};
     const float reach = out_of_reach * temperature;
     const double share = fmaxf(top_p, FLT_MIN);
     Filter filter;
@@ -242,7 +246,8 @@ class RowSampler : public RowShare<Team> {
   __device__ float lowest_kept(float temperature) const {
     const double share = p_.min_p[row_];
     if (!(share > 0.0)) return low_infinity;
-    return static_cast<float>(static_cast<double>(largest_) + static_cast<double>(temperature) * log(fmin(1.0, share)));
+    return static_cast<float>(static_cast<double>(extent_.largest) +
+                              static_cast<double>(temperature) * log(fmin(1.0, share)));
   }
 
   // By the leader: of the first n places on its list, less what top-p cuts
@@ -262,7 +267,7 @@ class RowSampler : public RowShare<Team> {
       const float x = logit_at(shared_.list[i]);
       const int id = id_at(shared_.list[i]);
       if (x >= lowest)
-        best.add(gumbel_of_token(seed, position, static_cast<uint32_t>(id)) + (x - largest_) * inverse_, id);
+        best.add(gumbel_of_token(seed, position, static_cast<uint32_t>(id)) + (x - extent_.largest) * inverse_, id);
     }
     set_token(over_block(best).id);
   }
@@ -274,7 +279,7 @@ class RowSampler : public RowShare<Team> {
     const auto position = static_cast<uint32_t>(p_.positions[row_]);
     Best best;
     // What the best token scores, which is always kept, is to be beaten.
-    float to_beat = gumbel_of_token(seed, position, static_cast<uint32_t>(best_id_));
+    float to_beat = gumbel_of_token(seed, position, static_cast<uint32_t>(extent_.best_id));
     const float lowest = fmaxf(filter.value, filter.lowest);
     for (int first = threadIdx.x / warp_size * warp_size; first < quads_; first += sample_threads) {
       const int q = first + static_cast<int>(threadIdx.x) % warp_size;
@@ -285,7 +290,8 @@ class RowSampler : public RowShare<Team> {
         const float largest = quad.largest();
         // A noise of g or more takes a uniform number of at most exp(-g). 2^32
         // times that, with some slack:
-        if (largest >= lowest) limit = exp2_rough((largest - largest_) * weight.scale - to_beat * log2_e + 32.01f);
+        if (largest >= lowest)
+          limit = exp2_rough((largest - extent_.largest) * weight.scale - to_beat * log2_e + 32.01f);
       }
       bool hopeful = limit >= 0.5f;
       PhiloxWords bits{};
@@ -300,7 +306,7 @@ class RowSampler : public RowShare<Team> {
         for (int j = 0; j < 4; ++j) {
           const int id = first_id_ + 4 * q + j;
           if (static_cast<float>(bits[static_cast<size_t>(j)]) <= limit && filter.keeps(quad.x[j], id))
-            best.add(gumbel(bits[static_cast<size_t>(j)]) + (quad.x[j] - largest_) * inverse_, id);
+            best.add(gumbel(bits[static_cast<size_t>(j)]) + (quad.x[j] - extent_.largest) * inverse_, id);
         }
       to_beat = fmaxf(to_beat, warp_max(best.score));
     }
@@ -348,8 +354,8 @@ class RowSampler : public RowShare<Team> {
   // Columns 1 .. n: the most likely tokens of the raw logits. The leader gets
   // the logarithm of the sum of their exponentials.
   __device__ __noinline__ double write_top_logprobs() {
-    const bool finite = largest_ > low_infinity;  // else log-probabilities are -inf, not NaN
-    const Weight weight{largest_, finite ? log2_e : 0.0f};
+    const bool finite = extent_.largest > low_infinity;  // else log-probabilities are -inf, not NaN
+    const Weight weight{extent_.largest, finite ? log2_e : 0.0f};
     uint64_t mine = 0;
     each([&](float x, int) {
       if (x == x) mine += weight.mass(x);
@@ -365,7 +371,7 @@ class RowSampler : public RowShare<Team> {
       uint64_t total = 0;
 #pragma unroll
       for (int b = 0; b < Team::size; ++b) total += shared_.masses[b];
-      if (finite) log_sum = static_cast<double>(largest_) + log(static_cast<double>(total) * 0x1p-40);
+      if (finite) log_sum = static_cast<double>(extent_.largest) + log(static_cast<double>(total) * 0x1p-40);
       for (int i = threadIdx.x; i < n; i += sample_threads) {
         logprobs()[1 + i] = static_cast<float>(static_cast<double>(logit_at(shared_.list[i])) - log_sum);
         logprob_ids()[1 + i] = id_at(shared_.list[i]);
@@ -397,7 +403,7 @@ class RowSampler : public RowShare<Team> {
     p_.ranks[row_] = rank;
   }
 
-  float inverse_ = 0;  // of the temperature
+  float inverse_ = 1.0f / temperature_;
 };
 
 }  // namespace hybrid::cuda

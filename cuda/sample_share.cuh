@@ -36,6 +36,12 @@ struct Mine {
   }
 };
 
+// The row's largest logit with the lowest id that has it, and its lowest.
+struct Extent {
+  float largest = 0, lowest = 0;
+  int best_id = INT32_MAX;
+};
+
 // A block's share of a row, and what its team found out about the row. Knows what all threads of the block agree on,
 // and may lie in their shared memory; what each has for itself is passed on. Knows nothing of how a token is picked.
 template <class Team>
@@ -178,8 +184,7 @@ class RowShare {
 
   // --- Answers of all blocks
 
-  // The row's largest and lowest logit and the lowest id of the largest.
-  __device__ void survey(const Mine& mine, int use) {
+  __device__ Extent survey(const Mine& mine, int use) {
     const int warp = threadIdx.x / warp_size, lane = threadIdx.x % warp_size;
     float largest = warp_max(mine.largest), lowest = warp_min(mine.lowest);
     shared_.thread_largest[threadIdx.x] = mine.largest;
@@ -208,7 +213,7 @@ class RowShare {
       best.add(part.largest, part.id);
       lowest = fminf(lowest, part.lowest);
     }
-    largest_ = best.score, best_id_ = best.id, lowest_ = lowest;
+    return {best.score, lowest, best.id};
   }
   __device__ static float warp_min(float x) { return -warp_max(-x); }
 
@@ -220,8 +225,7 @@ class RowShare {
   const float* logits_;
   int first_id_, size_, quads_, entries_begin_, entries_end_, num_logprobs_;
   float temperature_;
-  float largest_ = 0, lowest_ = 0;  // of the row
-  int best_id_ = INT32_MAX;
+  Extent extent_;
 };
 
 }  // namespace hybrid::cuda

@@ -26,7 +26,9 @@ class Residual:
         return last, self.sum, begins
 
     def select(self, rows: Tensor) -> None:
-        self.sum, self._other = self.sum.index_select(0, rows), self._other[: rows.shape[0]]
+        """``rows``: more than there are, perhaps: a small batch may be padded to more sequences than tokens."""
+        self.sum = self.sum.index_select(0, rows)
+        self._other = torch.empty_like(self.sum)
 
 
 class NormedLinear:
