@@ -242,8 +242,9 @@ void check_sequences(const Call& call, const PagedAttention& a) {
                 *kv_start = a.kv_start.as<int32_t>();
   const int64_t seqs = a.seq_lens.shape[0], block_size = a.k_cache.shape[2];
   const int64_t decodes = a.num_decodes.defined() ? *a.num_decodes.as<int64_t>() : 0;
-  call.need(decodes >= 0 && decodes <= a.max_decodes && seqs - decodes <= a.max_prompts, decodes, " of ", seqs,
-            " sequences are decodes, the call allows ", a.max_decodes, " and ", a.max_prompts, " others");
+  call.need(decodes >= 0 && decodes <= std::min(a.max_decodes, seqs), decodes, " of ", seqs,
+            " sequences are decodes, the call allows ", a.max_decodes);
+  int64_t prompts = 0;
   call.need(query_start[0] >= 0 && query_start[seqs] <= a.q.shape[0], "query_start covers rows ", query_start[0],
             " to ", query_start[seqs], ", q has ", a.q.shape[0]);
   call.need(kv_start[0] >= 0 && kv_start[seqs] <= a.kv_blocks.shape[0], "kv_start covers blocks ", kv_start[0], " to ",
@@ -253,11 +254,14 @@ void check_sequences(const Call& call, const PagedAttention& a) {
                   blocks = int64_t{kv_start[s + 1]} - kv_start[s];
     call.need(queries >= 0 && queries <= a.max_query_len && queries <= seq_lens[s], "sequence ", s, " has ", queries,
               " query rows, expected 0 to min(max_query_len = ", a.max_query_len, ", seq_len = ", seq_lens[s], ")");
+    prompts += s >= decodes && queries > 0 ? 1 : 0;
     call.need(s >= decodes || queries == 1, "sequence ", s, " has ", queries, " query rows, but num_decodes is ",
               decodes);
     call.need(blocks * block_size >= seq_lens[s], "sequence ", s, " of ", seq_lens[s], " tokens has ", blocks,
               " blocks of ", block_size);
   }
+  call.need(prompts <= a.max_prompts, prompts, " sequences with query rows are no decodes, the call allows ",
+            a.max_prompts);
 }
 
 }  // namespace

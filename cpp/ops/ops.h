@@ -150,7 +150,7 @@ struct PagedAttention {
   // The first num_decodes sequences are decodes: one query row each, worked on by another kernel where that pays.
   // Undefined: none are. On a device the value is read there; what is launched depends on the two bounds alone.
   TensorView num_decodes;                                                      // i64 [1]
-  int64_t max_decodes = 0, max_prompts = std::numeric_limits<int64_t>::max();  // there are no more of each kind
+  int64_t max_decodes = 0, max_prompts = std::numeric_limits<int64_t>::max();  // at most so many have query rows
   int64_t max_query_len;
   float scale;
   TensorView plan;  // i32, of plan_decode with the same columns, bounds and heads; undefined: the call makes its own

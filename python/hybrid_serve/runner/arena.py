@@ -76,3 +76,14 @@ def columns_of(memory: Tensor, layout: Layout) -> dict[str, Tensor]:
             raise ValueError(f"column {name} ends at byte {end} of an arena of {memory.numel()}")
         columns[name] = memory[offset:end].view(_TYPES[dtype.name])
     return columns
+
+
+def write_nobodys_batch(columns: Mapping[str, Tensor], is_decode: bool) -> None:
+    """As the core pads (``BatchWriter::pad``), behind one token at position 0, so that every kernel has a row to work
+    on. It is stored nowhere, reads block 0, which belongs to nobody just now, and what it picks is not read."""
+    for name, column in columns.items():
+        column.fill_({"slots": -1, "num_logprobs": -1, "top_p": 1, "repetition_penalty": 1}.get(name, 0))
+    columns["header"][NUM_DECODES] = int(is_decode)
+    columns["seq_lens"][0] = 1
+    columns["query_start"][1:] = 1
+    columns["kv_start"][1:] = 1

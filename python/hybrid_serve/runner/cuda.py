@@ -16,7 +16,7 @@ from ..checkpoint.failures import unsupported
 from ..checkpoint.tensors import Array
 from ..config import Config
 from . import sizes
-from .arena import NUM_DECODES, ArenaViews, Batch, Layout, columns_of
+from .arena import ArenaViews, Batch, Layout, columns_of, write_nobodys_batch
 from .graphs import Graphs, Replay
 from .pad_sizes import PadSizes
 from .step import (
@@ -142,7 +142,7 @@ class CudaSteps:
     def _capture_ahead(self, compute: Compute, shape: StepShape) -> None:
         assert self._graphs is not None
         with torch.cuda.stream(self._stream):
-            _write_nobodys_batch(self._columns, is_decode=shape.max_prompts == 0)
+            write_nobodys_batch(self._columns, is_decode=shape.max_prompts == 0)
             self._graphs.record_ahead(compute, self._columns, shape)
             self._stream.synchronize()  # a request that comes now waits for this one piece
 
@@ -161,17 +161,6 @@ class Capture:
         finally:
             graph.capture_end()
         return graph.replay, sampled
-
-
-def _write_nobodys_batch(columns: Columns, is_decode: bool) -> None:
-    """As the core pads (``BatchWriter::pad``), behind one token at position 0, so that every kernel has a row to work
-    on. It is stored nowhere, reads block 0, which belongs to nobody just now, and what it picks is not read."""
-    for name, column in columns.items():
-        column.fill_({"slots": -1, "num_logprobs": -1, "top_p": 1, "repetition_penalty": 1}.get(name, 0))
-    columns["header"][NUM_DECODES] = int(is_decode)
-    columns["seq_lens"][0] = 1
-    columns["query_start"][1:] = 1
-    columns["kv_start"][1:] = 1
 
 
 class CudaPending:
