@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from io import StringIO
 from typing import Any
 
 from .answers import Usage
@@ -21,15 +22,15 @@ class RequestLog:
     def __init__(self, generation: Generation, exchange: Exchange) -> None:
         self._generation, self._exchange = generation, exchange
         self._server = generation.context.config.server
-        self._texts = [""] * len(generation.choices)
+        self._texts = [StringIO() for _ in generation.choices]
         generation.context.timelines.began(exchange.key_name, exchange.request_id, generation)
 
     def saw(self, deltas: Sequence[Delta]) -> None:
         if self._server.log_requests == "full":
             for delta in deltas:
                 text = self._texts[delta.choice.index]
-                if self._generation.context.redact is not None or len(text) < self._server.max_log_len:
-                    self._texts[delta.choice.index] = text + delta.text
+                if self._generation.context.redact is not None or text.tell() < self._server.max_log_len:
+                    text.write(delta.text)
 
     def ended(self) -> None:
         generation = self._generation
@@ -71,7 +72,7 @@ class RequestLog:
             fields["prompt"] = self._prompts()
             words.append(f"prompt={fields['prompt']!r}")
         if self._server.log_requests == "full":
-            fields["text"] = [self._shown(text) for text in self._texts]
+            fields["text"] = [self._shown(text.getvalue()) for text in self._texts]
             words.append(f"text={fields['text']!r}")
         log.info("request %s", " ".join(words), extra={"fields": fields})
 
