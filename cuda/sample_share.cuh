@@ -184,6 +184,7 @@ class RowShare {
 
   // --- Answers of all blocks
 
+  // From what each thread has seen; every thread gets it.
   __device__ Extent survey(const Mine& mine, int use) {
     const int warp = threadIdx.x / warp_size, lane = threadIdx.x % warp_size;
     float largest = warp_max(mine.largest), lowest = warp_min(mine.lowest);
