@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import os
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -166,3 +168,17 @@ def test_the_server_gives_the_same_tokens(llm: LLM, model: Path, tmp_path: Path)
     assert [choice["token_ids"] for choice in choices] == [reply.token_ids for reply in replies]
     assert [choice["text"] for choice in choices] == [reply.text for reply in replies]
     assert [choice["finish_reason"] for choice in choices] == [reply.finish_reason for reply in replies]
+
+
+def test_one_that_goes_leaves_no_memory_of_batches_open(model: Path) -> None:
+    def arenas() -> set[int]:
+        open_files = ((fd, os.path.realpath(f"/proc/self/fd/{fd}")) for fd in os.listdir("/proc/self/fd"))
+        return {os.stat(int(fd)).st_ino for fd, path in open_files if path.startswith("/memfd:hybrid-serve-arena")}
+
+    others = arenas()  # of tests before this one
+    more = [LLM(str(model), **OPTIONS)]
+    its = arenas() - others
+    assert its
+    more.clear()
+    gc.collect()
+    assert not its & arenas()
