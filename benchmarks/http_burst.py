@@ -5,9 +5,9 @@ server takes (F-44).
 
 Starts `hybrid-serve serve MODEL` (the demo model if none is named) with room for --waiting requests beside the
 --running ones. Each request has a connection of its own; its time begins when it should have been sent, so what this
-program or the server's queue of connections holds up counts. Before and after the burst as many requests as may run
-are timed. The last line is JSON with the figures; exit code 1 if a request has no whole answer, or one that is neither
-200 nor 503.
+program or the server's queue of connections holds up counts. One process sends some 5,000 a second on time; --clients N
+shares them among N. Before and after the burst as many requests as may run are timed. The last line is JSON with the
+figures; exit code 1 if a request has no whole answer, or one that is neither 200 nor 503.
 """
 
 from __future__ import annotations
@@ -15,17 +15,20 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import multiprocessing
 import resource
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
-from typing import Any, cast
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any, NamedTuple, cast
 
 import uvloop
 
 TOKENS = 12
+WISH = 0.05  # seconds, for a refusal
 BODY = json.dumps({"prompt": "Once upon a time", "max_tokens": TOKENS, "ignore_eos": True, "temperature": 0}).encode()
 REQUEST = (
     b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\nconnection: close\r\n"
@@ -62,10 +65,21 @@ def is_whole(head: bytes, body: bytes) -> bool:
     return len(body) == int(lengths[0].split(b":")[1]) and (is_refusal or b'"finish_reason":"length"' in body)
 
 
-async def ask(port: int, count: int, seconds: float) -> list[Request]:
-    """``count`` requests, evenly over so many seconds; returns when all have ended."""
+class Answer(NamedTuple):
+    status: int  # 0: no whole answer
+    seconds: float
+
+
+def ask(port: int, dues: list[float]) -> list[Answer]:
+    """A request at each of these times of the machine's monotonic clock; returns when all have ended."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    requests = uvloop.run(ask_all(port, dues))
+    return [Answer(request.status, request.seconds) for request in requests]
+
+
+async def ask_all(port: int, dues: list[float]) -> list[Request]:
     loop = asyncio.get_running_loop()
-    began = time.monotonic() + 0.05
     ends: list[asyncio.Future[None]] = []
     requests: list[Request] = []
 
@@ -79,8 +93,7 @@ async def ask(port: int, count: int, seconds: float) -> list[Request]:
             done.set_result(None)
 
     opening = []
-    for number in range(count):
-        due = began + seconds * number / count
+    for due in dues:
         if due > time.monotonic():
             await asyncio.sleep(due - time.monotonic())
         opening.append(asyncio.ensure_future(one(due)))
@@ -113,15 +126,20 @@ def percentile(values: list[float], share: float) -> float:
     return round(values[min(len(values) - 1, int(len(values) * share))] * 1e3, 1) if values else 0.0
 
 
-def measure(port: int, chosen: argparse.Namespace) -> dict[str, Any]:
+def measure(port: int, chosen: argparse.Namespace, pool: ProcessPoolExecutor) -> dict[str, Any]:
+    def all_of(count: int, seconds: float) -> list[Answer]:
+        """``count`` requests, evenly over so many seconds."""
+        began = time.monotonic() + 0.1
+        dues = [began + seconds * number / count for number in range(count)]
+        parts = [pool.submit(ask, port, dues[first :: chosen.clients]) for first in range(chosen.clients)]
+        return [answer for part in parts for answer in part.result()]
+
     def at_once() -> float:
-        began = time.monotonic()
-        asyncio.run(ask(port, chosen.running, 0.0))
-        return time.monotonic() - began
+        return max(answer.seconds for answer in all_of(chosen.running, 0.0))
 
     at_once()
     before = at_once()
-    burst = asyncio.run(ask(port, chosen.requests, chosen.seconds))
+    burst = all_of(chosen.requests, chosen.seconds)
     after = at_once()
     taken = sorted(each.seconds for each in burst if each.status == 200)
     refused = sorted(each.seconds for each in burst if each.status == 503)
@@ -133,6 +151,7 @@ def measure(port: int, chosen: argparse.Namespace) -> dict[str, Any]:
         "refused_p50_ms": percentile(refused, 0.5),
         "refused_p90_ms": percentile(refused, 0.9),
         "refused_p99_ms": percentile(refused, 0.99),
+        "refused_late": sum(seconds > WISH for seconds in refused),
         "refused_max_ms": percentile(refused, 1.0),
         "taken_p50_ms": percentile(taken, 0.5),
         "taken_max_ms": percentile(taken, 1.0),
@@ -148,14 +167,13 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=1.0, help="over which they come")
     parser.add_argument("--waiting", type=int, default=512)
     parser.add_argument("--running", type=int, default=32)
+    parser.add_argument("--clients", type=int, default=1, help="processes that send them")
     parser.add_argument("server", nargs="*", help="after --: further words for `hybrid-serve serve`")
     chosen = parser.parse_args()
-    uvloop.install()
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     server, port = serve(chosen.model, chosen)
     try:
-        found = measure(port, chosen)
+        with ProcessPoolExecutor(chosen.clients, multiprocessing.get_context("spawn")) as pool:
+            found = measure(port, chosen, pool)
     finally:
         server.terminate()
         server.wait()
