@@ -11,15 +11,15 @@ from ssl import SSLContext, SSLError
 from .shared_counts import SharedCounts
 
 log = logging.getLogger(__name__)
-PATIENCE = 0.005  # seconds that a connection is left to those that have fewer; then anybody takes it
-SHARE_AFTER_WAITING = 16  # and one more for so many that he has: a burst does not wait for one that is dead
-MOST_A_TURN = 64  # of the event loop: then requests come first
+PATIENCE = 0.001  # seconds that a connection is left to those that have fewer; then anybody takes it
+MOST_A_TURN = 16  # of the event loop: then those that are there come first
 RETRY = 0.1  # seconds, when there is no file left for a connection
 
 
 class FairAcceptor:
     """Takes what waits, but leaves it for a moment to the others while it has more than the mean of all: otherwise
-    whoever wakes first takes all. Whoever has fewer may be dead or busy, so the moment is short.
+    whoever wakes first takes all. Whoever has fewer may be dead or busy, so the moment is short, and the longer
+    somebody has been waiting there without a break, the more are taken after it.
 
     Knows numbers of connections; not what comes over them."""
 
@@ -37,9 +37,9 @@ class FairAcceptor:
         self._ssl, self._handshake_seconds = ssl, handshake_seconds
         self._loop = asyncio.get_running_loop()
         self._opening: set[asyncio.Task[None]] = set()
-        self._num_granted = 0  # connections that we may take although others have fewer: they were waited for
+        self._num_moments = 0  # that were left to others since nobody waited
+        self._num_granted = 0  # connections that we may take although others have fewer
         self._is_closed = False
-        self._is_tcp = listener.family in (socket.AF_INET, socket.AF_INET6)
         listener.setblocking(False)
         shared.num_connections = num_open()  # not what an earlier process of our index left
         self._listen()
@@ -54,12 +54,16 @@ class FairAcceptor:
             await asyncio.wait(self._opening)
 
     def _listen(self) -> None:
-        if not self._is_closed:
-            self._loop.add_reader(self._listener, self._someone_is_there)
+        self._loop.add_reader(self._listener, self._someone_is_there)
 
     def _wait(self, seconds: float) -> None:
         self._loop.remove_reader(self._listener)
-        self._loop.call_later(seconds, self._listen)
+        self._loop.call_later(seconds, self._go_on)
+
+    def _go_on(self) -> None:
+        if not self._is_closed:
+            self._listen()
+            self._someone_is_there()
 
     def _someone_is_there(self) -> None:
         for _ in range(MOST_A_TURN):
@@ -70,23 +74,21 @@ class FairAcceptor:
         """Whether to go on at once."""
         num_open = self._num_open() + len(self._opening)
         self._shared.num_connections = num_open
-        if num_open > self._shared.mean_connections:
-            if self._num_granted == 0:
-                self._num_granted = 1 + num_open // SHARE_AFTER_WAITING
-                self._wait(PATIENCE)
-                return False
-            self._num_granted -= 1
-        else:
-            self._num_granted = 0
+        if self._num_granted == 0 and num_open > self._shared.mean_connections:
+            self._num_moments += 1
+            self._num_granted = self._num_moments
+            self._wait(PATIENCE)
+            return False
         try:
             connection, _ = self._listener.accept()
         except (BlockingIOError, InterruptedError, ConnectionAbortedError):
-            self._num_granted = 0
+            self._num_granted = self._num_moments = 0
             return False  # nobody waits: another one took it, or the client went
         except OSError as error:
             log.error("no connection can be accepted: %s", error)
             self._wait(RETRY)
             return False
+        self._num_granted = max(0, self._num_granted - 1)
         self._shared.num_connections = num_open + 1
         opening = self._loop.create_task(self._open(connection))
         self._opening.add(opening)
@@ -96,8 +98,6 @@ class FairAcceptor:
     async def _open(self, connection: socket.socket) -> None:
         try:
             connection.setblocking(False)
-            if self._is_tcp:
-                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             await self._loop.connect_accepted_socket(
                 self._make_protocol, connection, ssl=self._ssl, ssl_handshake_timeout=self._handshake_seconds
             )

@@ -93,6 +93,41 @@ def test_nobody_waits_for_one_that_is_dead_or_whose_count_was_left_behind(memory
     asyncio.run(main())
 
 
+def test_a_burst_waits_the_less_for_those_that_do_not_come_the_longer_it_lasts(
+    memory: memoryview, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """F-44: 300 connections of which two dead API servers should have had most are 25 moments' work, not 300."""
+    moments: list[float] = []
+    wait = FairAcceptor._wait
+
+    def count_and_wait(self: FairAcceptor, seconds: float) -> None:
+        moments.append(seconds)
+        wait(self, seconds)
+
+    monkeypatch.setattr(FairAcceptor, "_wait", count_and_wait)
+
+    async def main() -> None:
+        num_open: Counter[int] = Counter()
+        with socket.create_server(("127.0.0.1", 0), backlog=400) as listener:
+            clients = [socket.create_connection(listener.getsockname()) for _ in range(300)]
+            own = listener.dup()
+            alone = acceptor(own, memory, 0, num_open)
+            await until(lambda: num_open[0] == 300)
+            assert 20 < len(moments) < 30
+            await asyncio.sleep(0.05)
+            moments.clear()
+            clients += [socket.create_connection(listener.getsockname()) for _ in range(3)]
+            await until(lambda: num_open[0] == 303)
+            assert len(moments) in (2, 3), "who comes later is left to the others again"
+            alone.close()
+            for client in clients:
+                client.close()
+            await until(lambda: not any(num_open.values()))
+            own.close()
+
+    asyncio.run(main())
+
+
 def test_a_burst_of_connections_is_accepted_in_one_turn_of_the_event_loop(memory: memoryview) -> None:
     """F-44: one a turn would let the last wait for as many turns, in each of which requests are worked on."""
 
