@@ -14,6 +14,7 @@ from .errors import StartupError
 
 LIVE_BYTES = 2**16
 COUNTS_SLOT_BYTES = 2**20  # for each API server; pages that nobody writes cost nothing
+OPEN_SLOT_BYTES = 2**16  # as well
 MOST_LIMITED_KEYS = 2**15  # more than a key file of its largest size can have
 KEY_RECORD_BYTES = 40
 TURN_SECONDS = 0.05
@@ -21,7 +22,7 @@ TURN_SECONDS = 0.05
 
 def num_bytes(num_api_servers: int) -> int:
     uses = MOST_LIMITED_KEYS * (KEY_RECORD_BYTES + 4 * num_api_servers)
-    return LIVE_BYTES + num_api_servers * COUNTS_SLOT_BYTES + uses
+    return LIVE_BYTES + num_api_servers * (COUNTS_SLOT_BYTES + OPEN_SLOT_BYTES) + uses
 
 
 def anonymous_file(name: str) -> int:
@@ -56,14 +57,16 @@ def shared(num_api_servers: int) -> Iterator[int]:
 
 class SharedMemory:
     """Its parts, and taking turns at them. Knows where things are, not what they mean: ``live`` is ``LiveOptions``',
-    ``counts`` ``SharedCounts``', ``uses`` ``KeyUse``'s."""
+    ``counts`` ``SharedCounts``', ``open`` ``OpenCounts``', ``uses`` ``KeyUse``'s."""
 
     def __init__(self, fd: int, num_api_servers: int) -> None:
         """``fd``: see ``make``; closed by whoever opened it, when nobody takes turns any more."""
         self._fd, self.num_api_servers = fd, num_api_servers
         whole = memoryview(mmap.mmap(fd, num_bytes(num_api_servers)))
         counts_end = LIVE_BYTES + num_api_servers * COUNTS_SLOT_BYTES
-        self.live, self.counts, self.uses = whole[:LIVE_BYTES], whole[LIVE_BYTES:counts_end], whole[counts_end:]
+        open_end = counts_end + num_api_servers * OPEN_SLOT_BYTES
+        self.live, self.counts = whole[:LIVE_BYTES], whole[LIVE_BYTES:counts_end]
+        self.open, self.uses = whole[counts_end:open_end], whole[open_end:]
 
     @contextmanager
     def turn(self) -> Iterator[None]:

@@ -12,8 +12,10 @@ import zmq
 
 from engine_harness import until
 from hybrid_serve.client.engine_client import ZmqEngineClient
+from hybrid_serve.client.open_counts import OpenCounts
 from hybrid_serve.config import Config
 from hybrid_serve.session import Session, Stamp
+from hybrid_serve.shared_memory import OPEN_SLOT_BYTES
 from hybrid_serve.sockets import bind_router
 from hybrid_serve.wire import FinishReason, Hello, Kind, StepHeader, api_identity, pack, unpack
 
@@ -31,7 +33,9 @@ class FakeServer:
         self.control = bind_router(self.context, self.control_address)
         self.engines = [bind_router(self.context, address) for address in self.data_addresses]
         self.sessions: dict[zmq.Socket[bytes], Session] = {}  # as of the last JOIN
-        self.client = ZmqEngineClient(Config(), 3, self.control_address, list(enumerate(self.data_addresses)))
+        self.open_memory = memoryview(bytearray(4 * OPEN_SLOT_BYTES))
+        addresses, open_counts = list(enumerate(self.data_addresses)), OpenCounts(self.open_memory, 3)
+        self.client = ZmqEngineClient(Config(), 3, self.control_address, addresses, open_counts=open_counts)
 
     async def receive(self, socket: zmq.Socket[bytes]) -> list[bytes]:
         """Identity, kind, header and arrays; an engine's stamp is checked and cut off."""

@@ -50,7 +50,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "control_group": set(),
     "live": {"config", "problems", "shared_memory"},
     "engine": {"_core", "runner", "parallel", *JOINS, *MEMORY, "checkpoint", *BOTTOM},
-    "client": {*JOINS, *BOTTOM},
+    "client": {"shared_memory", *JOINS, *BOTTOM},
     "text": {"checkpoint", *BOTTOM},
     "server": {"client", "text", "checkpoint", "live", "shared_memory", *BOTTOM},
     "launch": {"checkpoint", "sockets", "curve", *MEMORY, "live", *BOTTOM},

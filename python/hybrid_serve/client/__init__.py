@@ -100,7 +100,7 @@ class Engine(Protocol):
 
     @property
     def num_open(self) -> int:
-        """Choices that run or wait: ours to the last one, those of other API servers as of its last word."""
+        """Choices that run or wait, of all API servers, at this moment."""
         ...
 
     @property

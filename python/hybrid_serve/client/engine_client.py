@@ -13,6 +13,7 @@ from .control import Control
 from .dealers import Dealers
 from .group import EngineGroup
 from .group_client import GroupClient
+from .open_counts import OpenCounts
 from .router import Router
 
 
@@ -33,19 +34,20 @@ class ZmqEngineClient(GroupClient):
         data_addresses: Sequence[tuple[int, str]],
         *,
         launch: int = 0,
+        open_counts: OpenCounts | None = None,
         on_shutdown: Callable[[bool], None] | None = None,
         on_status: Callable[[Status], None] | None = None,
     ) -> None:
         """``data_addresses``: (index, address) of each engine, no address for one whose status will bring it;
-        ``launch``: how many API servers of this index ran before. Raises StartupError for a bad key file."""
+        ``launch``: how many API servers of this index ran before; ``open_counts``: where there are others. Raises
+        StartupError for a bad key file."""
         self.on_shutdown, self.on_status = on_shutdown, on_status
         self.on_refused: Callable[[int], None] | None = None
         parallel = config.parallel
         keys = read_key_file(Path(parallel.data_parallel_key_file)) if parallel.remote_ranks else None
         self._dealers = Dealers(api_identity(api_index), keys)
         router = Router(parallel.data_parallel_prefix_affinity, api_index)
-        count = config.server.api_server_count
-        group = EngineGroup(api_index, count, data_addresses, self._dealers, router)
+        group = EngineGroup(api_index, open_counts or OpenCounts(), data_addresses, self._dealers, router)
         super().__init__(group, first_request_id(api_index, launch))
         self._control = Control(config, api_index, control_address, self._dealers)
         self._control.on_status, self._control.on_shutdown = self._take_status, self._shut_down

@@ -31,6 +31,7 @@ from ..wire import (
 from . import EngineDead, EngineRejected
 from .dealers import Dealers
 from .link import Link
+from .open_counts import OpenCounts
 from .router import Router
 from .steps import event_in_step, events_of_step, outputs_of_step
 from .streams import ZmqStream
@@ -54,7 +55,7 @@ class EngineGroup:
     def __init__(
         self,
         api_index: int,
-        num_api_servers: int,
+        open_counts: OpenCounts,
         addresses: Sequence[tuple[int, str]],
         dealers: Dealers,
         router: Router,
@@ -62,7 +63,7 @@ class EngineGroup:
         """``addresses``: (index, address) of each engine."""
         self._api_index, self._dealers, self._router = api_index, dealers, router
         self.on_replay: Callable[[int, int, int], None] | None = None
-        self.links = [Link(index, address, num_api_servers) for index, address in addresses]
+        self.links = [Link(index, address, open_counts) for index, address in addresses]
         self._by_index = {link.index: link for link in self.links}
         self._link_of: dict[ZmqStream, Link] = {}
         self._limit: Limit | None = None  # where it was changed

@@ -9,6 +9,7 @@ import zmq
 
 from ..session import Session
 from ..wire import EngineStats, Status
+from .open_counts import OpenCounts
 from .streams import ZmqStream
 
 PROMPT_TOKENS_A_REQUEST = 512  # so many tokens that nobody has computed yet are as much work ahead as a request
@@ -19,9 +20,12 @@ class Link:
     """The socket to the process that is there now, the streams that wait for it, what was said of it last, and from
     these its load. Knows no other engine."""
 
-    def __init__(self, index: int, address: str, num_api_servers: int, clock: Callable[[], float] = monotonic) -> None:
-        self.index, self.address, self._num_api_servers = index, address, num_api_servers
+    def __init__(
+        self, index: int, address: str, open_counts: OpenCounts, clock: Callable[[], float] = monotonic
+    ) -> None:
+        self.index, self.address, self._open_counts = index, address, open_counts
         self._clock = clock
+        open_counts.check(index)
         self.socket: zmq.Socket[bytes] | None = None
         self.session = Session(0)  # over that socket
         self.is_unsure = False  # the engine may have missed an ABORT
@@ -31,7 +35,6 @@ class Link:
 
     def _forget(self) -> None:
         self.stats, self._stats_since = EngineStats(), self._clock()
-        self._num_elsewhere = 0  # choices of other API servers, when the engine spoke last
         self._unstarted: dict[ZmqStream, int] = {}  # prompt tokens of streams of which nothing has come
         self._unstarted_tokens = 0
 
@@ -41,7 +44,6 @@ class Link:
 
     def take_stats(self, stats: EngineStats) -> None:
         self.stats, self._stats_since = stats, self._clock()
-        self._num_elsewhere = max(0, stats.num_running + stats.num_waiting - len(self.streams))
 
     @property
     def stats_age(self) -> float:
@@ -49,27 +51,21 @@ class Link:
 
     @property
     def num_open(self) -> int:
-        is_alone = self._num_api_servers == 1  # then the engine's word can only be older than ours
-        return len(self.streams) + (0 if is_alone else self._num_elsewhere)
+        return len(self.streams) + self._open_counts.in_engine_elsewhere(self.index)
 
     @property
     def load(self) -> float:
-        """Work that is ahead of a new request, in requests. Our own are known to the last one, those of other API
-        servers as of the engine's last word, or as many as ours if that is more: in a burst the words of two engines
-        are of different moments, and whoever spoke last would look busy to everybody. A cache that fills up makes
-        waiting dearer."""
+        """Work that is ahead of a new request, in requests; a cache that fills up makes waiting dearer."""
         stats = self.stats
         usage = stats.kv_blocks_used / stats.kv_blocks_total if stats.kv_blocks_total else 0.0
         crowd = WAITING_WEIGHT * stats.num_waiting * max(0.0, usage - 0.5)
-        own = len(self.streams)
-        open_requests = max(own * self._num_api_servers, own + self._num_elsewhere)
-        return open_requests + self._unstarted_tokens / PROMPT_TOKENS_A_REQUEST + crowd
+        return self.num_open + self._unstarted_tokens / PROMPT_TOKENS_A_REQUEST + crowd
 
     @property
     def wait_seconds(self) -> float:
         """Until a new request would be let in, by the pace of the last ones; 0: there is room, or no pace is known."""
         stats = self.stats
-        num_open = max(stats.num_running + stats.num_waiting, len(self.streams))
+        num_open = max(stats.num_running + stats.num_waiting, self.num_open)
         ahead = num_open - stats.may_run + 1 if stats.may_run else 0
         if stats.num_waiting:  # perhaps for blocks, while fewer run than may
             ahead = max(ahead, stats.num_waiting + 1)
@@ -79,6 +75,7 @@ class Link:
         """The engine is asked for these choices of the stream, behind so many tokens."""
         for id in ids:
             self.streams[id] = stream
+        self._open_counts.set_in_engine(self.index, len(self.streams))
         self._unstarted[stream] = self._unstarted.get(stream, 0) + num_tokens
         self._unstarted_tokens += num_tokens
 
@@ -89,6 +86,7 @@ class Link:
         """Nobody waits for these choices any more."""
         for id in ids:
             del self.streams[id]
+        self._open_counts.set_in_engine(self.index, len(self.streams))
         if not any(id in self.streams for id in stream.live_ids):
             self.started(stream)
 
@@ -96,5 +94,6 @@ class Link:
         """The process is gone: its streams, which wait for it no longer."""
         streams = list(dict.fromkeys(self.streams.values()))
         self.streams.clear()
+        self._open_counts.set_in_engine(self.index, 0)
         self._forget()
         return streams

@@ -13,6 +13,7 @@ from .dealers import Dealers
 from .group import EngineGroup
 from .group_client import GroupClient
 from .link import Link
+from .open_counts import OpenCounts
 from .router import Router
 
 
@@ -23,7 +24,14 @@ class ModelsClient:
     ``on_shutdown`` and ``on_status`` as of ``ZmqEngineClient``; ``on_model`` is called with every news of a model."""
 
     def __init__(
-        self, config: Config, api_index: int, control_address: str, models: Sequence[ServedModel], *, launch: int = 0
+        self,
+        config: Config,
+        api_index: int,
+        control_address: str,
+        models: Sequence[ServedModel],
+        open_counts: OpenCounts,
+        *,
+        launch: int = 0,
     ) -> None:
         self.on_shutdown: Callable[[bool], None] = lambda now: None
         self.on_status: Callable[[Status], None] = lambda status: None
@@ -34,7 +42,7 @@ class ModelsClient:
             parallel = model.config.parallel
             router = Router(parallel.data_parallel_prefix_affinity, api_index)
             addresses = [(index, "") for index in model.engines]
-            group = EngineGroup(api_index, config.server.api_server_count, addresses, self._dealers, router)
+            group = EngineGroup(api_index, open_counts, addresses, self._dealers, router)
             self.models[model.name] = GroupClient(group, first_id)  # each engine knows requests of one model only
         self._of_engine = {link.index: client.group for client in self.models.values() for link in client.group.links}
         self._control = Control(config, api_index, control_address, self._dealers)

@@ -13,6 +13,7 @@ from .context import ServerContext
 from .headers import header_values
 
 log = logging.getLogger(__name__)
+_METHODS = frozenset(("GET", "HEAD", "POST", "PATCH", "OPTIONS", "PUT", "DELETE"))
 CLIENT_GONE = 499  # in the log and the counts only: nobody was left to be told
 
 
@@ -41,34 +42,33 @@ class Accounting:
             status = 500
             raise
         finally:
-            self._ended(scope, status, monotonic() - began, size)
-
-    def _ended(self, scope: Scope, status: int, seconds: float, size: int) -> None:
-        state: dict[str, Any] = scope.get("state", {})
-        handler = state.get("handler", "none")
-        announced = header_values(scope, b"content-length")
-        length = int(announced[0]) if len(announced) == 1 and announced[0].isdigit() else 0
-        method = scope["method"] if scope["method"] in _METHODS else "other"
-        self._context.metrics.http.ended(handler, method, status, seconds, length, size)
-        server = self._context.config.server
-        if server.access_log == "off" or (server.access_log == "errors" and status < 400):
-            return
-        if handler in server.disable_access_log_for_endpoints and status < 400:
-            return
-        client = scope.get("client")
-        key = state.get("key")
-        fields = {
-            "request_id": state.get("request_id"),
-            "client": f"{client[0]}:{client[1]}" if client else "local",
-            "key": key.name if key is not None else None,
-            "method": scope["method"][:16],
-            "path": quote(scope["path"][:256]),  # without a space that could begin a field of its own
-            "status": status,
-            "ms": round(seconds * 1e3, 1),
-            "bytes": size,
-        }
-        words = [f"{name}={value}" for name, value in fields.items() if value is not None]
-        log.info("access %s", " ".join(words), extra={"fields": fields})
+            request_ended(self._context, scope, status, monotonic() - began, size)
 
 
-_METHODS = frozenset(("GET", "HEAD", "POST", "PATCH", "OPTIONS", "PUT", "DELETE"))
+def request_ended(context: ServerContext, scope: Scope, status: int, seconds: float, size: int) -> None:
+    """Counts and logs it. ``size``: bytes of the answer's body; ``scope``: its state has what became known of it."""
+    state: dict[str, Any] = scope.get("state", {})
+    handler = state.get("handler", "none")
+    announced = header_values(scope, b"content-length")
+    length = int(announced[0]) if len(announced) == 1 and announced[0].isdigit() else 0
+    method = scope["method"] if scope["method"] in _METHODS else "other"
+    context.metrics.http.ended(handler, method, status, seconds, length, size)
+    server = context.config.server
+    if server.access_log == "off" or (server.access_log == "errors" and status < 400):
+        return
+    if handler in server.disable_access_log_for_endpoints and status < 400:
+        return
+    client = scope.get("client")
+    key = state.get("key")
+    fields = {
+        "request_id": state.get("request_id"),
+        "client": f"{client[0]}:{client[1]}" if client else "local",
+        "key": key.name if key is not None else None,
+        "method": scope["method"][:16],
+        "path": quote(scope["path"][:256]),  # without a space that could begin a field of its own
+        "status": status,
+        "ms": round(seconds * 1e3, 1),
+        "bytes": size,
+    }
+    words = [f"{name}={value}" for name, value in fields.items() if value is not None]
+    log.info("access %s", " ".join(words), extra={"fields": fields})

@@ -16,20 +16,23 @@ from starlette.responses import Response
 from starlette.routing import Route, request_response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from ..config import ServerConfig
 from ..problems import is_loopback
 from . import answers, plugins, protocol
 from .access import Access, Authentication, Guarded
 from .accounting import Accounting
 from .body import read_json_body
 from .context import ServerContext
+from .door import Door
 from .endpoints import admin, health, models
 from .endpoints.chat import create_chat_completion
 from .endpoints.completions import create_completion
 from .endpoints.docs import HEADERS as DOCS_HEADERS
 from .endpoints.docs import page
 from .endpoints.tokenize import detokenize, tokenize
+from .entrance import Seat
 from .exposition import CONTENT_TYPE
-from .middleware import Errors, HostCheck, RequestId
+from .middleware import Errors, HostCheck, LocalHosts, RequestId
 from .openapi import openapi
 from .protocol import decode_request, decoder_of
 from .sse import Exchange
@@ -71,31 +74,41 @@ class _Post(Generic[T]):
         decoder_of(route.request)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        context, server = self._context, self._context.config.server
-        if server.queue_while_loading and context.models is None:
+        context = self._context
+        if context.config.server.queue_while_loading and context.models is None:
             context.lifecycle.check_unless_passing(context.config.scheduler.max_num_queued_reqs)
         else:
             context.lifecycle.check()
-        if self._route.generates and context.models is None:
-            context.check_room()
-        body = await read_json_body(scope, receive, server.max_request_bytes)
-        request, ignored = decode_request(body, self._route.request, server.strict_requests)
+        seat: Seat | None = scope["state"].get("seat")
+        needs_seat = self._route.generates and context.models is None
+        if needs_seat and seat is None:
+            context.entrance.check()
+        body = await read_json_body(scope, receive, context.config.server.max_request_bytes)
+        request, ignored = decode_request(body, self._route.request, context.config.server.strict_requests)
         del body
-        exchange = Exchange(scope, receive, send, context.lifecycle, server.sse_keep_alive_interval)
+        interval = context.config.server.sse_keep_alive_interval
+        exchange = Exchange(scope, receive, send, context.lifecycle, interval)
         exchange.name_ignored(ignored)
-        await exchange.run(self._answer(request, exchange))
+        with seat or context.entrance.seat() if needs_seat else Seat() as exchange.seat:
+            await exchange.run(self._answer(request, exchange))
 
     async def _answer(self, request: T, exchange: Exchange) -> None:
         context = self._context
         if context.models is not None:
             async with context.models.serving(request.model, exchange.key) as model:
-                if self._route.generates:
-                    model.check_room()
-                await self._route.handler(model, request, exchange)
+                await self._answer_of(model, request, exchange)
             return
         if context.config.server.queue_while_loading:
             await context.lifecycle.passed()
         await self._route.handler(context, request, exchange)
+
+    async def _answer_of(self, model: ServerContext, request: T, exchange: Exchange) -> None:
+        """Of one of several."""
+        if not self._route.generates:
+            await self._route.handler(model, request, exchange)
+            return
+        with model.entrance.seat() as exchange.seat:
+            await self._route.handler(model, request, exchange)
 
 
 def create_app(context: ServerContext) -> Starlette:
@@ -135,9 +148,23 @@ def _middleware(context: ServerContext) -> list[Middleware]:
     found += [Middleware(plugins.middleware(name)) for name in server.middleware]
     if context.keys is not None:
         found.append(Middleware(Authentication, context.keys, context.metrics))
-    elif is_loopback(server.host) and not server.uds:
-        found.append(Middleware(HostCheck, (server.host,)))
+    elif (hosts := _local_hosts(server)) is not None:
+        found.append(Middleware(HostCheck, hosts))
     return found
+
+
+def _local_hosts(server: ServerConfig) -> LocalHosts | None:
+    """None: any ``Host`` will do."""
+    is_open = server.asks_for_keys or not is_loopback(server.host) or server.uds
+    return None if is_open else LocalHosts((server.host,))
+
+
+def door_of(context: ServerContext) -> Door:
+    """It may refuse where ``_middleware`` and the routes do nothing that it does not."""
+    server = context.config.server
+    may_refuse = context.models is None and not server.allowed_origins and not server.middleware
+    paths = [route.path for route in POST_ROUTES if route.generates]
+    return Door(context, paths, _local_hosts(server), may_refuse=may_refuse)
 
 
 def _routes(context: ServerContext) -> list[Route]:

@@ -4,12 +4,15 @@ either direction."""
 from __future__ import annotations
 
 import asyncio
-import http
-from typing import Any, NamedTuple
+import functools
+from typing import Any, NamedTuple, cast
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from starlette.types import Scope
+from uvicorn._types import ASGI3Application
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
-from .errors import ApiError
+from .door import Door
+from .errors import ApiError, ErrorResponse
 
 SPARE_CONNECTIONS = 32  # beyond the limit, for those that are being told so
 HEADER_SECONDS = 10.0
@@ -30,15 +33,34 @@ class HeaderBounds(NamedTuple):
 _turned_away: set[BoundedProtocol] = set()  # of the process, as its files are
 
 
+class _Answered:
+    """In the place of uvicorn's state of a request, when there is nothing left to be done for it."""
+
+    response_started = response_complete = True
+    disconnected = False
+    message_event = asyncio.Event()
+
+
+_ANSWERED = cast(RequestResponseCycle, _Answered())
+
+
+def _as_bytes(response: ErrorResponse, is_last: bool) -> bytes:
+    """``is_last``: on its connection."""
+    lines = [b"%s: %s\r\n" % header for header in response.headers]
+    if is_last:
+        lines.append(b"connection: close\r\n")
+    return b"".join((STATUS_LINE[response.status], *lines, b"\r\n", response.body))
+
+
 class BoundedProtocol(HttpToolsProtocol):
     """uvicorn's protocol, bounded; knows no route. A refusal has the usual error body and ends the connection."""
 
     max_connections = 2**31  # the process lowers it to what the system gives it
     header_seconds, body_seconds, write_seconds = HEADER_SECONDS, BODY_SECONDS, WRITE_SECONDS  # tests make them short
 
-    def __init__(self, *of_uvicorn: Any, header_bounds: HeaderBounds) -> None:
+    def __init__(self, *of_uvicorn: Any, header_bounds: HeaderBounds, door: Door) -> None:
         super().__init__(*of_uvicorn)
-        self._bounds = header_bounds
+        self._bounds, self._door = header_bounds, door
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -78,7 +100,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self._unread = None
 
     def _begin_headers(self) -> None:
-        self._in_headers = True
+        self._in_headers, self._in_body = True, False
         self._num_bytes = self._discarded = 0
         self._timer = self.loop.call_later(self.header_seconds, self._headers_are_late)
 
@@ -116,11 +138,33 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         if self._refused:
             return
-        self._in_headers = False
+        self._in_headers, self._in_body = False, True
         self._num_bytes = 0
         self._timer.cancel()
         self._timer = self.loop.call_later(self.body_seconds, self._check_body)
-        super().on_headers_complete()
+        if not self._is_turned_away():
+            super().on_headers_complete()
+
+    def _is_turned_away(self) -> bool:
+        """Whether the request has its answer already. Its body, which has mostly come with it, is read and dropped."""
+        is_behind_another = self.cycle is not None and not self.cycle.response_complete
+        if is_behind_another or self.expect_100_continue or self.transport.is_closing():
+            return False
+        if self.parser.get_method() != b"POST":
+            return False
+        self.scope["method"] = "POST"
+        response = self._door.refusal(self.url, cast(Scope, self.scope))
+        if response is None:
+            return False
+        self._is_last = self.parser.get_http_version() == "1.0" or not self.parser.should_keep_alive()
+        self.transport.write(_as_bytes(response, self._is_last))
+        self.cycle = _ANSWERED
+        self.on_response_complete()
+        return True
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        begin = functools.partial(super()._start_asgi_task, cycle)
+        self._door.let_in(cast(Scope, cycle.scope), app, lambda: not cycle.more_body, begin)
 
     def on_body(self, body: bytes) -> None:
         if self._refused:
@@ -134,8 +178,11 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         if self._refused:
             return
+        self._in_body = False
         self._timer.cancel()
         super().on_message_complete()
+        if self.cycle is _ANSWERED and self._is_last:
+            self.transport.close()
 
     def _headers_are_late(self) -> None:
         self._refuse(ApiError("request_timeout", f"The headers took more than {self.header_seconds:g} seconds."))
@@ -160,18 +207,12 @@ class BoundedProtocol(HttpToolsProtocol):
             return
         self._refused = True
         self._timer.cancel()
-        if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
+        is_answered = self.cycle is not None and self.cycle.response_complete and self._in_body
+        if not is_answered and (self.cycle is None or self.cycle.response_complete or not self.cycle.response_started):
             if self.cycle is not None:
                 self.cycle.disconnected = True  # what its route still sends goes nowhere
                 self.cycle.message_event.set()
-            body = error.body(None)
-            head = (
-                f"HTTP/1.1 {error.status} {http.HTTPStatus(error.status).phrase}\r\ncontent-type: application/json\r\n"
-            )
-            if error.retry_after is not None:
-                head += f"retry-after: {error.retry_after}\r\n"
-            tail = f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
-            self.transport.write((head + tail).encode() + body)
+            self.transport.write(_as_bytes(error.response(None), is_last=True))
         # Closing with unread input would reset the connection, and the answer might be lost with it.
         if self.transport.can_write_eof():  # not under TLS
             self.transport.write_eof()

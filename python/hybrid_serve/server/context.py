@@ -17,12 +17,14 @@ from typing import TYPE_CHECKING, TypeVar
 from .. import logging as log_lines
 from .. import shared_memory
 from ..client import Engine, EngineClient
+from ..client.open_counts import OpenCounts
 from ..config import Config
 from ..live import LiveOptions, value_of, with_values
 from ..shared_memory import SharedMemory
 from ..text.chat_template import ChatTemplate
 from ..text.tokenizer import Tokenizer
 from ..wire import EngineFacts, Status
+from .entrance import Entrance
 from .errors import ApiError
 from .exposition import Exposition, OfModel
 from .headers import RANK_HEADER
@@ -31,6 +33,7 @@ from .keys import Key, KeyRing, key_ring
 from .lifecycle import Lifecycle
 from .metrics import Metrics
 from .plugins import redactor
+from .shared_counts import SharedCounts
 from .timeline import Timelines
 from .turns import Turns
 
@@ -77,7 +80,14 @@ class ServerContext:
         self.keys: KeyRing | None = front.keys if front else key_ring(server, KeyUse(memory, self.api_index))
         self.metrics: Metrics = front.metrics if front else Metrics()
         self.redact: Callable[[str], str] | None = front.redact if front else redactor(server.log_redactor)
-        self.turns = Turns()  # of this model's engines
+        self.counts = SharedCounts(memory.counts, self.api_index)
+        self.turns = Turns()  # of this model's engines, as is the entrance
+        self.entrance = Entrance(
+            self.client,
+            self.metrics,
+            OpenCounts(memory.open, self.api_index),
+            lambda: self.config.scheduler.max_num_queued_reqs,
+        )
         self.tracing: Tracing | None = front.tracing if front else None
         self.timelines: Timelines = front.timelines if front else Timelines(server.api_server_count)
         self._threads: ThreadPoolExecutor = front._threads if front else ThreadPoolExecutor(2, "text")
@@ -157,19 +167,6 @@ class ServerContext:
         raise ApiError(
             "model_not_found", f"The model '{(name or '')[:256]}' does not exist. Served here: {served}.", "model"
         )
-
-    def check_room(self) -> None:
-        """Raises the ``ApiError`` that the engines would answer with if all are full. They answer between two steps;
-        of a burst thousands would wait for that."""
-        most = self.config.scheduler.max_num_queued_reqs
-        engines = [engine for engine in self.client.engines if engine.status.phase == "ready" and engine.stats.may_run]
-        if not most or not engines:
-            return
-        if all(engine.num_open >= engine.stats.may_run + most for engine in engines):
-            self.metrics.of(engines[0].index).admission_rejections += 1
-            num_open, may = sum(e.num_open for e in engines), sum(e.stats.may_run + most for e in engines)
-            text = f"The engine is full: {num_open} requests run or wait, {may} may. Try again later."
-            raise ApiError("overloaded", text)
 
     def rank(self, given: Sequence[bytes]) -> int | None:
         """The engine that the request's headers name, if they do. Raises ``ApiError`` for one that is not there."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -36,6 +36,14 @@ _INTERNAL_MESSAGE = "The server had an error while processing your request."
 _RETRY_SECONDS = {"model_loading": 2, "engine_dead": 5, "draining": 5, "engine_restarting": 2, "model_failed": 30}
 
 
+class ErrorResponse(NamedTuple):
+    """As it goes to the client."""
+
+    status: int
+    headers: list[tuple[bytes, bytes]]
+    body: bytes
+
+
 class ApiError(Exception):
     """An entry of the catalogue with its message; ``param`` names the field, as ``messages[0].content``."""
 
@@ -53,6 +61,21 @@ class ApiError(Exception):
         if self._retry_after is not None:
             return self._retry_after
         return _RETRY_SECONDS.get(self.code, 1 if self.status in (429, 503) else None)
+
+    def response(self, request_id: str | None) -> ErrorResponse:
+        body = self.body(request_id)
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", b"%d" % len(body)),
+            (b"cache-control", b"no-store"),
+        ]
+        if self.retry_after is not None:
+            headers.append((b"retry-after", b"%d" % self.retry_after))
+        if self.code == "draining":
+            headers.append((b"connection", b"close"))
+        if self.status == 401:
+            headers.append((b"www-authenticate", b"Bearer"))
+        return ErrorResponse(self.status, headers + list(self.headers), body)
 
     def body(self, request_id: str | None) -> bytes:
         fields: dict[str, Any] = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}

@@ -14,6 +14,7 @@ from ..text.detokenizer import Detokenizer
 from ..wire import FinishReason, SamplingParams
 from .answers import FinishName, PromptTokensDetails, Usage
 from .context import ServerContext
+from .entrance import Seat
 from .errors import ApiError
 from .patience import ENDLESS, Patience, Progress, bounded
 
@@ -88,6 +89,7 @@ class Generation:
     rank: int | None = None  # the engine that shall have it
     arrived: float = field(default_factory=monotonic)
     patience: Patience = ENDLESS
+    seat: Seat = field(default_factory=Seat)
 
     def __post_init__(self) -> None:
         tokenizer = self.context.text.tokenizer
@@ -197,6 +199,7 @@ class Generation:
         """An engine has been asked for the choices of that prompt."""
         counts = self.context.metrics.of(stream.engine)
         if prompt_index == 0:
+            self.seat.leave()
             counts.started(self.params, self.n)
         counts.prompt(len(self.prompts[prompt_index].token_ids))
         for choice in self.choices[prompt_index * self.n : (prompt_index + 1) * self.n]:

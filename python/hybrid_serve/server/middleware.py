@@ -5,11 +5,10 @@ without one)."""
 from __future__ import annotations
 
 import ipaddress
+import os
 import re
 from collections.abc import Iterable
-from uuid import uuid4
 
-from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -21,17 +20,21 @@ from .sse import ClientDisconnected
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
+def request_id_of(scope: Scope) -> str:
+    """The client's ``X-Request-Id`` if it is printable and short, else a new one."""
+    given = header_values(scope, b"x-request-id")
+    request_id = given[0].decode("latin-1") if len(given) == 1 else ""
+    return request_id if _REQUEST_ID.fullmatch(request_id) else os.urandom(16).hex()
+
+
 class RequestId:
-    """Gives every request an id: the client's ``X-Request-Id`` if it is printable and short, else a new one."""
+    """Gives every request an id, and tells it."""
 
     def __init__(self, app: ASGIApp, is_told: bool) -> None:
         self.app, self._is_told = app, is_told
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        given = header_values(scope, b"x-request-id")
-        request_id = given[0].decode("latin-1") if len(given) == 1 else ""
-        if not _REQUEST_ID.fullmatch(request_id):
-            request_id = uuid4().hex
+        request_id = request_id_of(scope)
         scope.setdefault("state", {})["request_id"] = request_id
         log_lines.request_id.set(request_id)
         if not self._is_told:
@@ -79,17 +82,8 @@ def from_http(error: Exception, scope: Scope) -> ApiError:
 
 
 async def send_error(scope: Scope, send: Send, error: ApiError) -> None:
-    body = error.body(scope.get("state", {}).get("request_id"))
-    headers = MutableHeaders(
-        {"content-type": "application/json", "content-length": str(len(body)), "cache-control": "no-store"}
-    )
-    if error.retry_after is not None:
-        headers["retry-after"] = str(error.retry_after)
-    if error.code == "draining":
-        headers["connection"] = "close"
-    if error.status == 401:
-        headers["www-authenticate"] = "Bearer"
-    await send({"type": "http.response.start", "status": error.status, "headers": [*headers.raw, *error.headers]})
+    status, headers, body = error.response(scope.get("state", {}).get("request_id"))
+    await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
 
 
@@ -97,16 +91,23 @@ class HostCheck:
     """On a loopback address without a key, ``Host`` must name this machine: else any web page could drive the server
     through a name that it makes resolve to 127.0.0.1."""
 
-    def __init__(self, app: ASGIApp, names: Iterable[str]) -> None:
-        self.app = app
-        self._names = frozenset(("localhost", *(name.lower() for name in names)))
+    def __init__(self, app: ASGIApp, hosts: LocalHosts) -> None:
+        self.app, self._hosts = app, hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if not self._is_local(header_values(scope, b"host")):
+        if not self._hosts.allow(scope):
             raise ApiError("host_not_allowed", "The Host header does not name this machine.")
         await self.app(scope, receive, send)
 
-    def _is_local(self, values: list[bytes]) -> bool:
+
+class LocalHosts:
+    """What ``Host`` may be where it must name this machine."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._names = frozenset(("localhost", *(name.lower() for name in names)))
+
+    def allow(self, scope: Scope) -> bool:
+        values = header_values(scope, b"host")
         if len(values) != 1:
             return not values  # HTTP/1.0 has none
         host = values[0].decode("latin-1").lower()

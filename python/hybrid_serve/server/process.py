@@ -20,14 +20,16 @@ import uvloop
 from ..checkpoint.hub import resolve
 from ..client.engine_client import ZmqEngineClient
 from ..client.models_client import ModelsClient
+from ..client.open_counts import OpenCounts
 from ..config import Config
 from ..served import ServedModel
 from ..shared_memory import SharedMemory
 from ..text.loading import load_chat_template, load_tokenizer, locate_tokenizer
 from .accept import FairAcceptor
-from .app import create_app, described_routes
+from .app import create_app, described_routes, door_of
 from .connection import SPARE_CONNECTIONS, BoundedProtocol, HeaderBounds
 from .context import ServerContext, TextModel
+from .door import Door
 from .file_watch import Watched, watch
 from .several import Models
 from .shared_counts import SharedCounts, publish
@@ -45,19 +47,18 @@ OWN_FILES = 64 + SPARE_CONNECTIONS  # sockets to the engine, the log, model file
 class HttpServer(uvicorn.Server):
     """uvicorn on a socket that is bound already; signals are the supervisor's."""
 
-    def __init__(self, config: uvicorn.Config, header_bounds: HeaderBounds, shared: SharedCounts) -> None:
+    def __init__(self, config: uvicorn.Config, header_bounds: HeaderBounds, door: Door, shared: SharedCounts) -> None:
         """``shared``: with the API servers that have the same socket."""
         super().__init__(config)
-        self.header_bounds, self.shared = header_bounds, shared
+        self.header_bounds, self.door, self.shared = header_bounds, door, shared
         self.servers: list[asyncio.Server] = []
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """uvicorn's own would leave a TLS handshake a minute to take the server's time, and uvloop's accepts one
         connection a turn: of a burst the last would wait for as many turns."""
         await self.lifespan.startup()
-        make = functools.partial(
-            BoundedProtocol, self.config, self.server_state, self.lifespan.state, header_bounds=self.header_bounds
-        )
+        of_uvicorn = self.config, self.server_state, self.lifespan.state
+        make = functools.partial(BoundedProtocol, *of_uvicorn, header_bounds=self.header_bounds, door=self.door)
         seconds = _HANDSHAKE_SECONDS if self.config.ssl else None
         for each in sockets or ():
             acceptor = FairAcceptor(each, make, self.shared, self._num_connections, self.config.ssl, seconds)
@@ -92,7 +93,7 @@ def http_server(context: ServerContext, certificate: Certificate | None = None) 
         ssl_context_factory=(lambda *_: certificate.context) if certificate else None,
     )
     bounds = HeaderBounds(server.max_header_bytes, server.max_headers)
-    return HttpServer(config, bounds, SharedCounts(context.live.memory.counts, context.api_index))
+    return HttpServer(config, bounds, door_of(context), context.counts)
 
 
 def watched_files(context: ServerContext, certificate: Certificate | None) -> list[Watched]:
@@ -118,12 +119,16 @@ def main(
     """Returns when the server was told to shut down and has. ``models``: each a ``ServedModel``, where there are
     several. Raises ``StartupError``."""
     listener, memory = socket.socket(fileno=listen_fd), SharedMemory(shared_fd, config.server.api_server_count)
+    open_counts = OpenCounts(memory.open, api_index)
+    open_counts.clear()
     if models:
         served = msgspec.convert(models, list[ServedModel])
-        client = ModelsClient(config, api_index, control_address, served, launch=launch)
+        client = ModelsClient(config, api_index, control_address, served, open_counts, launch=launch)
         uvloop.run(_serve_several(config, client, served, api_index, listener, memory))
     else:
-        only = ZmqEngineClient(config, api_index, control_address, data_addresses, launch=launch)
+        only = ZmqEngineClient(
+            config, api_index, control_address, data_addresses, launch=launch, open_counts=open_counts
+        )
         uvloop.run(_serve_one(config, only, api_index, listener, memory))
 
 
@@ -144,7 +149,7 @@ async def _serve_one(
     client.on_status, client.group.on_replay = context.status_changed, context.metrics.replayed
     client.on_refused = context.metrics.refused
     context.lifecycle.on_ready = client.say_ready
-    await _serve(context, client, listener, memory, lambda: _in_daemon_thread(lambda: load_text_model(config)))
+    await _serve(context, client, listener, lambda: _in_daemon_thread(lambda: load_text_model(config)))
 
 
 async def _serve_several(
@@ -161,18 +166,17 @@ async def _serve_several(
     client.on_status = gates.status_changed
     for each in client.models.values():
         each.group.on_replay = context.metrics.replayed
-    await _serve(context, client, listener, memory, asyncio.get_running_loop().create_future)
+    await _serve(context, client, listener, asyncio.get_running_loop().create_future)
 
 
 async def _serve(
     context: ServerContext,
     client: ZmqEngineClient | ModelsClient,
     listener: socket.socket,
-    memory: SharedMemory,
     load: Callable[[], asyncio.Future[TextModel]],
 ) -> None:
     """``load``: begins with what is to be there from the start."""
-    config, counts = context.config, SharedCounts(memory.counts, context.api_index)
+    config, counts = context.config, context.counts
     certified = certificate(config.server)
     server = http_server(context, certified)
     BoundedProtocol.max_connections = raise_file_limit()

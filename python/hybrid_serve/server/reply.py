@@ -29,7 +29,7 @@ class Answer(Protocol):
 
 async def reply(exchange: Exchange, generation: Generation, answer: Answer, *, stream: bool) -> None:
     """Runs the generation to its end. Leaving early, by any path, aborts what still runs."""
-    exchange.timing = generation.server_timing
+    exchange.timing, generation.seat = generation.server_timing, exchange.seat
     if stream:
         exchange.begin_stream()
     log = RequestLog(generation, exchange)

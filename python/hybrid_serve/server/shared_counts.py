@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 INTERVAL = 0.25  # seconds
 _HEAD = Struct("<II")  # bytes of what follows, its CRC-32
-_CONNECTIONS = Struct("<q")  # at the end of a slot
+_NUMBER_BYTES = 8  # of the one at the end of a slot
 _TRIES = 3  # a reader may meet a writer
 
 
@@ -31,13 +31,15 @@ class SharedCounts:
     def __init__(self, memory: memoryview, index: int) -> None:
         """``memory``: COUNTS_SLOT_BYTES for each API server; ``index``: whose slot is ours."""
         self._memory, self._index, self._num_slots = memory, index, len(memory) // COUNTS_SLOT_BYTES
+        step = COUNTS_SLOT_BYTES // _NUMBER_BYTES
+        self._connections = memory.cast("q")[step - 1 :: step]
         if not 0 <= index < self._num_slots:
             raise ValueError(f"API server {index} has no slot, there are {self._num_slots}")
         self._last: dict[int, Flat] = {}  # of other slots, for a reader that meets writers only
 
     def write(self, counts: Flat) -> None:
         data = msgspec.msgpack.encode(counts)
-        if _HEAD.size + len(data) > COUNTS_SLOT_BYTES - _CONNECTIONS.size:
+        if _HEAD.size + len(data) > COUNTS_SLOT_BYTES - _NUMBER_BYTES:
             log.error("the counts have %d bytes and do not fit a slot of %d", len(data), COUNTS_SLOT_BYTES)
             return
         start = self._index * COUNTS_SLOT_BYTES
@@ -53,20 +55,16 @@ class SharedCounts:
     @property
     def num_connections(self) -> int:
         """Ours, open at this moment, as others see it."""
-        return self._num_connections(self._index)
+        return self._connections[self._index]
 
     @num_connections.setter
     def num_connections(self, count: int) -> None:
-        _CONNECTIONS.pack_into(self._memory, (self._index + 1) * COUNTS_SLOT_BYTES - _CONNECTIONS.size, count)
+        self._connections[self._index] = count
 
     @property
     def mean_connections(self) -> float:
         """Of all API servers."""
-        return sum(self._num_connections(slot) for slot in range(self._num_slots)) / self._num_slots
-
-    def _num_connections(self, slot: int) -> int:
-        count: int = _CONNECTIONS.unpack_from(self._memory, (slot + 1) * COUNTS_SLOT_BYTES - _CONNECTIONS.size)[0]
-        return count
+        return sum(self._connections) / self._num_slots
 
     def _read(self, slot: int) -> Flat:
         start = slot * COUNTS_SLOT_BYTES

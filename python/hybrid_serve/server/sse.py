@@ -9,6 +9,7 @@ from typing import Any
 
 from starlette.types import Receive, Scope, Send
 
+from .entrance import Seat
 from .errors import ApiError, as_api_error
 from .headers import RANK_HEADER, TIMEOUT_HEADER, header_values
 from .keys import Key
@@ -49,6 +50,7 @@ class Exchange:
         self.timeout = header_values(scope, TIMEOUT_HEADER.encode()) if "headers" in scope else []
         self.key: Key | None = state.get("key")
         self.key_name = self.key.name if self.key is not None else None
+        self.seat = Seat()
         self._ignored: list[str] = []
         self.timing: Callable[[], str | None] = lambda: (
             None

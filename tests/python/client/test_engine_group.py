@@ -11,11 +11,11 @@ import pytest
 from engine_harness import ids, params, until
 from fake_server import FIRST_ID, FakeServer, ids_of, with_server
 from hybrid_serve.client import ChoiceOutput, EngineDead, EngineRejected
+from hybrid_serve.client.open_counts import OpenCounts
 from hybrid_serve.wire import (
     ALL_ENGINES,
     AddRequest,
     EngineFacts,
-    EngineStats,
     FinishReason,
     Kind,
     Status,
@@ -151,8 +151,7 @@ def test_an_engine_with_long_jobs_of_other_api_servers_gets_fewer_new_ones(tmp_p
 
     async def test(server: FakeServer) -> None:
         await tell(server, ready(0), ready(1))
-        server.send(pack(Kind.STATS, EngineStats(num_running=6)), engine=0)
-        await until(lambda: server.client.engines[0].stats.num_running == 6)
+        OpenCounts(server.open_memory, 0).set_in_engine(0, 6)
         streams = [await server.client.generate(ids([1]), params()).__aenter__() for _ in range(10)]
         assert [stream.engine for stream in streams[:6]] == [1] * 6
         assert [stream.engine for stream in streams].count(1) == 8

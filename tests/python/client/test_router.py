@@ -10,8 +10,10 @@ import pytest
 
 from hybrid_serve.client import router as router_module
 from hybrid_serve.client.link import Link
+from hybrid_serve.client.open_counts import OpenCounts
 from hybrid_serve.client.router import SHORTEST_PREFIX, Router
 from hybrid_serve.client.streams import ZmqStream
+from hybrid_serve.shared_memory import OPEN_SLOT_BYTES
 from hybrid_serve.wire import AddRequest, EngineStats, SamplingParams
 
 
@@ -69,17 +71,26 @@ def stream(first_id: int, n: int = 1) -> ZmqStream:
     return ZmqStream(AddRequest(first_id, n, 0, SamplingParams()), b"", lambda _: None, lambda *_: None)
 
 
-def test_the_load_of_an_engine_is_ours_to_the_last_request_and_that_of_others_as_it_said() -> None:
-    link = Link(0, "inproc://nowhere", 2)
-    one = stream(10, n=2)
+def test_an_engine_whose_counts_would_be_those_of_another_api_server_is_none() -> None:
+    with pytest.raises(ValueError, match="engine 4096 has no place, there are 4096"):
+        Link(OPEN_SLOT_BYTES // 16, "inproc://nowhere", OpenCounts())
+
+
+def test_the_load_of_an_engine_is_what_all_api_servers_have_there_at_this_moment() -> None:
+    """What it has said itself may be older than an abort of ours."""
+    memory = memoryview(bytearray(2 * OPEN_SLOT_BYTES))
+    link, theirs = (Link(0, "inproc://nowhere", OpenCounts(memory, index)) for index in range(2))
+    one, two = stream(10, n=2), stream(20, n=3)
     link.add(one, range(10, 12), 1024)
-    assert link.load == 2 + 2 + 2  # two choices, as many of the other API server, and a prompt as dear as two more
-    link.take_stats(EngineStats(num_running=5, num_waiting=1))
-    assert link.load == 4 + 4  # two of the six are ours
+    assert link.load == 2 + 2  # two choices, and a prompt as dear as two more
+    assert theirs.load == 2
+    theirs.add(two, range(20, 23), 0)
+    link.take_stats(EngineStats(num_running=50))
+    assert link.load == 2 + 3 + 2
     link.started(one)
     link.remove(one, [10])
-    assert link.load == 1 + 4
+    assert link.load == theirs.load == 1 + 3
     link.take_stats(EngineStats(num_running=1, num_waiting=2, kv_blocks_used=100, kv_blocks_total=100))
-    assert link.load == 1 + 2 + 6  # its cache is full: who waits there waits long
+    assert link.load == 1 + 3 + 6  # its cache is full: who waits there waits long
     assert link.take_all() == [one]
-    assert link.load == 0
+    assert link.load == theirs.load == 3

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -10,7 +9,6 @@ import pytest
 
 from api_harness import CHAT, COMPLETIONS, MESSAGES, Api, says
 from fake_engine import Call, FakeEngine
-from hybrid_serve.client.link import Link
 from hybrid_serve.wire import EngineStats, SamplingParams
 
 MakeApi = Callable[..., Api]
@@ -65,11 +63,3 @@ def test_what_needs_no_engine_is_answered(make_api: MakeApi) -> None:
 def test_without_a_limit_any_number_waits(make_api: MakeApi) -> None:
     with limited(make_api, full_engine(5000), waiting=0) as api:
         assert api.post(COMPLETIONS, {"prompt": "hi"}).status_code == 200
-
-
-def test_an_api_server_that_is_alone_counts_its_own_requests_and_others_those_of_others_too() -> None:
-    """The engine's word may be older than an abort of ours."""
-    alone, one_of_two = Link(0, "", 1, time.monotonic), Link(0, "", 2, time.monotonic)
-    for link in (alone, one_of_two):
-        link.take_stats(EngineStats(num_running=4, num_waiting=3))
-    assert (alone.num_open, one_of_two.num_open) == (0, 7)
