@@ -13,6 +13,7 @@ from .shared_counts import SharedCounts
 log = logging.getLogger(__name__)
 PATIENCE = 0.001  # seconds that a connection is left to those that have fewer; then anybody takes it
 MOST_A_TURN = 16  # of the event loop: then those that are there come first
+MOMENTS_BEHIND = 4  # that somebody waited through
 RETRY = 0.1  # seconds, when there is no file left for a connection
 
 
@@ -40,6 +41,7 @@ class FairAcceptor:
         self._num_moments = 0  # that were left to others since nobody waited
         self._num_granted = 0  # connections that we may take although others have fewer
         self._is_closed = False
+        self.is_behind = False  # more connections come than are taken
         listener.setblocking(False)
         shared.num_connections = num_open()  # not what an earlier process of our index left
         self._listen()
@@ -69,6 +71,7 @@ class FairAcceptor:
         for _ in range(MOST_A_TURN):
             if not self._take_one():
                 return
+        self.is_behind = True
 
     def _take_one(self) -> bool:
         """Whether to go on at once."""
@@ -77,12 +80,14 @@ class FairAcceptor:
         if self._num_granted == 0 and num_open > self._shared.mean_connections:
             self._num_moments += 1
             self._num_granted = self._num_moments
+            self.is_behind = self.is_behind or self._num_moments >= MOMENTS_BEHIND
             self._wait(PATIENCE)
             return False
         try:
             connection, _ = self._listener.accept()
         except (BlockingIOError, InterruptedError, ConnectionAbortedError):
             self._num_granted = self._num_moments = 0
+            self.is_behind = False
             return False  # nobody waits: another one took it, or the client went
         except OSError as error:
             log.error("no connection can be accepted: %s", error)

@@ -18,9 +18,9 @@ from .entrance import Seat
 from .errors import ErrorResponse
 from .middleware import LocalHosts, request_id_of
 
-# Requests that begin in one turn of the event loop, some 0.5 ms each. In between come connections, refusals and tokens
-# of others: of a burst, nobody waits for all that came before.
-AT_ONCE = 1
+# Requests that begin in one turn of the event loop, some 0.5 ms each: in between come tokens of others and refusals.
+AT_ONCE = 16
+AT_ONCE_BEHIND = 1  # while more connections come than are taken, and who begins would only wait in an engine
 
 
 class Door:
@@ -40,7 +40,8 @@ class Door:
         root = context.config.server.root_path
         self._full_paths = frozenset(root + path for path in self._paths.values())
         self._waiting: deque[Callable[[], None]] = deque()
-        self._num_begun = 0  # in this turn
+        self.is_behind: Callable[[], bool] = lambda: False  # with connections
+        self._num_left = 0  # that may begin in this turn
         self._is_turning = False
 
     def refusal(self, target: bytes, scope: Scope) -> ErrorResponse | None:
@@ -89,21 +90,26 @@ class Door:
 
     def _queue(self, begin: Callable[[], None]) -> None:
         if not self._is_turning:
-            self._is_turning, self._num_begun = True, 0
+            self._is_turning, self._num_left = True, self._most()
             asyncio.get_running_loop().call_soon(self._next_turn)
-        if self._num_begun < AT_ONCE:
-            self._num_begun += 1
+        if self._num_left:
+            self._num_left -= 1
             begin()
         else:
             self._waiting.append(begin)
 
     def _next_turn(self) -> None:
-        self._num_begun = min(AT_ONCE, len(self._waiting))
-        self._is_turning = self._num_begun > 0
+        most = self._most()
+        num = min(most, len(self._waiting))
+        self._num_left, self._is_turning = most - num, num > 0
         if self._is_turning:
             asyncio.get_running_loop().call_soon(self._next_turn)
-        for _ in range(self._num_begun):
+        for _ in range(num):
             self._waiting.popleft()()
+
+    def _most(self) -> int:
+        is_patient = self.is_behind() and self._context.models is None and self._context.entrance.would_wait()
+        return AT_ONCE_BEHIND if is_patient else AT_ONCE
 
 
 def _seated(app: ASGIApp, seat: Seat, is_whole: Callable[[], bool]) -> ASGIApp:

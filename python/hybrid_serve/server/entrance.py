@@ -50,6 +50,11 @@ class Entrance:
         """Whether all engines are."""
         return self._room() <= 0
 
+    def would_wait(self) -> bool:
+        """Whether a request that is let in could not run yet: every engine has as many as it runs."""
+        ready = [each for each in self._client.engines if each.stats.may_run and each.status.phase == "ready"]
+        return all(each.num_open >= each.stats.may_run for each in ready)
+
     def check(self) -> None:
         """Raises ``ApiError`` if there is no room."""
         if self.is_full():

@@ -60,9 +60,12 @@ class HttpServer(uvicorn.Server):
         of_uvicorn = self.config, self.server_state, self.lifespan.state
         make = functools.partial(BoundedProtocol, *of_uvicorn, header_bounds=self.header_bounds, door=self.door)
         seconds = _HANDSHAKE_SECONDS if self.config.ssl else None
-        for each in sockets or ():
-            acceptor = FairAcceptor(each, make, self.shared, self._num_connections, self.config.ssl, seconds)
-            self.servers.append(cast(asyncio.Server, acceptor))
+        acceptors = [
+            FairAcceptor(each, make, self.shared, self._num_connections, self.config.ssl, seconds)
+            for each in sockets or ()
+        ]
+        self.servers = cast(list[asyncio.Server], acceptors)
+        self.door.is_behind = lambda: any(acceptor.is_behind for acceptor in acceptors)
         self.started = True
 
     def _num_connections(self) -> int:

@@ -13,6 +13,7 @@ import pytest
 
 from api_harness import COMPLETIONS, Api, says
 from fake_engine import Call, FakeEngine
+from hybrid_serve.server.app import door_of
 from hybrid_serve.server.connection import BoundedProtocol
 from hybrid_serve.wire import EngineStats, SamplingParams
 from raw_http import Connect, error_code, request, response_of, served
@@ -236,6 +237,30 @@ def test_requests_on_their_way_count_and_begin_one_after_the_other(make_api: Mak
             assert (await response_of(reader))[0] == 200, "there is room again"
 
     api.run(scenario())
+
+
+def test_a_few_begin_in_a_turn_and_one_while_others_wait_to_be_refused_and_it_could_not_run(make_api: MakeApi) -> None:
+    api = with_room_for(make_api, 100)
+    door, begun, per_turn = door_of(api.context), list[int](), list[int]()
+    scope = {"path": COMPLETIONS, "headers": [(b"host", b"localhost")], "state": {}}
+
+    async def scenario(num: int, behind: bool) -> list[int]:
+        door.is_behind = lambda: behind
+        begun.clear()
+        per_turn.clear()
+        for number in range(num):
+            door.let_in({**scope, "state": {}}, None, lambda: True, lambda app, number=number: begun.append(number))  # type: ignore[misc]
+        while len(begun) < num:
+            per_turn.append(len(begun))
+            await asyncio.sleep(0)
+        assert begun == list(range(num))
+        return per_turn
+
+    assert api.run(scenario(40, behind=False)) == [16, 32]
+    assert api.run(scenario(5, behind=True)) == [1, 2, 3, 4]
+    for each in api.engine.calls:
+        each.left = True
+    assert api.run(scenario(40, behind=True)) == [16, 32], "an engine that has nothing to do comes first"
 
 
 def test_nobody_keeps_a_seat_who_does_not_come_as_far_as_an_engine(make_api: MakeApi) -> None:
