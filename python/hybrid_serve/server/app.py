@@ -89,7 +89,9 @@ class _Post(Generic[T]):
         interval = context.config.server.sse_keep_alive_interval
         exchange = Exchange(scope, receive, send, context.lifecycle, interval)
         exchange.name_ignored(ignored)
-        with seat or context.entrance.seat() if needs_seat else Seat() as exchange.seat:
+        if needs_seat and seat is None:
+            seat = context.entrance.seat()
+        with seat or Seat() as exchange.seat:
             await exchange.run(self._answer(request, exchange))
 
     async def _answer(self, request: T, exchange: Exchange) -> None:

@@ -24,9 +24,9 @@ AT_ONCE_BEHIND = 1  # while more connections come than are taken, and who begins
 
 
 class Door:
-    """Refuses, while the engines are full, as the application would and by the same functions, but for a fifth of the
-    work: of a burst, the last wait for all refusals before theirs. Whoever is let in has a seat from then on, and
-    begins when it is his turn.
+    """Refuses, while the engines are full, as the application would and by the same functions, but with less work: of a
+    burst, the last wait for all refusals before theirs. Whoever is let in has a seat from then on, and begins when it
+    is his turn.
 
     Knows the routes that need an engine; no connection."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from ..client import EngineClient
+from ..client import Engine, EngineClient
 from ..client.open_counts import OpenCounts
 from .errors import ApiError
 from .metrics import Metrics
@@ -52,8 +52,7 @@ class Entrance:
 
     def would_wait(self) -> bool:
         """Whether a request that is let in could not run yet: every engine has as many as it runs."""
-        ready = [each for each in self._client.engines if each.stats.may_run and each.status.phase == "ready"]
-        return all(each.num_open >= each.stats.may_run for each in ready)
+        return all(each.num_open >= each.stats.may_run for each in self._ready())
 
     def check(self) -> None:
         """Raises ``ApiError`` if there is no room."""
@@ -79,8 +78,7 @@ class Entrance:
 
     def refusal(self) -> ApiError:
         """What a request is told that finds them full; counts it."""
-        most = self._most_waiting()
-        engines = [each for each in self._client.engines if each.stats.may_run and each.status.phase == "ready"]
+        most, engines = self._most_waiting(), self._ready()
         self._metrics.of(engines[0].index).admission_rejections += 1
         num_open = sum([each.num_open for each in engines]) + self._num_on_their_way()
         may = sum([each.stats.may_run + most for each in engines])
@@ -88,16 +86,14 @@ class Entrance:
         return ApiError("overloaded", text)
 
     def _room(self) -> float:
-        most = self._most_waiting()
-        if not most:
+        most, engines = self._most_waiting(), self._ready()
+        if not most or not engines:
             return math.inf
-        is_known, room = False, -self._num_on_their_way()
-        for engine in self._client.engines:
-            may_run = engine.stats.may_run
-            if may_run and engine.status.phase == "ready":
-                is_known = True
-                room += max(0, may_run + most - engine.num_open)
-        return room if is_known else math.inf
+        return sum([max(0, each.stats.may_run + most - each.num_open) for each in engines]) - self._num_on_their_way()
+
+    def _ready(self) -> list[Engine]:
+        """Those of which it is known how many they run."""
+        return [each for each in self._client.engines if each.stats.may_run and each.status.phase == "ready"]
 
     def _num_on_their_way(self) -> int:
         """Through any API server."""

@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ from api_harness import COMPLETIONS, Api, says
 from fake_engine import Call, FakeEngine
 from hybrid_serve.server.app import door_of
 from hybrid_serve.server.connection import BoundedProtocol
+from hybrid_serve.server.keys import Key, KeyRing
 from hybrid_serve.wire import EngineStats, SamplingParams
 from raw_http import Connect, error_code, request, response_of, served
 
@@ -171,6 +172,28 @@ def test_keys_come_first(make_api: MakeApi, sent: bytes, answer: tuple[int, str]
     assert api.context.metrics.by_key.get("api-key-1", Counter())["requests"] == (answer[0] in (200, 503))
 
 
+def test_a_key_is_looked_up_once(make_api: MakeApi, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All keys are compared each time."""
+    api = with_room_for(make_api, 1, api_key=("secret",))
+    found: list[Key | None] = []
+    find = KeyRing.find
+
+    def counted(ring: KeyRing, candidates: Iterable[bytes]) -> Key | None:
+        found.append(find(ring, candidates))
+        return found[-1]
+
+    monkeypatch.setattr(KeyRing, "find", counted)
+
+    async def scenario() -> None:
+        async with served(api) as connect:
+            reader, writer = await connect()
+            writer.write(ask(b"Authorization: Bearer secret"))
+            assert (await response_of(reader))[0] == 200
+
+    api.run(scenario())
+    assert len(found) == 1
+
+
 def test_a_key_that_has_used_up_its_own_limit_hears_of_that(make_api: MakeApi, tmp_path: Path) -> None:
     file = tmp_path / "keys.yaml"
     file.write_text("- {name: ours, key: secret, requests_per_minute: 1}")
@@ -242,14 +265,17 @@ def test_requests_on_their_way_count_and_begin_one_after_the_other(make_api: Mak
 def test_a_few_begin_in_a_turn_and_one_while_others_wait_to_be_refused_and_it_could_not_run(make_api: MakeApi) -> None:
     api = with_room_for(make_api, 100)
     door, begun, per_turn = door_of(api.context), list[int](), list[int]()
-    scope = {"path": COMPLETIONS, "headers": [(b"host", b"localhost")], "state": {}}
+    scope = {"path": COMPLETIONS, "headers": [(b"host", b"localhost")]}
+
+    def let_in(number: int) -> None:
+        door.let_in({**scope, "state": {}}, None, lambda: True, lambda app: begun.append(number))
 
     async def scenario(num: int, behind: bool) -> list[int]:
         door.is_behind = lambda: behind
         begun.clear()
         per_turn.clear()
         for number in range(num):
-            door.let_in({**scope, "state": {}}, None, lambda: True, lambda app, number=number: begun.append(number))  # type: ignore[misc]
+            let_in(number)
         while len(begun) < num:
             per_turn.append(len(begun))
             await asyncio.sleep(0)
