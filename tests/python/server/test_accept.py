@@ -7,6 +7,8 @@ import contextlib
 import socket
 import ssl
 from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 
 import pytest
 import trustme
@@ -43,6 +45,27 @@ def acceptor(listener: socket.socket, memory: memoryview, index: int, num_open: 
     return FairAcceptor(
         listener, lambda: Greeting(index, num_open), shared, lambda: num_open[index], ssl=None, handshake_seconds=None
     )
+
+
+@asynccontextmanager
+async def burst(
+    memory: memoryview, num: int
+) -> AsyncIterator[tuple[FairAcceptor, Counter[int], Callable[[int], None]]]:
+    """API server 0 with so many connections waiting, how many it has taken, and a function that makes more."""
+    num_open: Counter[int] = Counter()
+    clients: list[socket.socket] = []
+    with socket.create_server(("127.0.0.1", 0), backlog=num) as listener, listener.dup() as own:
+
+        def come(num: int) -> None:
+            clients.extend(socket.create_connection(listener.getsockname()) for _ in range(num))
+
+        come(num)
+        alone = acceptor(own, memory, 0, num_open)
+        yield alone, num_open, come
+        alone.close()
+        for client in clients:
+            client.close()
+        await until(lambda: not any(num_open.values()))
 
 
 def test_connections_are_shared_equally_and_who_lost_some_gets_the_next(memory: memoryview) -> None:
@@ -107,23 +130,14 @@ def test_a_burst_waits_the_less_for_those_that_do_not_come_the_longer_it_lasts(
     monkeypatch.setattr(FairAcceptor, "_wait", count_and_wait)
 
     async def main() -> None:
-        num_open: Counter[int] = Counter()
-        with socket.create_server(("127.0.0.1", 0), backlog=400) as listener:
-            clients = [socket.create_connection(listener.getsockname()) for _ in range(300)]
-            own = listener.dup()
-            alone = acceptor(own, memory, 0, num_open)
+        async with burst(memory, 300) as (alone, num_open, come):
             await until(lambda: num_open[0] == 300)
             assert 20 < len(moments) < 30
-            await asyncio.sleep(0.05)
+            await until(lambda: alone._num_moments == 0)
             moments.clear()
-            clients += [socket.create_connection(listener.getsockname()) for _ in range(3)]
+            come(3)
             await until(lambda: num_open[0] == 303)
             assert len(moments) in (2, 3), "who comes later is left to the others again"
-            alone.close()
-            for client in clients:
-                client.close()
-            await until(lambda: not any(num_open.values()))
-            own.close()
 
     asyncio.run(main())
 
@@ -132,18 +146,7 @@ def test_a_burst_of_connections_is_accepted_in_a_few_turns_of_the_event_loop(mem
     """F-44: one a turn would let the last wait for as many turns, in each of which requests are worked on."""
 
     async def main() -> None:
-        num_open: Counter[int] = Counter()
-        with socket.create_server(("127.0.0.1", 0), backlog=50) as listener:
-            clients = [socket.create_connection(listener.getsockname()) for _ in range(40)]
-            own = listener.dup()
-            alone = FairAcceptor(
-                own,
-                lambda: Greeting(0, num_open),
-                SharedCounts(memory[:COUNTS_SLOT_BYTES], 0),
-                lambda: num_open[0],
-                ssl=None,
-                handshake_seconds=None,
-            )
+        async with burst(memory[:COUNTS_SLOT_BYTES], 40) as (alone, num_open, _):
             turns, turns_behind = 0, 0
             while num_open[0] < 40:
                 await asyncio.sleep(0)
@@ -152,11 +155,6 @@ def test_a_burst_of_connections_is_accepted_in_a_few_turns_of_the_event_loop(mem
             assert turns < 20
             assert turns_behind > 0
             await until(lambda: not alone.is_behind)
-            alone.close()
-            for client in clients:
-                client.close()
-            await until(lambda: not any(num_open.values()))
-            own.close()
 
     asyncio.run(main())
 
