@@ -13,8 +13,10 @@ import zmq
 from engine_harness import EngineParts
 from fake_executor import FakeExecutor
 from hybrid_serve.client.engine_client import ZmqEngineClient
+from hybrid_serve.client.open_counts import OpenCounts
 from hybrid_serve.config import CacheConfig, Config, SchedulerConfig, ServerConfig
 from hybrid_serve.engine.inbox import IDLE_MS
+from hybrid_serve.shared_memory import OPEN_SLOT_BYTES
 from hybrid_serve.sockets import bind_router
 from hybrid_serve.wire import Empty, Kind, Status, engine_identity, pack
 
@@ -195,12 +197,15 @@ class SimSupervisor:
 class SimApiServer:
     """An API server's client process."""
 
-    def __init__(self, network: Network, index: int, launch: int, num_engines: int, num_clients: int) -> None:
+    def __init__(self, network: Network, index: int, launch: int, num_engines: int, open_memory: memoryview) -> None:
+        """``open_memory``: of the ``OpenCounts`` of all of them."""
         self.context = context_of(network)
         self.index = index
-        config = Config(server=ServerConfig(api_server_count=num_clients))
+        config = Config(server=ServerConfig(api_server_count=len(open_memory) // OPEN_SLOT_BYTES))
         addresses = [(engine, data_address(engine)) for engine in range(num_engines)]
-        self.client = ZmqEngineClient(config, index, CONTROL, addresses, launch=launch)
+        open_counts = OpenCounts(open_memory, index)
+        open_counts.clear()
+        self.client = ZmqEngineClient(config, index, CONTROL, addresses, launch=launch, open_counts=open_counts)
         with patch("hybrid_serve.client.dealers.zmq.Context", lambda: self.context):
             self.client.start()
         self.tasks: set[asyncio.Task[None]] = set()

@@ -17,6 +17,7 @@ import msgspec
 from engine_harness import ids
 from fake_executor import VOCAB_SIZE, expected
 from hybrid_serve.client import EngineRejected
+from hybrid_serve.shared_memory import OPEN_SLOT_BYTES
 from hybrid_serve.wire import SamplingParams
 
 from .network import Faults, Network
@@ -109,6 +110,7 @@ class World:
         )
         machines = random.Random(f"{self._seed} machines")
         self._supervisor = SimSupervisor(self._network, self._clock, machines, self._num_engines, self._num_clients)
+        self._open_memory = memoryview(bytearray(self._num_clients * OPEN_SLOT_BYTES))
         self._servers = [self._serve(index, 0) for index in range(self._num_clients)]
         troubles = [self._go(self._arrivals(index), "arrivals") for index in range(self._num_clients)]
         if not self._is_calm:
@@ -169,7 +171,7 @@ class World:
     # What happens
 
     def _serve(self, index: int, launch: int) -> SimApiServer:
-        return SimApiServer(self._network, index, launch, self._num_engines, self._num_clients)
+        return SimApiServer(self._network, index, launch, self._num_engines, self._open_memory)
 
     async def _kill_engines(self) -> None:
         rng = random.Random(f"{self._seed} engine deaths")
